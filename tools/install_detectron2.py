@@ -149,7 +149,10 @@ def main() -> None:
         if not wheel.is_file():
             sys.exit(f"{wheel} does not exist: give --wheel the path of the downloaded wheel.")
         verify(wheel)
-        print("Installing Detectron2 without its compiled extension, and what it depends on ...")
+        print(
+            "Installing Detectron2 without its compiled extension, and what it depends on ...",
+            flush=True,
+        )
         failure = "pip could not install {}; see its message above and run this again."
         run_module("pip", "install", "--quiet", "wheel>=0.40", or_exit=failure.format("`wheel`"))
         wheel = repack(wheel, repacked)
