@@ -213,19 +213,20 @@ def test_repacked_wheel_lists_our_dependencies(script, small_wheel, tmp_path):
     assert "setuptools<81" in required
 
 
-@pytest.mark.slow
-def test_installs_the_real_wheel_once(tmp_path):
-    """Into a new environment that sees every package of this one except Detectron2."""
-    packages = tmp_path / "packages"
+def environment_without(folder, *hidden):
+    """A new interpreter and the PYTHONPATH on which it sees this one's packages but the hidden."""
+    packages = folder / "packages"
     packages.mkdir()
-    hidden = ("detectron2", "sal_detectron2")
     for entry in Path(sysconfig.get_paths()["purelib"]).iterdir():
         if not entry.name.startswith(hidden):
             (packages / entry.name).symlink_to(entry)
-    python = make_venv(tmp_path / "venv")
-    environment = {"PYTHONPATH": str(packages)}
+    return make_venv(folder / "venv"), str(packages)
 
-    first = run(python, **environment)
+
+@pytest.mark.slow
+def test_installs_the_real_wheel_once(tmp_path):
+    python, packages = environment_without(tmp_path, "detectron2", "sal_detectron2")
+    first = run(python, PYTHONPATH=packages)
     if "could not be downloaded" in first.stderr:
         pytest.skip("the package index cannot be reached")
     assert first.returncode == 0, first.stderr
@@ -238,6 +239,21 @@ def test_installs_the_real_wheel_once(tmp_path):
 
     source = site / "detectron2" / "__init__.py"
     written = source.stat().st_mtime_ns
-    second = run(python, **environment, **NO_INDEX)
+    second = run(python, PYTHONPATH=packages, **NO_INDEX)
     assert second.stdout == "Detectron2 is already installed: nothing to do.\n"
     assert source.stat().st_mtime_ns == written
+
+
+@pytest.mark.slow
+def test_removes_what_turns_out_not_to_work(tmp_path, stub_torch):
+    """With a torch that imports and then has nothing in it."""
+    python, packages = environment_without(tmp_path, "detectron2", "sal_detectron2", "torch")
+    result = run(python, PYTHONPATH=f"{stub_torch}:{packages}")
+    if "could not be downloaded" in result.stderr:
+        pytest.skip("the package index cannot be reached")
+    assert result.returncode == 1
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith("Detectron2 was installed but does not work here (")
+    assert sentence.endswith("so it was removed again.")
+    site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
+    assert not list(site.glob("*detectron2*"))
