@@ -1,0 +1,73 @@
+"""Configuration keys of classification."""
+
+from __future__ import annotations
+
+from detectron2.config import CfgNode
+
+
+def add_classification_config(cfg: CfgNode) -> None:
+    """Add the keys that only classification reads to a Detectron2 config, in place.
+
+    Keys in epochs replace their counterparts in iterations where they are not zero; see
+    :func:`repr_det.classification.epochs.resolve_epochs`.
+    """
+    cfg.MODEL.CLASSIFIER = CfgNode()
+    # Name of the network, see repr_det.classification.models.classifier_names.
+    cfg.MODEL.CLASSIFIER.NAME = "c3_32"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 10
+    # Probability of dropout in front of the last linear layer.
+    cfg.MODEL.CLASSIFIER.DROPOUT = 0.0
+    # Weight of the loss of each auxiliary output (GoogLeNet, Inception v3), as in their papers.
+    cfg.MODEL.CLASSIFIER.AUX_WEIGHT = 0.3
+
+    # Side of the square input images in pixels.
+    cfg.INPUT.IMAGE_SIZE = 32
+    # CIFAR in training: a random crop after this many zero pixels on every side; 0 for none.
+    cfg.INPUT.CROP_PADDING = 0
+    # Image folders in training: smallest share of the image's area in a random crop.
+    cfg.INPUT.CROP_MIN_AREA = 0.08
+
+    # So many images are taken out of the training set, always the same ones. DATASETS.TEST names
+    # them by the training set's name with "_heldout" in place of "_train".
+    cfg.DATASETS.HELD_OUT = 0
+
+    # Images in a test batch, per process.
+    cfg.TEST.IMS_PER_BATCH = 500
+    # Epochs between evaluations, instead of TEST.EVAL_PERIOD.
+    cfg.TEST.EVAL_EPOCHS = 0
+
+    # Length of training in epochs, instead of SOLVER.MAX_ITER.
+    cfg.SOLVER.MAX_EPOCHS = 0
+    # Epochs after which the learning rate drops, instead of SOLVER.STEPS.
+    cfg.SOLVER.STEPS_EPOCHS = ()
+    # Epochs of warm-up, instead of SOLVER.WARMUP_ITERS.
+    cfg.SOLVER.WARMUP_EPOCHS = 0
+    # Epochs between checkpoints, instead of SOLVER.CHECKPOINT_PERIOD.
+    cfg.SOLVER.CHECKPOINT_EPOCHS = 0
+    # Epochs in a period of the cyclical learning rate, instead of SOLVER.CYCLE_ITERS.
+    cfg.SOLVER.CYCLE_EPOCHS = 0
+
+    # Orthogonality loss, weighted; 0 for none. The paper's weight is 0.01.
+    cfg.MODEL.CLASSIFIER.ORTHO_LOSS = 0.0
+
+    # Knowledge distillation, and Born-Again networks (a teacher with the student's own
+    # architecture at temperature 1).
+    cfg.DISTILL = CfgNode()
+    # Name of the teacher network; empty for no distillation.
+    cfg.DISTILL.TEACHER = ""
+    # A checkpoint of the teacher that was written by training it with this package.
+    cfg.DISTILL.WEIGHTS = ""
+    cfg.DISTILL.TEMPERATURE = 4.0
+    # Share of the loss that comes from the teacher; the rest comes from the labels.
+    cfg.DISTILL.ALPHA = 0.9
+
+    # Dense-Sparse-Dense training.
+    cfg.DSD = CfgNode({"ENABLED": False})
+    # Iterations of dense training before weights are removed, and of sparse training after it.
+    cfg.DSD.DENSE_ITERS = 0
+    cfg.DSD.SPARSE_ITERS = 0
+    # The same in epochs.
+    cfg.DSD.DENSE_EPOCHS = 0
+    cfg.DSD.SPARSE_EPOCHS = 0
+    # Share of each layer's weights that is removed.
+    cfg.DSD.SPARSITY = 0.3

@@ -1,0 +1,396 @@
+"""Where images and labels come from: names, folders, files and arrays.
+
+A dataset is registered under a name in Detectron2's ``DatasetCatalog``, where generic tools find
+it as a list of one dict per image. The loaders of this package take the short way that lies beside
+it in ``MetadataCatalog``: arrays, or file names, of the whole dataset at once.
+
+Datasets are found below the folder in the environment variable ``DETECTRON2_DATASETS`` (by
+default ``./datasets``), as everywhere in Detectron2.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import socket
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.utils import comm
+from torch import Tensor
+
+HELD_OUT_SUFFIX = "_heldout"
+HELD_OUT_DEFAULT = 5000
+DOWNLOAD_TIMEOUT_S = 15
+
+
+@dataclass(frozen=True)
+class ImageArrays:
+    """A dataset in memory.
+
+    Attributes:
+        images: uint8 ``(N, 3, H, W)``, RGB.
+        labels: int64 ``(N,)``.
+        classes: name of each class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Tensor) -> ImageArrays:
+        """The part of the dataset at these positions."""
+        return ImageArrays(self.images[indices], self.labels[indices], self.classes)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Detectron2's format, with the pixels in ``"image"`` (there are no files)."""
+        height, width = self.images.shape[-2:]
+        return [
+            {"image": image, "label": label, "height": height, "width": width, "image_id": index}
+            for index, (image, label) in enumerate(
+                zip(self.images, self.labels.tolist(), strict=True)
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """A dataset of image files.
+
+    Attributes:
+        files: N paths.
+        labels: int64 ``(N,)``.
+        classes: name of each class.
+    """
+
+    files: tuple[str, ...]
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Tensor) -> ImageFiles:
+        """The part of the dataset at these positions."""
+        files = tuple(self.files[i] for i in indices.tolist())
+        return ImageFiles(files, self.labels[indices], self.classes)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Detectron2's format."""
+        return [
+            {"file_name": file, "label": label, "image_id": index}
+            for index, (file, label) in enumerate(
+                zip(self.files, self.labels.tolist(), strict=True)
+            )
+        ]
+
+
+ImageData = ImageArrays | ImageFiles
+
+
+def register_images(name: str, read: Callable[[], ImageData]) -> None:
+    """Register a dataset.
+
+    Args:
+        name: how ``DATASETS.TRAIN`` and ``DATASETS.TEST`` refer to it.
+        read: returns the dataset; called when it is first used, and again in other processes.
+    """
+    DatasetCatalog.register(name, lambda: read().to_dicts())
+    MetadataCatalog.get(name).set(evaluator_type="classification", read_images=read)
+
+
+def register_image_arrays(
+    name: str, images: Tensor, labels: Tensor, classes: Sequence[str] | None = None
+) -> None:
+    """Register a dataset that is in memory already.
+
+    Args:
+        name: how the config refers to it.
+        images: uint8 ``(N, 3, H, W)``, RGB.
+        labels: int64 ``(N,)``.
+        classes: names of the classes; by default their numbers.
+    """
+    names = classes or [str(i) for i in range(int(labels.max()) + 1)]
+    data = ImageArrays(images, labels, tuple(names))
+    register_images(name, lambda: data)
+
+
+def register_image_folder(name: str, folder: str | os.PathLike[str]) -> None:
+    """Register a folder with one folder of images for each class.
+
+    Args:
+        name: how the config refers to it.
+        folder: its subfolders' sorted names are the classes.
+    """
+    register_images(name, functools.lru_cache(lambda: read_image_folder(folder)))
+
+
+def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
+    """List the images below a folder of class folders.
+
+    Raises:
+        FileNotFoundError: no such folder, no class folders, or one without images.
+    """
+    try:
+        found = torchvision.datasets.ImageFolder(folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(
+            f"{folder} is no folder of class folders with images "
+            f"({str(error).splitlines()[0].rstrip('.')}): give the folder above the classes, or "
+            "set DETECTRON2_DATASETS."
+        ) from error
+    files, labels = zip(*found.samples, strict=True)
+    return ImageFiles(files, torch.tensor(labels), tuple(found.classes))
+
+
+@dataclass(frozen=True)
+class CifarRelease:
+    """What is known about one of the CIFAR datasets."""
+
+    name: str
+    reader: type[torchvision.datasets.CIFAR10]
+    classes: tuple[str, ...]
+
+
+CIFAR_SIZES = {"train": 50_000, "test": 10_000}
+CIFAR_SIDE = 32
+CIFAR10 = CifarRelease(
+    "cifar10",
+    torchvision.datasets.CIFAR10,
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR100 = CifarRelease(
+    "cifar100", torchvision.datasets.CIFAR100, tuple(str(i) for i in range(100))
+)
+
+
+def datasets_root() -> Path:
+    """The folder in ``DETECTRON2_DATASETS``, by default ``./datasets``."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def read_cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
+    """Read CIFAR-10 or CIFAR-100, downloading it where it is missing and a network is there.
+
+    Looked for below ``root``, in this order: ``<name>/<name>.npz``, ``<name>.npz`` (arrays
+    ``x_train`` uint8 ``(50000, 32, 32, 3)``, ``y_train``, ``x_test``, ``y_test``), and the official
+    Python release unpacked in ``<name>/`` or in ``root``. That release is made of pickles;
+    torchvision compares their checksums with the published ones before it reads them.
+
+    Args:
+        release: ``CIFAR10`` or ``CIFAR100``.
+        split: ``"train"`` or ``"test"``.
+        root: see above.
+
+    Raises:
+        FileNotFoundError: not there and not to be had.
+        ValueError: there, but damaged or of the wrong size.
+    """
+    folder = root / release.name
+    for npz in (folder / f"{release.name}.npz", root / f"{release.name}.npz"):
+        if npz.is_file():
+            images, labels = _read_npz(npz, split)
+            return _cifar_arrays(release, split, images, labels, npz)
+    for place in (folder, root):
+        if (place / release.reader.base_folder).is_dir():
+            break
+    else:
+        place = _download(release, folder)
+    try:
+        data = release.reader(place, train=split == "train")
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(
+            f"{place / release.reader.base_folder} is incomplete or damaged: delete it and let it "
+            "be downloaded again."
+        ) from error
+    return _cifar_arrays(release, split, data.data, np.asarray(data.targets), place)
+
+
+def _read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays[f"x_{split}"], arrays[f"y_{split}"]
+    except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{path} cannot be read as arrays x_{split} and y_{split} ({error}): it is damaged or "
+            "something else, so make it again."
+        ) from error
+
+
+def _cifar_arrays(
+    release: CifarRelease, split: str, images: np.ndarray, labels: np.ndarray, source: Path
+) -> ImageArrays:
+    size = CIFAR_SIZES[split]
+    wanted = (size, CIFAR_SIDE, CIFAR_SIDE, 3)
+    if images.shape != wanted or images.dtype != np.uint8 or labels.shape != (size,):
+        raise ValueError(
+            f"{source} holds {images.dtype} images of shape {images.shape} and labels of shape "
+            f"{labels.shape} for the {split} split where uint8 {wanted} and {(size,)} belong: "
+            "it is truncated or another dataset, so make it again."
+        )
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return ImageArrays(tensor, torch.from_numpy(labels.astype(np.int64)), release.classes)
+
+
+def _download(release: CifarRelease, folder: Path) -> Path:
+    """Download the official release below ``folder``, in one process, whole or not at all."""
+    error = None
+    if comm.get_local_rank() == 0:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+                release.reader(aside, download=True)
+                folder.mkdir(exist_ok=True)
+                shutil.move(Path(aside, release.reader.base_folder), folder)
+        except (OSError, RuntimeError) as failure:
+            error = failure
+        finally:
+            socket.setdefaulttimeout(timeout)
+    comm.synchronize()
+    if not (folder / release.reader.base_folder).is_dir():
+        raise FileNotFoundError(
+            f"{release.name} was not found as {folder / release.name}.npz or in "
+            f"{folder / release.reader.base_folder}, and could not be downloaded: put it there, or "
+            "set DETECTRON2_DATASETS to the folder that holds it."
+        ) from error
+    return folder
+
+
+@functools.lru_cache(maxsize=4)
+def _cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
+    return read_cifar(release, split, root)
+
+
+def held_out_name(train_name: str) -> str:
+    """The name of the held-out part of a training set: ``cifar10_heldout`` of ``cifar10_train``."""
+    return train_name.removesuffix("_train") + HELD_OUT_SUFFIX
+
+
+def split_held_out(data: ImageData, count: int) -> tuple[ImageData, ImageData]:
+    """Split off a fixed random part.
+
+    The same images for every seed and run; a larger part contains the smaller ones.
+
+    Args:
+        data: N images.
+        count: images in the held-out part, at least 0 and below N.
+
+    Returns:
+        The remaining images and the held-out ones, each in the original order.
+
+    Raises:
+        ValueError: a count out of range.
+    """
+    if not 0 <= count < len(data):
+        raise ValueError(
+            f"DATASETS.HELD_OUT is {count}, but the training set has {len(data)} images: hold out "
+            "fewer."
+        )
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return data.select(order[count:].sort().values), data.select(order[:count].sort().values)
+
+
+def _read(name: str) -> ImageData:
+    read = MetadataCatalog.get(name).get("read_images") if name in DatasetCatalog else None
+    if read is None:
+        known = [n for n in DatasetCatalog if MetadataCatalog.get(n).get("read_images")]
+        raise KeyError(
+            f"There is no classification dataset named {name!r}: take one of {', '.join(known)}, "
+            "or register yours with register_image_folder."
+        )
+    return read()
+
+
+def _check(data: ImageData, name: str, cfg: CfgNode) -> ImageData:
+    classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(
+            f"{name} has labels from {low} to {high}, but MODEL.CLASSIFIER.NUM_CLASSES is "
+            f"{classes}: labels must lie between 0 and {classes - 1}."
+        )
+    if isinstance(data, ImageArrays):
+        side = cfg.INPUT.IMAGE_SIZE
+        if tuple(data.images.shape[1:]) != (3, side, side):
+            raise ValueError(
+                f"{name} has images of shape {tuple(data.images.shape[1:])}, but INPUT.IMAGE_SIZE "
+                f"asks for {(3, side, side)}: set it to the size of the images."
+            )
+    return data
+
+
+@functools.lru_cache(maxsize=2)
+def _split(name: str, count: int, read: Callable[[], ImageData]) -> tuple[ImageData, ImageData]:
+    return split_held_out(read(), count)
+
+
+def load_images(cfg: CfgNode, name: str) -> ImageData:
+    """A dataset that the config names, checked against the config.
+
+    With ``DATASETS.HELD_OUT`` set, the training set comes without its held-out part, and
+    :func:`held_out_name` of it is that part.
+
+    Raises:
+        KeyError: a name that is not registered.
+        FileNotFoundError: a dataset that is missing.
+        ValueError: more than one training set, a dataset that is damaged, labels or images that
+            do not fit the config.
+    """
+    if len(cfg.DATASETS.TRAIN) != 1:
+        raise ValueError(
+            f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset."
+        )
+    train_name = cfg.DATASETS.TRAIN[0]
+    count = cfg.DATASETS.HELD_OUT
+    if name == held_out_name(train_name) and not count:
+        raise ValueError(
+            f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold out."
+        )
+    if count and name in (train_name, held_out_name(train_name)):
+        _read(train_name)
+        rest, held_out = _split(train_name, count, MetadataCatalog.get(train_name).read_images)
+        return _check(rest if name == train_name else held_out, name, cfg)
+    return _check(_read(name), name, cfg)
+
+
+def register_builtin() -> None:
+    """Register CIFAR-10, CIFAR-100 and ImageNet under Detectron2's dataset root."""
+    for release in (CIFAR10, CIFAR100):
+        for split in CIFAR_SIZES:
+            register_images(
+                f"{release.name}_{split}",
+                lambda r=release, s=split: _cifar(r, s, datasets_root()),
+            )
+        register_images(
+            release.name + HELD_OUT_SUFFIX,
+            lambda r=release: split_held_out(_cifar(r, "train", datasets_root()), HELD_OUT_DEFAULT)[
+                1
+            ],
+        )
+    for split in ("train", "val"):
+        register_images(
+            f"imagenet_{split}", lambda s=split: _folder(datasets_root() / "imagenet" / s)
+        )
+
+
+@functools.lru_cache(maxsize=4)
+def _folder(folder: Path) -> ImageFiles:
+    return read_image_folder(folder)
+
+
+register_builtin()

@@ -1,0 +1,70 @@
+"""From epochs to iterations, in this one place."""
+
+from __future__ import annotations
+
+import math
+
+from detectron2.config import CfgNode
+
+
+def iterations_for(epochs: float, images: int, batch_size: int) -> int:
+    """Iterations after which every image was shown ``epochs`` times, rounded up.
+
+    Args:
+        epochs: at least 0.
+        images: size of the training set.
+        batch_size: images of one iteration, over all processes.
+    """
+    # Rounded first, so that 0.1 epochs of 1,000 images are 100 images and not 100.00000000000001.
+    return math.ceil(round(epochs * images / batch_size, 6))
+
+
+def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
+    """A config in which every length is in iterations.
+
+    Keys in epochs that are not zero or empty replace their counterparts in iterations, and S1 and
+    S2 of RePr are in epochs where ``REPR.UNIT`` is ``"epoch"``. In the result the keys in epochs
+    are zero and the unit is ``"iteration"``, so resolving it again changes nothing.
+
+    Args:
+        cfg: a config with the keys of classification; it is not changed.
+        images: size of the training set.
+
+    Raises:
+        ValueError: a negative number of epochs, an unknown unit, or an empty batch.
+    """
+    if cfg.SOLVER.IMS_PER_BATCH < 1:
+        raise ValueError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; give at least 1.")
+    frozen = cfg.is_frozen()
+    cfg = cfg.clone()
+    cfg.defrost()
+
+    def convert(epochs: float, key: str) -> int:
+        if epochs < 0:
+            raise ValueError(f"{key} is {epochs}; give a number of epochs of at least 0.")
+        return iterations_for(epochs, images, cfg.SOLVER.IMS_PER_BATCH)
+
+    for node, name, target in (
+        (cfg.SOLVER, "MAX_EPOCHS", "MAX_ITER"),
+        (cfg.SOLVER, "WARMUP_EPOCHS", "WARMUP_ITERS"),
+        (cfg.SOLVER, "CHECKPOINT_EPOCHS", "CHECKPOINT_PERIOD"),
+        (cfg.SOLVER, "CYCLE_EPOCHS", "CYCLE_ITERS"),
+        (cfg.TEST, "EVAL_EPOCHS", "EVAL_PERIOD"),
+        (cfg.DSD, "DENSE_EPOCHS", "DENSE_ITERS"),
+        (cfg.DSD, "SPARSE_EPOCHS", "SPARSE_ITERS"),
+    ):
+        if node[name]:
+            node[target] = convert(node[name], name)
+            node[name] = 0
+    if cfg.SOLVER.STEPS_EPOCHS:
+        cfg.SOLVER.STEPS = tuple(convert(step, "STEPS_EPOCHS") for step in cfg.SOLVER.STEPS_EPOCHS)
+        cfg.SOLVER.STEPS_EPOCHS = ()
+    if "REPR" in cfg and cfg.REPR.UNIT != "iteration":
+        if cfg.REPR.UNIT != "epoch":
+            raise ValueError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
+        for name in ("S1", "S2"):
+            cfg.REPR[name] = convert(cfg.REPR[name], f"REPR.{name}")
+        cfg.REPR.UNIT = "iteration"
+    if frozen:
+        cfg.freeze()
+    return cfg

@@ -1,0 +1,231 @@
+"""The training schemes that the paper compares RePr with.
+
+Orthogonality loss and knowledge distillation are losses of ``ImageClassifier``; Dense-Sparse-Dense
+is a hook. Born-Again networks (Furlanello et al. 2018) are distillation from a trained network of
+the student's own architecture at temperature 1, so they need no code of their own: each generation
+is a run whose ``DISTILL.WEIGHTS`` is the checkpoint of the one before. Dropout is an argument of
+the network.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from detectron2.engine import HookBase
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
+
+
+def orthogonality_penalty(weight: Tensor) -> Tensor:
+    """How far the filters of one layer are from orthogonal: ``sum |Ŵ Ŵᵀ - I|``.
+
+    Rows of ``Ŵ`` are the flattened filters of unit length, as in the paper's ranking (section 4).
+
+    Args:
+        weight: ``(filters, ...)``.
+
+    Returns:
+        A scalar, from 0 (orthogonal) to ``filters * (filters - 1)`` (all parallel).
+    """
+    rows = F.normalize(weight.flatten(1), dim=1)
+    gram = rows @ rows.T
+    return (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().sum()
+
+
+class OrthogonalityLoss:
+    """The penalty above over all ungrouped conv layers, weighted (paper, section 6; weight 0.01).
+
+    Args:
+        network: whose layers are penalised.
+        weight: factor of the sum, at least 0.
+
+    Raises:
+        ValueError: a negative weight.
+    """
+
+    def __init__(self, network: nn.Module, weight: float) -> None:
+        if weight < 0:
+            raise ValueError(f"The orthogonality loss has weight {weight}; give at least 0.")
+        self.network = network
+        self.weight = weight
+
+    def __call__(self, images: Tensor, logits: Tensor) -> Tensor:
+        """The weighted penalty, a scalar; the arguments do not matter."""
+        # Looked up at every call: a copied or moved network has parameters of its own.
+        convs = [m for m in self.network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+        return self.weight * torch.stack([orthogonality_penalty(m.weight) for m in convs]).sum()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """``T² KL(softmax(teacher / T) || softmax(student / T))``, mean over images.
+
+    Hinton et al. 2015, section 2.
+
+    Args:
+        student: logits ``(B, C)``.
+        teacher: logits ``(B, C)``.
+        temperature: T.
+    """
+    return temperature**2 * F.kl_div(
+        F.log_softmax(student / temperature, 1),
+        F.log_softmax(teacher / temperature, 1),
+        reduction="batchmean",
+        log_target=True,
+    )
+
+
+class Distillation:
+    """The teacher's part of the loss, ``alpha`` times :func:`distillation_loss`.
+
+    The teacher sees the same augmented images as the student and never trains; it is no part of
+    the student's parameters or checkpoints.
+
+    Args:
+        teacher: images ``(B, 3, H, W)`` to logits ``(B, C)``.
+        temperature: T, above 0.
+        alpha: share of the teacher in the loss, in ``[0, 1]``.
+
+    Raises:
+        ValueError: temperature or alpha out of range.
+    """
+
+    def __init__(self, teacher: nn.Module, temperature: float, alpha: float) -> None:
+        if temperature <= 0:
+            raise ValueError(f"DISTILL.TEMPERATURE is {temperature}; give a value above 0.")
+        if not 0 <= alpha <= 1:
+            raise ValueError(f"DISTILL.ALPHA is {alpha}; give a share from 0 to 1.")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.temperature = temperature
+        self.alpha = alpha
+
+    def __call__(self, images: Tensor, logits: Tensor) -> Tensor:
+        """The weighted loss of normalised images ``(B, 3, H, W)`` and the student's logits."""
+        with torch.no_grad():
+            teacher_logits = self.teacher.to(images.device)(images)
+        return self.alpha * distillation_loss(logits, teacher_logits, self.temperature)
+
+
+def load_teacher(teacher: nn.Module, path: str) -> None:
+    """Load a checkpoint written by training an ``ImageClassifier`` into a bare network, in place.
+
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is no such checkpoint, or one of another network.
+    """
+    if not path or not Path(path).is_file():
+        raise FileNotFoundError(
+            f"The teacher's checkpoint {path!r} does not exist: train the teacher first and set "
+            "DISTILL.WEIGHTS to its model_final.pth."
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+        prefix = "network."
+        teacher.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        )
+    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no checkpoint of a {type(teacher).__name__} teacher with these classes: "
+            "DISTILL.TEACHER and DISTILL.WEIGHTS must belong together."
+        ) from error
+
+
+def sparsity_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
+    """Which weights stay when the smallest of each conv and linear layer go.
+
+    Han et al. 2017, section 2: a layer keeps the weights whose size is above the quantile of its
+    own weights.
+
+    Args:
+        model: whose layers are looked at.
+        sparsity: share of each layer's weights that goes.
+
+    Returns:
+        By parameter name a bool tensor of the parameter's shape, True where a weight stays;
+        exactly ``int(sparsity * n)`` entries of ``n`` are False.
+    """
+    masks = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            size = module.weight.detach().abs().flatten()
+            mask = torch.ones_like(size, dtype=torch.bool)
+            mask[size.argsort()[: int(sparsity * len(size))]] = False
+            masks[f"{name}.weight"] = mask.view_as(module.weight)
+    return masks
+
+
+class DenseSparseDenseHook(HookBase):
+    """Dense-Sparse-Dense training (Han et al. 2017) in one run.
+
+    After ``dense_iters`` iterations the smallest weights of each layer become zero and stay zero
+    for ``sparse_iters`` iterations; then all train again, the returned ones from zero. The authors
+    lower the learning rate for the last part: use ``SOLVER.STEPS``.
+
+    The masks are in the trainer's checkpoint, so a run may stop and resume anywhere.
+
+    Args:
+        dense_iters, sparse_iters: lengths of the first two parts in iterations.
+        sparsity: share of each layer's weights that is removed, in ``(0, 1)``.
+
+    Raises:
+        ValueError: a length or share out of range.
+    """
+
+    def __init__(self, dense_iters: int, sparse_iters: int, sparsity: float) -> None:
+        if dense_iters < 1 or sparse_iters < 1:
+            raise ValueError(
+                f"DSD trains dense for {dense_iters} and sparse for {sparse_iters} iterations: "
+                "give at least 1 for DSD.DENSE_ITERS and DSD.SPARSE_ITERS."
+            )
+        if not 0 < sparsity < 1:
+            raise ValueError(f"DSD.SPARSITY is {sparsity}; give a share above 0 and below 1.")
+        self.dense_iters = dense_iters
+        self.sparse_iters = sparse_iters
+        self.sparsity = sparsity
+        self.masks: dict[str, Tensor] = {}
+        self._handle: RemovableHandle | None = None
+
+    def before_train(self) -> None:
+        """Hold removed weights at zero from the optimizer's step on."""
+        # After the optimizer's step, so that momentum and decay cannot move a removed weight,
+        # whatever hook looks at the weights next.
+        self._handle = self.trainer.optimizer.register_step_post_hook(lambda *_: self._remove())
+
+    def before_step(self) -> None:
+        """Remove weights, or let them train again, where it is time."""
+        iteration = self.trainer.iter
+        if iteration == self.dense_iters:
+            self.masks = sparsity_masks(self._model, self.sparsity)
+            self._remove()
+        elif iteration == self.dense_iters + self.sparse_iters:
+            self.masks = {}
+
+    def after_train(self) -> None:
+        """Let go of the optimizer."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The masks, by parameter name; empty outside the sparse part."""
+        return dict(self.masks)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over the masks of :meth:`state_dict`."""
+        self.masks = dict(state)
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self.trainer.model
+        return model.module if isinstance(model, DistributedDataParallel) else model
+
+    @torch.no_grad()
+    def _remove(self) -> None:
+        for name, mask in self.masks.items():
+            parameter = self._model.get_parameter(name)
+            parameter.mul_(mask.to(parameter.device))

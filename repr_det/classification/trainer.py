@@ -1,0 +1,139 @@
+"""The trainer of classification."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer as RePrTrainer
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from repr_det.classification.datasets import ImageArrays, load_images
+from repr_det.classification.epochs import resolve_epochs
+from repr_det.classification.evaluator import AccuracyEvaluator
+from repr_det.classification.loader import (
+    ArrayTestLoader,
+    ArrayTrainLoader,
+    FileTrainLoader,
+    Share,
+    file_test_loader,
+    train_transform,
+)
+from repr_det.classification.schemes import DenseSparseDenseHook
+from repr_det.engine import solver
+
+
+class ClassificationTrainer(RePrTrainer):
+    """Detectron2's trainer with the data and the evaluation of classification.
+
+    Args:
+        cfg: a config with the keys of classification; its keys in epochs are resolved here.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a mistake in the config or the data, see
+            :func:`repr_det.classification.datasets.load_images`,
+            :meth:`repr_det.classification.classifier.ImageClassifier.from_config` and
+            :func:`repr_det.classification.epochs.resolve_epochs`.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        check_data(cfg)
+        super().__init__(resolve_epochs(cfg, len(load_images(cfg, cfg.DATASETS.TRAIN[0]))))
+
+    def build_hooks(self) -> list[HookBase]:
+        """The hooks of every task, and Dense-Sparse-Dense where the config asks for it."""
+        hooks = super().build_hooks()
+        if self.cfg.DSD.ENABLED:
+            keys = self.cfg.DSD
+            # Before the checkpointer, so that a checkpoint holds the masks of its own weights.
+            hooks.insert(
+                0, DenseSparseDenseHook(keys.DENSE_ITERS, keys.SPARSE_ITERS, keys.SPARSITY)
+            )
+        return hooks
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> ArrayTrainLoader | FileTrainLoader:
+        """Endless training batches; ``set_iteration`` makes them start elsewhere."""
+        data = load_images(cfg, cfg.DATASETS.TRAIN[0])
+        common = {
+            "batch_size": cfg.SOLVER.IMS_PER_BATCH,
+            "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),
+            "share": _share(),
+            "bgr": cfg.INPUT.FORMAT == "BGR",
+        }
+        flip = cfg.INPUT.RANDOM_FLIP == "horizontal"
+        if isinstance(data, ImageArrays):
+            return ArrayTrainLoader(
+                data,
+                device=_device(cfg),
+                crop_padding=cfg.INPUT.CROP_PADDING,
+                flip=flip,
+                **common,
+            )
+        return FileTrainLoader(
+            data,
+            transform=train_transform(cfg.INPUT.IMAGE_SIZE, cfg.INPUT.CROP_MIN_AREA, flip),
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            **common,
+        )
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """This process's part of a test set, in batches, with a length."""
+        data = load_images(cfg, dataset_name)
+        common = {
+            "batch_size": cfg.TEST.IMS_PER_BATCH,
+            "share": _share(),
+            "bgr": cfg.INPUT.FORMAT == "BGR",
+        }
+        if isinstance(data, ImageArrays):
+            return ArrayTestLoader(data, device=_device(cfg), **common)
+        return file_test_loader(
+            data,
+            image_size=cfg.INPUT.IMAGE_SIZE,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            **common,
+        )
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
+        """Top-1 and top-5 accuracy and loss."""
+        return AccuracyEvaluator()
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """See :func:`repr_det.engine.solver.build_optimizer`."""
+        return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        """See :func:`repr_det.engine.solver.build_lr_scheduler`."""
+        return solver.build_lr_scheduler(cfg, optimizer)
+
+
+def check_data(cfg: CfgNode) -> None:
+    """Read every dataset that the config names, so that mistakes come before training.
+
+    Raises:
+        ValueError: also where a test set has other classes than the training set.
+    """
+    classes = load_images(cfg, cfg.DATASETS.TRAIN[0]).classes
+    for name in cfg.DATASETS.TEST:
+        found = load_images(cfg, name).classes
+        if found != classes:
+            raise ValueError(
+                f"{name} has other classes than {cfg.DATASETS.TRAIN[0]} ({len(found)} and "
+                f"{len(classes)}): labels would not mean the same, so give both the same folders."
+            )
+
+
+def _device(cfg: CfgNode) -> torch.device:
+    if cfg.MODEL.DEVICE == "cuda":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device(cfg.MODEL.DEVICE)
+
+
+def _share() -> Share:
+    return Share(comm.get_rank(), comm.get_world_size())

@@ -1,0 +1,113 @@
+"""Optimizers and learning-rate schedules by config, for every task."""
+
+from __future__ import annotations
+
+import detectron2.solver
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
+from detectron2.solver.build import (
+    WarmupParamScheduler,
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+)
+from fvcore.common.param_scheduler import ParamScheduler
+
+TRIANGULAR = "Triangular"
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
+
+
+def add_solver_config(cfg: CfgNode) -> None:
+    """Add the keys of optimizers and schedules to a Detectron2 config, in place."""
+    # One of OPTIMIZERS. SGD takes MOMENTUM and NESTEROV; the others leave both alone.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Decay rates of Adam's and AdamW's two moments.
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    # Decay rate of RMSprop's second moment.
+    cfg.SOLVER.RMSPROP_ALPHA = 0.99
+    # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": the learning rate climbs in a straight
+    # line from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and back within CYCLE_ITERS iterations, over
+    # and over.
+    cfg.SOLVER.CYCLE_ITERS = 0
+    cfg.SOLVER.CYCLE_AMPLITUDE = 0.005
+
+
+def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+    """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
+
+    Raises:
+        ValueError: an optimizer that is none of :data:`OPTIMIZERS`.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        return detectron2.solver.build_optimizer(cfg, model)
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise ValueError(
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give one of {', '.join(OPTIMIZERS)}."
+        )
+    arguments = {"alpha": solver.RMSPROP_ALPHA}
+    if solver.OPTIMIZER != "RMSprop":
+        arguments = {"betas": tuple(solver.BETAS)}
+    optimizer = getattr(torch.optim, solver.OPTIMIZER)(
+        get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
+        ),
+        lr=solver.BASE_LR,
+        weight_decay=solver.WEIGHT_DECAY,
+        foreach=True,
+        **arguments,
+    )
+    return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+class TriangularParamScheduler(ParamScheduler):
+    """A multiplier that climbs from 1 to a peak and falls back, once a period (Smith 2017).
+
+    Args:
+        peak: the highest multiplier.
+        period: length of a period as a share of the whole training.
+    """
+
+    def __init__(self, peak: float, period: float) -> None:
+        self._peak = peak
+        self._period = period
+
+    def __call__(self, where: float) -> float:
+        """The multiplier at a share of the training, from 0 to 1."""
+        phase = where / self._period % 1.0
+        return 1 + (self._peak - 1) * (1 - abs(2 * phase - 1))
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    """The learning-rate schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
+
+    Detectron2's own, and "Triangular", the cyclical rate of the paper's study, with Detectron2's
+    warm-up in front of it.
+
+    Raises:
+        ValueError: a triangular schedule without a period.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != TRIANGULAR:
+        return detectron2.solver.build_lr_scheduler(cfg, optimizer)
+    if solver.CYCLE_ITERS < 1:
+        raise ValueError(
+            f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}; give the length of a period of the "
+            "cyclical learning rate."
+        )
+    schedule: ParamScheduler = TriangularParamScheduler(
+        1 + solver.CYCLE_AMPLITUDE / solver.BASE_LR, solver.CYCLE_ITERS / solver.MAX_ITER
+    )
+    if solver.WARMUP_ITERS:
+        schedule = WarmupParamScheduler(
+            schedule,
+            solver.WARMUP_FACTOR,
+            min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+            solver.WARMUP_METHOD,
+            solver.RESCALE_INTERVAL,
+        )
+    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
