@@ -1,0 +1,159 @@
+"""From a classifier to the backbone of a Detectron2 detector."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_PREFIX = "network."
+# Blocks of the four stages and whether they are bottlenecks, by torchvision's and Detectron2's depth.
+_DEPTHS = {
+    ((2, 2, 2, 2), False): 18,
+    ((3, 4, 6, 3), False): 34,
+    ((3, 4, 6, 3), True): 50,
+    ((3, 4, 23, 3), True): 101,
+    ((3, 8, 36, 3), True): 152,
+}
+_BLOCK = re.compile(r"layer(\d)\.(\d+)\.(.+)")
+_INSIDE = {"downsample.0": "shortcut", "downsample.1": "shortcut.norm"}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """The weights of a torchvision network from a checkpoint of ours or a plain state dict.
+
+    Nothing in the file is executed.
+
+    Args:
+        path: a checkpoint written by training an ``ImageClassifier``, or torchvision's weights.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file of another kind.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist: give a checkpoint or a state dict.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is no PyTorch file that holds only weights: give a checkpoint or a state dict."
+        ) from error
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if isinstance(v, Tensor)}
+    if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
+        raise ValueError(
+            f"{path} holds no ResNet of torchvision's form: only resnet*, resnext* and "
+            "wide_resnet* become a Detectron2 backbone."
+        )
+    return weights
+
+
+def backbone_weights(weights: dict[str, Tensor], bgr: bool = False) -> dict[str, Tensor]:
+    """Rename a torchvision ResNet's weights to those of Detectron2's.
+
+    The classifier's last layer is left out.
+
+    Args:
+        weights: state dict of a torchvision ResNet.
+        bgr: turn the first layer's input channels round, for a detector that reads the channels
+            in the other order than the classifier.
+
+    Returns:
+        State dict with Detectron2's names: ``stem.conv1.weight``, ``res2.0.conv1.norm.bias``, ...
+    """
+    result = {}
+    for name, value in weights.items():
+        module, _, parameter = name.rpartition(".")
+        if module == "fc" or parameter == "num_batches_tracked":
+            continue
+        block = _BLOCK.fullmatch(module)
+        inside = block[3] if block else module
+        inside = _INSIDE.get(inside, re.sub(r"bn(\d)", r"conv\1.norm", inside))
+        place = f"res{int(block[1]) + 1}.{block[2]}" if block else "stem"
+        result[f"{place}.{inside}.{parameter}"] = value
+    if bgr:
+        result["stem.conv1.weight"] = result["stem.conv1.weight"].flip(1)
+    return result
+
+
+def backbone_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The keys below ``MODEL.RESNETS`` with which Detectron2 builds this network.
+
+    Args:
+        weights: state dict of a torchvision ResNet.
+
+    Raises:
+        ValueError: numbers of blocks that Detectron2 has no depth for.
+    """
+    stages = [
+        len({k.split(".")[1] for k in weights if k.startswith(f"layer{stage}.")})
+        for stage in range(1, 5)
+    ]
+    bottleneck = "layer1.0.conv3.weight" in weights
+    depth = _DEPTHS.get((tuple(stages), bottleneck))
+    if depth is None:
+        raise ValueError(f"Detectron2 has no ResNet with {stages} blocks in its four stages.")
+    settings = {"DEPTH": depth, "STRIDE_IN_1X1": False}
+    if not bottleneck:
+        return {**settings, "RES2_OUT_CHANNELS": 64}
+    width, per_group = weights["layer1.0.conv2.weight"].shape[:2]
+    groups = width // per_group
+    return {**settings, "NUM_GROUPS": groups, "WIDTH_PER_GROUP": width // groups}
+
+
+def export_backbone(
+    source: str | Path,
+    target: str | Path,
+    pixel_mean: list[float],
+    pixel_std: list[float],
+    input_format: str = "RGB",
+    target_format: str = "RGB",
+) -> dict[str, Any]:
+    """Write a classifier as a file that ``MODEL.WEIGHTS`` of a Detectron2 detector may name.
+
+    The detector must be built and fed as the classifier was; the returned settings say how.
+
+    Args:
+        source: see :func:`read_weights`.
+        target: a ``.pth`` file to write; it holds tensors and strings only.
+        pixel_mean: what the classifier subtracts from its pixels, in its channel order.
+        pixel_std: what it divides them by.
+        input_format: the classifier's channel order, ``"RGB"`` or ``"BGR"``.
+        target_format: the detector's channel order.
+
+    Returns:
+        Settings of the detector in the shape of a config: ``MODEL`` and ``INPUT``.
+
+    Raises:
+        FileNotFoundError: no such source.
+        ValueError: a source of another kind, or a target that is no ``.pth`` file.
+    """
+    if Path(target).suffix != ".pth":
+        raise ValueError(f"{target} must end in .pth, which Detectron2 reads as plain weights.")
+    weights = read_weights(source)
+    settings = backbone_settings(weights)
+    swap = input_format != target_format
+    # Detectron2 matches names by their ends, so one file serves FPN and C4 detectors.
+    torch.save(
+        {
+            "model": backbone_weights(weights, bgr=swap),
+            "__author__": "repr_det",
+            "matching_heuristics": True,
+        },
+        target,
+    )
+    order = -1 if swap else 1
+    return {
+        "MODEL": {
+            "WEIGHTS": str(target),
+            "PIXEL_MEAN": [float(x) for x in pixel_mean][::order],
+            "PIXEL_STD": [float(x) for x in pixel_std][::order],
+            "RESNETS": settings,
+        },
+        "INPUT": {"FORMAT": target_format},
+    }

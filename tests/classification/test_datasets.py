@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from repr_det.classification import datasets, register_image_folder
+from repr_det.classification.datasets import (
+    CIFAR10,
+    CIFAR100,
+    ImageArrays,
+    held_out_name,
+    load_images,
+    read_cifar,
+    split_held_out,
+)
+from tests.classification.settings import make_arrays, register, register_corners, small_cfg
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """Downloads fail at once, as on a machine without a network."""
+
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+
+
+@pytest.fixture
+def small_cifar(monkeypatch):
+    monkeypatch.setattr(datasets, "CIFAR_SIZES", {"train": 30, "test": 10})
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.integers(0, 256, (30, 32, 32, 3), dtype=np.uint8),
+        "y_train": rng.integers(0, 10, 30),
+        "x_test": rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8),
+        "y_test": rng.integers(0, 10, 10),
+    }
+
+
+@pytest.mark.parametrize("place", ["cifar10/cifar10.npz", "cifar10.npz"])
+def test_npz(tmp_path, small_cifar, place):
+    (tmp_path / "cifar10").mkdir()
+    np.savez(tmp_path / place, **small_cifar)
+    data = read_cifar(CIFAR10, "test", tmp_path)
+    assert data.images.shape == (10, 3, 32, 32) and data.images.dtype == torch.uint8
+    assert data.images[3, 1, 5, 7] == small_cifar["x_test"][3, 5, 7, 1]
+    assert data.labels.tolist() == small_cifar["y_test"].tolist()
+    assert data.classes[3] == "cat"
+
+
+def test_official_release(tmp_path, small_cifar, monkeypatch):
+    """A release in the official layout: rows of red, green and blue planes, in pickles."""
+    folder = tmp_path / "cifar100" / "cifar-100-python"
+    folder.mkdir(parents=True)
+    checksums = {}
+    planes = {
+        "train": small_cifar["x_train"].transpose(0, 3, 1, 2).reshape(30, -1),
+        "test": small_cifar["x_test"].transpose(0, 3, 1, 2).reshape(10, -1),
+    }
+    contents = {
+        split: {"data": rows, "fine_labels": small_cifar[f"y_{split}"].tolist()}
+        for split, rows in planes.items()
+    }
+    contents["meta"] = {"fine_label_names": [str(i) for i in range(100)]}
+    for name, content in contents.items():
+        written = pickle.dumps(content)
+        (folder / name).write_bytes(written)
+        checksums[name] = hashlib.md5(written).hexdigest()
+    reader = CIFAR100.reader
+    monkeypatch.setattr(reader, "train_list", [["train", checksums["train"]]])
+    monkeypatch.setattr(reader, "test_list", [["test", checksums["test"]]])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": checksums["meta"]})
+    data = read_cifar(CIFAR100, "train", tmp_path)
+    expected = torch.from_numpy(small_cifar["x_train"]).permute(0, 3, 1, 2)
+    assert torch.equal(data.images, expected)
+    assert data.labels.tolist() == small_cifar["y_train"].tolist()
+
+    (folder / "train").write_bytes(pickle.dumps(contents["train"])[:-100])
+    with pytest.raises(ValueError, match="cifar-100-python is incomplete or damaged"):
+        read_cifar(CIFAR100, "train", tmp_path)
+
+
+def test_missing_cifar_says_what_where_and_how(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        read_cifar(CIFAR10, "train", tmp_path)
+    message = str(error.value)
+    for part in ("cifar10.npz", "cifar-10-batches-py", str(tmp_path), "DETECTRON2_DATASETS"):
+        assert part in message
+    assert message.count(". ") == 0 and not list(tmp_path.iterdir())
+
+
+def test_truncated_npz(tmp_path, small_cifar):
+    path = tmp_path / "cifar10.npz"
+    np.savez(path, **small_cifar)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_cifar(CIFAR10, "train", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x_train": np.zeros((29, 32, 32, 3), np.uint8)},
+        {"y_train": np.zeros(29, np.int64)},
+        {"x_train": np.zeros((30, 28, 28, 3), np.uint8)},
+        {"x_train": np.zeros((30, 32, 32, 3), np.float32)},
+    ],
+)
+def test_npz_of_wrong_size(tmp_path, small_cifar, change):
+    np.savez(tmp_path / "cifar10.npz", **{**small_cifar, **change})
+    with pytest.raises(ValueError, match="truncated or another dataset"):
+        read_cifar(CIFAR10, "train", tmp_path)
+
+
+def test_npz_without_the_keys_or_with_objects(tmp_path, small_cifar):
+    np.savez(tmp_path / "cifar10.npz", images=small_cifar["x_train"])
+    with pytest.raises(ValueError, match="x_train"):
+        read_cifar(CIFAR10, "train", tmp_path)
+    # Arrays of objects are pickles, which are not opened.
+    np.savez(tmp_path / "cifar10.npz", x_train=np.array([{}, {}], object), y_train=[0, 1])
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_cifar(CIFAR10, "train", tmp_path)
+
+
+def test_builtin_names_follow_the_environment(tmp_path, small_cifar, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    np.savez(tmp_path / "cifar10.npz", **small_cifar)
+    dicts = DatasetCatalog.get("cifar10_test")
+    assert len(dicts) == 10
+    assert dicts[4]["label"] == small_cifar["y_test"][4]
+    assert (dicts[4]["height"], dicts[4]["width"]) == (32, 32)
+    assert torch.equal(
+        dicts[4]["image"], torch.from_numpy(small_cifar["x_test"][4]).permute(2, 0, 1)
+    )
+
+
+def test_held_out_part_is_fixed_and_nested():
+    data = ImageArrays(*make_arrays(100, size=8), tuple("abcd"))
+    rest, held_out = split_held_out(data, 10)
+    assert (len(rest), len(held_out)) == (90, 10)
+    together = torch.cat([rest.images, held_out.images]).flatten(1).unique(dim=0)
+    assert len(together) == len(data.images.flatten(1).unique(dim=0)) == 100
+    larger = split_held_out(data, 30)[1].images.flatten(1).tolist()
+    assert all(image in larger for image in held_out.images.flatten(1).tolist())
+    with pytest.raises(ValueError, match="DATASETS.HELD_OUT is 100"):
+        split_held_out(data, 100)
+
+
+def test_config_names_the_held_out_part():
+    register_corners()
+    cfg = small_cfg()
+    assert held_out_name("corners_train") == "corners_heldout"
+    assert len(load_images(cfg, "corners_train")) == 120
+    with pytest.raises(ValueError, match="DATASETS.HELD_OUT"):
+        load_images(cfg, "corners_heldout")
+    cfg.DATASETS.HELD_OUT = 20
+    assert len(load_images(cfg, "corners_train")) == 100
+    assert len(load_images(cfg, "corners_heldout")) == 20
+    assert len(load_images(cfg, "corners_test")) == 50
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_labels_out_of_range(label):
+    images, labels = make_arrays(40)
+    labels[7] = label
+    register("corners_train", images, labels, list("abcd"))
+    with pytest.raises(ValueError, match="labels from .*NUM_CLASSES is 4"):
+        load_images(small_cfg(), "corners_train")
+
+
+def test_images_of_another_size():
+    register("corners_train", *make_arrays(40, size=8))
+    with pytest.raises(ValueError, match="INPUT.IMAGE_SIZE"):
+        load_images(small_cfg(), "corners_train")
+
+
+def test_unknown_dataset():
+    with pytest.raises(KeyError, match="no classification dataset named 'cifar11_train'.*cifar10"):
+        load_images(small_cfg(), "cifar11_train")
+
+
+def test_two_training_sets():
+    cfg = small_cfg()
+    cfg.DATASETS.TRAIN = ("corners_train", "corners_test")
+    with pytest.raises(ValueError, match="trains on one dataset"):
+        load_images(cfg, "corners_train")
+
+
+def test_image_folder(tmp_path):
+    for name in ("dent", "scratch"):
+        (tmp_path / name).mkdir()
+        for index in range(3):
+            Image.new("RGB", (20, 10)).save(tmp_path / name / f"{index}.jpg")
+    if "steel" in DatasetCatalog:
+        DatasetCatalog.remove("steel")
+    register_image_folder("steel", tmp_path)
+    dicts = DatasetCatalog.get("steel")
+    assert [d["label"] for d in dicts] == [0, 0, 0, 1, 1, 1]
+    assert dicts[5]["file_name"].endswith("scratch/2.jpg")
+
+
+@pytest.mark.parametrize("make", [[], ["empty"]])
+def test_folder_without_images(tmp_path, make):
+    for name in make:
+        (tmp_path / name).mkdir()
+    with pytest.raises(FileNotFoundError, match="no folder of class folders with images"):
+        datasets.read_image_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder of class folders with images"):
+        datasets.read_image_folder(tmp_path / "nowhere")

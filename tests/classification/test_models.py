@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from repr_det.classification.models import build_classifier, classifier_names
+
+
+def count_before_last(network: nn.Module) -> int:
+    last = [m for m in network.modules() if isinstance(m, nn.Linear)][-1]
+    return sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in last.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("c3_32", 19_392),
+        ("c8_32", 65_632),
+        ("c13_32", 111_872),
+        ("c18_32", 158_112),
+        ("c3_32_bn", 19_584),
+        ("c8_32_bn", 66_144),
+        ("c13_32_bn", 112_704),
+        ("c18_32_bn", 159_264),
+    ],
+)
+def test_plain_networks_have_the_papers_counts(name, count):
+    assert count_before_last(build_classifier(name, 10)) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "thousands"),
+    [
+        ("cifar_resnet20", 269),
+        ("cifar_resnet32", 464),
+        ("cifar_resnet110", 1727),
+        ("cifar_resnet182", 2894),
+        ("cifar_densenet40", 1016),
+        ("cifar_densenet100", 6968),
+    ],
+)
+def test_cifar_networks_have_the_papers_counts(name, thousands):
+    with torch.device("meta"):
+        count = count_before_last(build_classifier(name, 10))
+    # Printed in thousands without saying how rounded: less than one thousand may lie between.
+    assert abs(count - 1000 * thousands) < 1000
+
+
+def densenet_count(layers: int, growth: int) -> int:
+    """Layer by layer from Huang et al. 2017, table 1: 3x3 conv and norm on all earlier channels."""
+    channels = 16
+    count = 27 * channels
+    for block in range(3):
+        for _ in range((layers - 4) // 3):
+            count += 9 * channels * growth + 2 * channels
+            channels += growth
+        if block < 2:
+            count += channels * channels + 2 * channels
+    return count + 2 * channels
+
+
+@pytest.mark.parametrize("depth", [40, 100])
+def test_densenet_counts_layer_by_layer(depth):
+    with torch.device("meta"):
+        network = build_classifier(f"cifar_densenet{depth}", 10)
+    assert count_before_last(network) == densenet_count(depth, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "convs", "linears"),
+    [
+        ("c13_32", 13, 1),
+        ("cifar_resnet20", 19, 1),
+        ("cifar_resnet182", 181, 1),
+        ("cifar_densenet5", 4, 1),
+        ("cifar_densenet40", 39, 1),
+        ("cifar_densenet100", 99, 1),
+    ],
+)
+def test_depth_is_the_number_of_weighted_layers(name, convs, linears):
+    with torch.device("meta"):
+        modules = list(build_classifier(name, 10).modules())
+    assert sum(isinstance(m, nn.Conv2d) for m in modules) == convs
+    assert sum(isinstance(m, nn.Linear) for m in modules) == linears
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["c3_32", "c8_32_bn", "c3_32_k5", "cifar_resnet20", "cifar_densenet5", "cifar_densenet40"],
+)
+def test_small_networks_run_and_train(name):
+    network = build_classifier(name, 7)
+    logits = network(torch.randn(2, 3, 32, 32))
+    assert logits.shape == (2, 7)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_resnet_shortcut_is_stride_and_zeros():
+    block = build_classifier("cifar_resnet20", 10).layer2[0].eval()
+    for norm in (block.bn1, block.bn2):
+        nn.init.zeros_(norm.weight)
+    x = torch.rand(1, 16, 8, 8)
+    out = block(x)
+    assert torch.equal(out[:, 8:24], x[:, :, ::2, ::2])
+    assert not out[:, :8].any() and not out[:, 24:].any()
+
+
+def test_bn_inception_has_the_published_shape():
+    with torch.device("meta"):
+        network = build_classifier("bn_inception", 1000, image_size=224).eval()
+        sizes = []
+        x = network.stem(torch.empty(1, 3, 224, 224))
+        for module in network.features:
+            x = module(x)
+            sizes.append((x.shape[1], x.shape[2]))
+    # Ioffe & Szegedy 2015, figure 5, column "output size".
+    assert sizes == [
+        (256, 28), (320, 28), (576, 14), (576, 14), (576, 14), (576, 14), (576, 14),
+        (1024, 7), (1024, 7), (1024, 7),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet152", "vgg16", "googlenet", "inception_v3"])
+def test_torchvision_networks_by_name(name):
+    size = 299 if name == "inception_v3" else 224
+    with torch.device("meta"):
+        network = build_classifier(name, 5, image_size=size).eval()
+        assert network(torch.empty(2, 3, size, size)).shape == (2, 5)
+
+
+def test_every_listed_name_can_be_built():
+    names = classifier_names()
+    assert {"c18_32_bn", "cifar_resnet110", "resnet18", "vgg16", "bn_inception"} <= set(names)
+    with torch.device("meta"):
+        for name in ("alexnet", "densenet121", "mobilenet_v2", "squeezenet1_1", "convnext_tiny"):
+            assert name in names
+            build_classifier(name, 3, image_size=224)
+
+
+def test_building_leaves_the_seed_to_the_weights():
+    """The check of the image size draws nothing, so the weights are those of the bare network."""
+    from torchvision.models import resnet18
+
+    torch.manual_seed(3)
+    expected = resnet18(num_classes=4)
+    torch.manual_seed(3)
+    network = build_classifier("resnet18", 4)
+    for a, b in zip(network.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "close"), [("resnet20", "cifar_resnet20"), ("vgg61", "vgg16"), ("c3_32bn", "c3_32_bn")]
+)
+def test_unknown_name_gets_close_matches(name, close):
+    with pytest.raises(ValueError, match=rf"no classifier named '{name}'.*{close}"):
+        build_classifier(name, 10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("inception_v3", 32), ("c3_32", 4), ("alexnet", 32), ("vit_b_16", 32)]
+)
+def test_image_size_that_does_not_fit(name, size):
+    with pytest.raises(ValueError, match=f"{size} x {size}"):
+        build_classifier(name, 10, image_size=size)
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet21", "cifar_densenet41"])
+def test_depth_that_does_not_exist(name):
+    with pytest.raises(ValueError, match="layers"):
+        build_classifier(name, 10)
+
+
+def test_dropout_zeroes_half_of_the_last_layers_input_in_training_only():
+    network = build_classifier("c3_32", 10, dropout=0.5)
+    assert list(network.state_dict()) == list(build_classifier("c3_32", 10).state_dict())
+    seen = []
+    fc = network.fc
+    x = torch.ones(400, fc.in_features)
+    nn.init.ones_(fc.weight)
+    nn.init.zeros_(fc.bias)
+    seen = fc(x)[:, 0] / fc.in_features
+    # Each output is the mean of 512 values that are 0 or 2: standard deviation 1 / sqrt(512).
+    assert abs(seen.mean() - 1) < 0.01
+    assert abs(seen.std() - 512**-0.5) < 0.01
+    fc.eval()
+    assert torch.equal(fc(x)[:, 0], torch.full((400,), 512.0))
+
+
+@pytest.mark.parametrize(("name", "p"), [("c3_32", 1.0), ("c3_32", -0.1), ("squeezenet1_1", 0.5)])
+def test_dropout_that_cannot_be(name, p):
+    with pytest.raises(ValueError, match=r"[Dd]ropout"):
+        build_classifier(name, 10, dropout=p, image_size=64)

@@ -1,0 +1,78 @@
+#!/usr/bin/env python3
+"""Make a trained classifier the backbone of a Detectron2 detector.
+
+    export_backbone.py output/imagenet_resnet50/model_final.pth backbone.pth
+
+Takes a checkpoint of a torchvision ResNet (also ResNeXt and wide ResNet) that this package trained,
+whose config.yaml lies beside it, or plain torchvision weights. Beside the weights it writes the
+settings that the detector needs as a config, backbone.yaml, and prints them as overrides for the
+command line of train_net.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from repr_det.classification.export import export_backbone
+
+# What torchvision's weights were trained with, times 255.
+TORCHVISION_MEAN = [123.675, 116.28, 103.53]
+TORCHVISION_STD = [58.395, 57.12, 57.375]
+
+
+def classifier_input(config: Path) -> tuple[list[float], list[float], str]:
+    """Mean, standard deviation and channel order that a classifier was trained with."""
+    if not config.is_file():
+        return TORCHVISION_MEAN, TORCHVISION_STD, "RGB"
+    settings = yaml.safe_load(config.read_text())
+    model = settings["MODEL"]
+    return model["PIXEL_MEAN"], model["PIXEL_STD"], settings["INPUT"]["FORMAT"]
+
+
+def overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
+    """Nested settings as ``KEY VALUE`` pairs of a command line."""
+    pairs = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            pairs += overrides(value, f"{prefix}{key}.")
+        else:
+            pairs += [prefix + key, str(value)]
+    return pairs
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse arguments, export, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="checkpoint or torchvision weights")
+    parser.add_argument("target", type=Path, help="file to write, ending in .pth")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        help="config the classifier was trained with; by default config.yaml beside the source, "
+        "and without one torchvision's pixel statistics and RGB",
+    )
+    parser.add_argument(
+        "--format", choices=("RGB", "BGR"), default="RGB", help="channel order of the detector"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        mean, std, order = classifier_input(args.config or args.source.with_name("config.yaml"))
+        settings = export_backbone(args.source, args.target, mean, std, order, args.format)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(str(error))
+    config = args.target.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None))
+    print(f"Wrote {args.target} and {config}. Settings for the detector:")
+    print(shlex.join(overrides(settings)))
+
+
+if __name__ == "__main__":
+    main()
