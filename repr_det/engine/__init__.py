@@ -1,0 +1,1 @@
+"""Detectron2 glue that is the same for every task."""

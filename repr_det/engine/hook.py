@@ -1,0 +1,192 @@
+"""RePr as a hook of any Detectron2 trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import EvalHook
+from detectron2.engine.train_loop import AMPTrainer, TrainerBase
+from detectron2.utils import comm
+
+from repr_det.engine.batches import own_batches, training_loss
+from repr_det.method.controller import PhaseChange, RePr
+from repr_det.method.reinit import Reinit
+from repr_det.method.schedule import FULL, SUB, RePrSchedule
+
+logger = logging.getLogger(__name__)
+
+STATE_KEY = "RePrHook"
+"""Where this hook's state lies in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
+
+
+class RePrHook(HookBase):
+    """Trains with RePr in any trainer that has ``.model`` and ``.optimizer``.
+
+    Register it before ``resume_or_load``; it looks at the trainer then and refuses what cannot
+    work.
+    It acts before a step, so a checkpoint written after any step resumes exactly there.
+
+    Scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned`` at every step;
+    ``repr/overlap`` (mean plain Ortho score over surviving filters) and ``repr/overlap/<layer>``
+    before each drop, after each return and at every evaluation.
+
+    Args:
+        schedule: when, in iterations.
+        arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
+            ``batches`` and ``loss`` default to the trainer's data and the model's losses.
+
+    Raises:
+        ValueError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
+            end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already.
+    """
+
+    def __init__(self, schedule: RePrSchedule, **arguments: Any) -> None:
+        self.schedule = schedule
+        self.method: RePr
+        self._arguments = arguments
+        self._trainer: TrainerBase | None = None
+        self._has_state = False
+        self._eval_period = 0
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> RePrHook | None:
+        """The hook that ``cfg.REPR`` describes, S1 and S2 in iterations; None if not enabled."""
+        if not cfg.REPR.ENABLED:
+            return None
+        keys = cfg.REPR
+        return cls(
+            RePrSchedule(keys.S1, keys.S2, keys.N),
+            prune_ratio=keys.PRUNE_RATIO,
+            criterion=keys.CRITERION,
+            include=list(keys.INCLUDE),
+            exclude=list(keys.EXCLUDE),
+            max_layer_ratio=keys.MAX_LAYER_RATIO,
+            seed=keys.SEED,
+            reinit=Reinit(**{key.lower(): value for key, value in keys.REINIT.items()}),
+        )
+
+    @property
+    def trainer(self) -> TrainerBase | None:
+        """The trainer; setting it, as ``register_hooks`` does, builds the method for it."""
+        return self._trainer
+
+    @trainer.setter
+    def trainer(self, trainer: TrainerBase) -> None:
+        self._trainer = trainer
+        if isinstance(getattr(trainer, "_trainer", trainer), AMPTrainer) and not (
+            torch.cuda.is_available()
+        ):
+            raise ValueError(
+                "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none: "
+                "turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
+            )
+        if getattr(trainer, "start_iter", 0) > 0:
+            raise ValueError(
+                f"RePrHook was registered after the run was resumed at iteration "
+                f"{trainer.start_iter}, so it has no state: register it before resume_or_load."
+            )
+        if hasattr(trainer, "max_iter"):
+            self.schedule.check_fits(trainer.max_iter)
+        seed = self._arguments.get("seed", 0) + comm.get_rank()
+        defaults = {"batches": own_batches(trainer.data_loader, seed), "loss": training_loss}
+        self.method = RePr(
+            trainer.model, trainer.optimizer, self.schedule, **{**defaults, **self._arguments}
+        )
+        layers = self.method.layers
+        logger.info(
+            f"RePr: {sum(layer.num_filters for layer in layers)} filters of {len(layers)} conv "
+            f"layers take part; {self.schedule.cycles} cycles of {self.schedule.s1} + "
+            f"{self.schedule.s2} iterations, then full training from {self.schedule.end}."
+        )
+
+    def before_train(self) -> None:
+        """Check what only the start of training shows, and look for evaluations to follow."""
+        self.schedule.check_fits(self.trainer.max_iter)
+        if self.trainer.start_iter > 0 and not self._has_state:
+            raise ValueError(
+                f"This run goes on at iteration {self.trainer.start_iter}, but its checkpoint "
+                f"holds no RePr state (made without RePr?): start a new run with it as "
+                f"MODEL.WEIGHTS."
+            )
+        zero = self.method.zero_filters()
+        if zero:
+            names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
+            logger.warning(
+                f"RePr: the starting weights hold {sum(zero.values())} filters of zero norm; they "
+                f"are dropped first: {names}{', ...' if len(zero) > 5 else ''}."
+            )
+        periods = [h._period for h in self.trainer._hooks if isinstance(h, EvalHook)]
+        self._eval_period = periods[0] if periods else 0
+
+    def before_step(self) -> None:
+        """Do what is due, log it, and record the phase."""
+        iteration = self.trainer.iter
+        if self.schedule.phase(iteration).name == SUB and self.method.phase == FULL:
+            self._record_overlap()
+        for change in self.method.step(iteration):
+            logger.info(_one_line(change))
+            for line in _layer_lines(change):
+                logger.info(line)
+            if change.kind == "return":
+                self._record_overlap()
+        self.trainer.storage.put_scalars(
+            **{
+                "repr/phase": float(self.method.phase == SUB),
+                "repr/cycle": self.method.cycle,
+                "repr/num_pruned": self.method.num_pruned,
+            },
+            smoothing_hint=False,
+        )
+
+    def after_step(self) -> None:
+        """Record the overlap where an evaluation is due."""
+        done = self.trainer.iter + 1
+        if self._eval_period and done % self._eval_period == 0:
+            self._record_overlap()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state."""
+        return self.method.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the method's state; raises ValueError where it does not fit."""
+        self.method.load_state_dict(state)
+        self._has_state = True
+
+    def _record_overlap(self) -> None:
+        overlap = self.method.overlap()
+        scalars = {f"repr/overlap/{name}": value for name, value in overlap.items()}
+        filters = {layer.name: layer.num_filters for layer in self.method.layers}
+        surviving = {n: filters[n] - int(mask.sum()) for n, mask in self.method.pruned.items()}
+        scalars["repr/overlap"] = sum(
+            value * surviving[name] for name, value in overlap.items()
+        ) / sum(surviving.values())
+        self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+
+
+def _one_line(change: PhaseChange) -> str:
+    touched = [layer for layer in change.layers if layer.pruned]
+    filters = sum(layer.pruned for layer in touched)
+    total = sum(layer.filters for layer in change.layers)
+    most = max(touched, key=lambda layer: layer.pruned / layer.filters)
+    what = "dropped" if change.kind == "drop" else "brought back"
+    return (
+        f"RePr cycle {change.cycle}: {what} {filters} of {total} filters in {len(touched)} of "
+        f"{len(change.layers)} layers, the largest share {most.pruned}/{most.filters} in "
+        f"{most.name}."
+    )
+
+
+def _layer_lines(change: PhaseChange) -> Sequence[str]:
+    if change.kind != "drop":
+        return []
+    return [
+        f"  {layer.name}: {layer.filters} filters, {layer.pruned} pruned, "
+        f"mean score {layer.mean_score:.4f}"
+        for layer in change.layers
+    ]

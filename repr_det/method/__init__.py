@@ -1,0 +1,1 @@
+"""RePr itself: torch and the standard library, never Detectron2."""

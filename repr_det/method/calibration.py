@@ -1,0 +1,92 @@
+"""Statistics of returned channels in front of norms whose statistics never train."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.filters import NormLink
+from repr_det.method.graph import preserved
+
+
+@contextmanager
+def _measuring(
+    links: Iterable[tuple[NormLink, Tensor]], average: Callable[[Tensor], Tensor]
+) -> Any:
+    """While inside, every run sets the running statistics of the given channels on its way.
+
+    A norm is corrected before it is applied, so what lies deeper already sees the corrected
+    channel; further batches average into the same statistics.
+    """
+    handles = []
+    for link, channels in links:
+        handles.append(link.module.register_forward_pre_hook(_Measure(link, channels, average)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Measure:
+    """Averages mean and second moment of some channels of a norm's input over calls."""
+
+    def __init__(
+        self, link: NormLink, channels: Tensor, average: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._link = link
+        self._channels = channels
+        self._average = average
+        self._moments: Tensor | None = None
+        self._calls = 0
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        channels = self._channels.to(args[0].device)
+        x = args[0].detach().index_select(1, channels).double().transpose(0, 1).flatten(1)
+        moments = self._average(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
+        self._calls += 1
+        if self._moments is None:
+            self._moments = moments
+        else:
+            self._moments += (moments - self._moments) / self._calls
+        mean, square = self._moments
+        for running_mean, running_var in self._link.running_statistics():
+            running_mean[channels] = mean.to(running_mean.dtype)
+            running_var[channels] = (square - mean.square()).clamp(min=0).to(running_var.dtype)
+
+
+def calibrate(
+    model: nn.Module,
+    links: Iterable[tuple[NormLink, Tensor]],
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    average: Callable[[Tensor], Tensor] = lambda moments: moments,
+) -> None:
+    """Set running mean and variance of some channels to what real batches show.
+
+    Args:
+        model: run by ``loss(model, batch)``; all else about it stays as it was.
+        links: norms, each with the channels to set (int64).
+        batches: the batches to measure.
+        loss: runs the model on a batch.
+        average: averages a tensor over processes.
+    """
+    links = list(links)
+    with preserved(model), torch.no_grad(), _measuring(links, average):
+        for batch in batches:
+            loss(model, batch)
+        measured = [
+            [(mean[c].clone(), var[c].clone()) for mean, var in link.running_statistics()]
+            for link, c in links
+        ]
+    # `preserved` has put the old buffers back, the measured channels with them.
+    with torch.no_grad():
+        for (link, c), values in zip(links, measured, strict=True):
+            for (mean, var), (new_mean, new_var) in zip(
+                link.running_statistics(), values, strict=True
+            ):
+                mean[c], var[c] = new_mean, new_var

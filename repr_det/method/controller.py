@@ -1,0 +1,619 @@
+"""RePr as one object: called before every training step, it does what is due."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from repr_det.method.calibration import calibrate
+from repr_det.method.criteria import (
+    CRITERIA,
+    Criterion,
+    Data,
+    choose,
+    layer_limits,
+    mean_overlap,
+    number_to_prune,
+)
+from repr_det.method.filters import (
+    FilterLayer,
+    NormLink,
+    finite,
+    named_modules,
+    select_layers,
+    shared_weights,
+    unwrap,
+)
+from repr_det.method.graph import ChannelGraph, Reader, preserved, trace
+from repr_det.method.pruning import (
+    GradientMask,
+    check_optimizer,
+    put_back,
+    reset_state,
+    set_aside,
+    zero_filters,
+)
+from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
+from repr_det.method.schedule import FULL, SUB, RePrSchedule
+
+CALIBRATION_BATCHES = 4
+"""Batches that measure a returned channel in front of a frozen norm."""
+
+_STATE_VERSION = 1
+
+
+class LayerReport(NamedTuple):
+    """What a phase change did to one layer.
+
+    Attributes:
+        name: dotted name of the conv.
+        filters: number of filters.
+        pruned: how many of them were dropped or came back.
+        mean_score: mean score over all filters; None on a return. Zero filters do not count.
+    """
+
+    name: str
+    filters: int
+    pruned: int
+    mean_score: float | None
+
+
+class PhaseChange(NamedTuple):
+    """What :meth:`RePr.step` did: ``kind`` is ``"drop"`` or ``"return"``."""
+
+    kind: str
+    cycle: int
+    layers: list[LayerReport]
+
+
+class RePr:
+    """Trains any model with convolutions by RePr (paper, Algorithm 1).
+
+    Call :meth:`step` before every training step; everything else of the loop stays as it is.
+
+    Args:
+        model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
+        optimizer: trains the model; must work elementwise.
+        schedule: when, in iterations.
+        prune_ratio: share of all filters that a drop takes, in (0, 1). The paper's p is 0.3.
+        criterion: a name in ``CRITERIA`` or a function of its signature.
+        include: patterns of layers that take part; see ``select_layers`` for the default.
+        exclude: patterns of layers that do not.
+        max_layer_ratio: share of one layer that a drop may take, in (0, 1]; a layer always keeps a
+            filter.
+        seed: of the new filters and of the random criterion.
+        batches: returns a fresh iterator of training batches, from a loader of its own.
+        loss: ``loss(model, batch)`` returns a scalar. With ``batches`` it serves data-driven
+            criteria and the statistics of returned channels in front of frozen norms.
+        copies: models kept in step (EMA of the weights): dropped and returned filters are handed
+            over to them.
+        reinit: what returned filters start with besides their direction.
+
+    Raises:
+        ValueError: an argument out of range, patterns that match nothing, an optimizer that cannot
+            be held filter by filter, a model that could not be run on an example.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: RePrSchedule,
+        prune_ratio: float = 0.3,
+        criterion: str | Criterion = "ortho",
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        max_layer_ratio: float = 0.5,
+        seed: int = 0,
+        batches: Callable[[], Iterator[Any]] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        copies: Sequence[nn.Module] = (),
+        reinit: Reinit | None = None,
+    ) -> None:
+        for name, value, closed in (
+            ("prune_ratio", prune_ratio, False), ("max_layer_ratio", max_layer_ratio, True)
+        ):  # fmt: skip
+            if not 0 < value <= 1 or (value == 1 and not closed):
+                raise ValueError(
+                    f"RePr: {name} is {value}; give a share above 0 and "
+                    f"{'up to' if closed else 'below'} 1."
+                )
+        if isinstance(criterion, str) and criterion not in CRITERIA:
+            raise ValueError(
+                f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
+            )
+        check_optimizer(optimizer)
+        self.schedule = schedule
+        self.optimizer = optimizer
+        self.prune_ratio = prune_ratio
+        self.max_layer_ratio = max_layer_ratio
+        self.seed = seed
+        self.reinit = reinit or Reinit()
+        self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+        self._criterion_name = (
+            criterion
+            if isinstance(criterion, str)
+            else getattr(criterion, "__name__", type(criterion).__name__)
+        )
+        self._include, self._exclude = list(include or ()), list(exclude or ())
+        self._model = unwrap(model)
+        self._batches, self._loss = batches, loss
+
+        self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
+        self.layers: list[FilterLayer] = self._find_layers()
+        self._readers = list(self.graph.readers.values())
+        self._copies = [self._rebound(copy) for copy in copies]
+        self._check_reachable()
+        if batches is None and any(link.constant_statistics for link, _ in self._norms(None)):
+            warnings.warn(
+                "RePr: the model has norms with constant statistics, which returned channels need "
+                "measured; pass batches= and loss=, or they keep those of the dropped filters.",
+                stacklevel=2,
+            )
+
+        self._phase, self._cycle = FULL, 0
+        self._pruned: dict[str, Tensor] = self._none_pruned()
+        self._before: dict[str, dict[str, Any]] = {}
+        self._aside: list[dict[str, Any]] = []
+        self._history: list[dict[str, Any]] = []
+        self._mask: GradientMask | None = None
+
+    # --- what takes part
+
+    def _run_on_real_images(self) -> None:
+        if self._batches is None or self._loss is None:
+            raise ValueError("no zero image fits, and no batches= and loss= were given")
+        self._loss(self._model, next(self._batches()))
+
+    def _find_layers(self) -> list[FilterLayer]:
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        names = select_layers(
+            self.graph.convs,
+            stems=self.graph.stems,
+            heads=self.graph.heads,
+            trained=trained,
+            has_backbone=isinstance(getattr(self._model, "backbone", None), nn.Module),
+            include=self._include,
+            exclude=self._exclude,
+        )
+        return shared_weights(
+            [
+                FilterLayer(name, self.graph.convs[name], tuple(self.graph.norms.get(name, ())))
+                for name in names
+            ]
+        )
+
+    def _rebound(self, copy: nn.Module) -> tuple[list[FilterLayer], list[Reader]]:
+        """The same layers and readers in a copy of the model."""
+        modules = dict(named_modules(copy))
+        layers = [
+            FilterLayer(
+                layer.name,
+                modules[layer.name],
+                tuple(
+                    NormLink(n.name, modules[n.name], n.filters, n.channels) for n in layer.norms
+                ),
+            )
+            for layer in self.layers
+        ]
+        return layers, [Reader(r.name, modules[r.name], r.sources) for r in self._readers]
+
+    def _check_reachable(self) -> None:
+        wanted = number_to_prune(self.layers, self.prune_ratio)
+        total = sum(layer.num_filters for layer in self.layers)
+        most = sum(layer_limits(self.layers, self.max_layer_ratio))
+        if wanted == 0:
+            raise ValueError(
+                f"RePr: prune_ratio {self.prune_ratio} of {total} filters is less than one filter; "
+                f"raise it or include more layers."
+            )
+        if wanted > most:
+            raise ValueError(
+                f"RePr: prune_ratio {self.prune_ratio} wants {wanted} of {total} filters, but "
+                f"max_layer_ratio {self.max_layer_ratio} lets go of {most} at most; "
+                f"raise max_layer_ratio or lower prune_ratio."
+            )
+
+    def _none_pruned(self) -> dict[str, Tensor]:
+        return {
+            layer.name: torch.zeros(layer.num_filters, dtype=torch.bool) for layer in self.layers
+        }
+
+    def _norms(self, chosen: dict[str, Tensor] | None) -> Iterator[tuple[NormLink, Tensor]]:
+        for layer in self.layers:
+            for link in layer.norms:
+                yield (
+                    link,
+                    link.channels if chosen is None else link.channels_of(chosen[layer.name]),
+                )
+
+    def zero_filters(self) -> dict[str, int]:
+        """Number of filters of zero norm by layer name, layers without any left out."""
+        counts = {
+            layer.name: int((layer.matrix().norm(dim=1) == 0).sum())
+            - int(self._pruned[layer.name].sum())
+            for layer in self.layers
+        }
+        return {name: count for name, count in counts.items() if count > 0}
+
+    @property
+    def phase(self) -> str:
+        """``"full"`` or ``"sub"``: what the weights are in now."""
+        return self._phase
+
+    @property
+    def cycle(self) -> int:
+        """The cycle that the weights are in now."""
+        return self._cycle
+
+    @property
+    def pruned(self) -> dict[str, Tensor]:
+        """The pruned filters: bool of shape (num_filters,) by layer name, all False when full."""
+        return {name: mask.clone() for name, mask in self._pruned.items()}
+
+    @property
+    def num_pruned(self) -> int:
+        """How many filters are pruned now."""
+        return sum(int(mask.sum()) for mask in self._pruned.values())
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Every drop so far: ``{"cycle", "iteration", "pruned"}``, pruned as in :attr:`pruned`."""
+        return list(self._history)
+
+    def overlap(self) -> dict[str, float]:
+        """Mean plain Ortho score over surviving filters, by layer name."""
+        return mean_overlap(self.layers, self._pruned)
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of pruned filters to zero now.
+
+        Only for loops that write ``.grad`` other than by ``backward()``, which does it by itself.
+        """
+        if self._mask is not None:
+            self._mask.apply()
+
+    # --- what happens when
+
+    def step(self, iteration: int) -> list[PhaseChange]:
+        """Do what is due before the training step of this iteration, counted from 0.
+
+        Returns:
+            The phase changes that happened; empty at almost every step.
+
+        Raises:
+            FloatingPointError: weights or scores that are not finite when filters are ranked.
+        """
+        phase = self.schedule.phase(iteration)
+        if self._phase == phase.name and (phase.name == FULL or self._cycle == phase.cycle):
+            self._cycle = phase.cycle
+            return []
+        changes = []
+        with torch.no_grad():
+            if self._phase == SUB:
+                changes.append(self._return())
+            if phase.name == SUB:
+                changes.append(self._drop(phase.cycle, iteration))
+        self._cycle = phase.cycle
+        return changes
+
+    def _generator(self, cycle: int, event: int) -> torch.Generator:
+        """Random numbers of one event, a function of seed and cycle and not of history."""
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + cycle) * 2 + event)
+
+    def _drop(self, cycle: int, iteration: int) -> PhaseChange:
+        for layer in self.layers:
+            if not finite(layer):
+                raise FloatingPointError(
+                    f"RePr cannot rank the filters of {layer.name}: its weight holds NaN or "
+                    f"infinity; training has diverged, lower the learning rate or resume an "
+                    f"earlier checkpoint."
+                )
+        data = Data(self._model, self._batches, self._loss, self._generator(cycle, 0))
+        with preserved(self._model):
+            scores = self._agreed_scores(self._criterion(self.layers, data))
+        pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
+        self._before = {
+            layer.name: _values(layer, pruned[layer.name])
+            for layer in self.layers
+            if pruned[layer.name].any()
+        }
+        self._aside = []
+        for layers, readers, optimizer in self._everywhere():
+            self._aside.append(set_aside(readers, pruned, optimizer))
+            for layer in layers:
+                zero_filters(layer, pruned[layer.name], optimizer)
+        self._pruned = pruned
+        self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
+        self._phase = SUB
+        self._hold()
+        return PhaseChange("drop", cycle, self._report(scores))
+
+    def _return(self) -> PhaseChange:
+        self._release()
+        returned = self._pruned
+        generator = self._generator(self._cycle, 1)
+        everywhere = self._everywhere()
+        for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
+            put_back(readers, returned, optimizer, aside, self.reinit.outgoing)
+        rows = self._new_rows(generator)
+        for layer in self.layers:
+            if layer.name in rows:
+                chosen = returned[layer.name]
+                layer.write_rows(chosen, rows[layer.name])
+                self._write_affine(layer, chosen)
+                reset_state(layer, chosen, self.optimizer)
+        self._reset_statistics(returned)
+        report = self._report(None)
+        for layers, _, optimizer in everywhere:
+            if optimizer is None:
+                _hand_over(self.layers, layers, returned)
+        self._pruned, self._before, self._aside = self._none_pruned(), {}, []
+        self._phase = FULL
+        return PhaseChange("return", self._cycle, report)
+
+    def _everywhere(self) -> list[tuple[list[FilterLayer], list[Reader], Optimizer | None]]:
+        """The model and its copies: layers, readers, and the optimizer that trains them."""
+        return [
+            (self.layers, self._readers, self.optimizer),
+            *((layers, readers, None) for layers, readers in self._copies),
+        ]
+
+    def _hold(self) -> None:
+        slots = itertools.chain.from_iterable(
+            layer.filter_slots(self._pruned[layer.name])
+            for layer in self.layers
+            if self._pruned[layer.name].any()
+        )
+        self._mask = GradientMask(slots)
+
+    def _release(self) -> None:
+        if self._mask is not None:
+            self._mask.remove()
+            self._mask = None
+
+    def _report(self, scores: dict[str, Tensor] | None) -> list[LayerReport]:
+        return [
+            LayerReport(
+                layer.name,
+                layer.num_filters,
+                int(self._pruned[layer.name].sum()),
+                None if scores is None else _finite_mean(scores[layer.name]),
+            )
+            for layer in self.layers
+        ]
+
+    # --- coming back
+
+    def _new_rows(self, generator: torch.Generator) -> dict[str, Tensor]:
+        rows = {}
+        for layer in self.layers:
+            if layer.name not in self._before:
+                continue
+            chosen = self._pruned[layer.name].to(layer.weight.device)
+            current = layer.matrix().reshape(layer.groups, -1, layer.dimension)
+            old = torch.zeros_like(layer.matrix())
+            old[chosen] = self._before[layer.name]["weight"].to(old.device, old.dtype)
+            old = old.reshape(current.shape)
+            new = torch.zeros_like(current, dtype=torch.float64)
+            for group, mask in enumerate(chosen.reshape(layer.groups, -1)):
+                if mask.any():
+                    previous, kept = old[group, mask], current[group, ~mask]
+                    directions = orthogonal_directions(previous, kept, generator)
+                    new[group, mask] = lengths_of(self.reinit, previous, kept) * directions
+            rows[layer.name] = new.reshape(layer.num_filters, -1)[chosen].to(layer.weight.dtype)
+        return _from_first_rank(rows)
+
+    def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
+        """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""
+        before = self._before[layer.name]
+        if layer.bias is not None:
+            _write_choice(layer.bias, chosen, ~chosen, self.reinit.beta, before["bias"])
+        for link, old in zip(layer.norms, before["norms"], strict=True):
+            new, kept = link.channels_of(chosen), link.channels_of(~chosen)
+            for key, tensor, choice in (
+                ("gamma", link.gamma, self.reinit.gamma), ("beta", link.beta, self.reinit.beta)
+            ):  # fmt: skip
+                if tensor is not None:
+                    _write_choice(
+                        tensor, new, kept, choice if link.trains else "previous", old[key]
+                    )
+
+    def _reset_statistics(self, returned: dict[str, Tensor]) -> None:
+        """Running statistics: as in a new norm where they train, else measured on real batches."""
+        constant = []
+        for link, channels in self._norms(returned):
+            if not len(channels):
+                continue
+            if link.constant_statistics and any(True for _ in link.running_statistics()):
+                constant.append((link, channels))
+                continue
+            for mean, var in link.running_statistics():
+                mean[channels], var[channels] = 0.0, 1.0
+        if not constant:
+            return
+        if self._batches is not None and self._loss is not None:
+            batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
+            calibrate(self._model, constant, batches, self._loss, _mean_over_ranks)
+            return
+        for layer in self.layers:
+            if layer.name not in self._before:
+                continue
+            for link, old in zip(layer.norms, self._before[layer.name]["norms"], strict=True):
+                channels = link.channels_of(returned[layer.name])
+                for (mean, var), (old_mean, old_var) in zip(
+                    link.running_statistics(), old["statistics"], strict=True
+                ):
+                    mean[channels] = old_mean.to(mean.device)
+                    var[channels] = old_var.to(var.device)
+
+    def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The scores averaged over ranks, the first rank's bits on all of them."""
+        for layer in self.layers:
+            got = scores.get(layer.name)
+            if got is None or got.shape != (layer.num_filters,):
+                raise ValueError(
+                    f"RePr criterion {self._criterion_name!r} must return a score for each of the "
+                    f"{layer.num_filters} filters of {layer.name}; it returned "
+                    f"{'none' if got is None else tuple(got.shape)}."
+                )
+        if not _distributed():
+            return scores
+        device = self.layers[0].weight.device
+        scores = {n: _mean_over_ranks(s.to(device, torch.float64)) for n, s in scores.items()}
+        return _from_first_rank(scores)
+
+    # --- state
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must share with the run that wrote the checkpoint."""
+        return {
+            "s1": self.schedule.s1,
+            "s2": self.schedule.s2,
+            "cycles": self.schedule.cycles,
+            "prune_ratio": self.prune_ratio,
+            "criterion": self._criterion_name,
+            "include": self._include,
+            "exclude": self._exclude,
+            "max_layer_ratio": self.max_layer_ratio,
+            "seed": self.seed,
+            **{f"reinit.{key}": value for key, value in asdict(self.reinit).items()},
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of RePr's state: tensors, numbers, strings, lists and dicts."""
+        return {
+            "version": _STATE_VERSION,
+            "settings": self.settings(),
+            "layers": {layer.name: layer.num_filters for layer in self.layers},
+            "phase": self._phase,
+            "cycle": self._cycle,
+            "pruned": self.pruned if self._phase == SUB else {},
+            "before": self._before,
+            "aside": self._aside,
+            "history": self._history,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; the model's and the optimizer's are loaded by whoever saved them.
+
+        Raises:
+            ValueError: the state was written with other settings, for another model, with another
+                number of copies, or by another version.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
+                f"resume with the version of repr_det that wrote the checkpoint."
+            )
+        mine, theirs = self.settings(), state["settings"]
+        different = [k for k in mine if theirs.get(k) != mine[k]]
+        if different:
+            listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine[k]!r}" for k in different)
+            raise ValueError(
+                f"RePr settings differ from the checkpoint's ({listed}): "
+                f"resume with the same settings or start a new run."
+            )
+        if state["layers"] != {layer.name: layer.num_filters for layer in self.layers}:
+            changed = set(state["layers"].items()) ^ {(x.name, x.num_filters) for x in self.layers}
+            raise ValueError(
+                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
+                f"resume with the same model and frozen layers, or start a new run."
+            )
+        if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._copies):
+            raise ValueError(
+                f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
+                f"now there are {len(self._copies)}: pass the same copies."
+            )
+        self._release()
+        self._phase, self._cycle = state["phase"], state["cycle"]
+        self._before, self._aside = state["before"], state["aside"]
+        self._history = list(state["history"])
+        self._pruned = self._none_pruned()
+        if self._phase == SUB:
+            self._pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
+            self._hold()
+
+
+def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
+    """What the chosen filters of a layer are before they go."""
+    norms = []
+    for link in layer.norms:
+        channels = link.channels_of(chosen)
+        norms.append(
+            {
+                key: tensor.detach()[channels].clone()
+                for key, tensor in (("gamma", link.gamma), ("beta", link.beta))
+                if tensor is not None
+            }
+            | {
+                "statistics": [
+                    [mean[channels].clone(), var[channels].clone()]
+                    for mean, var in link.running_statistics()
+                ]
+            }
+        )
+    values = {"weight": layer.matrix()[chosen.to(layer.weight.device)].clone(), "norms": norms}
+    if layer.bias is not None:
+        values["bias"] = layer.bias.detach()[chosen].clone()
+    return values
+
+
+def _write_choice(tensor: Tensor, new: Tensor, kept: Tensor, choice: str, previous: Tensor) -> None:
+    """Set entries of a one-dimensional tensor by a choice of :class:`Reinit`."""
+    survivors = tensor.detach()[kept]
+    if choice == "survivors" and len(survivors):
+        values = survivors.mean()
+    elif choice in ("survivors", "previous"):
+        values = previous.to(tensor.device)
+    else:
+        values = torch.tensor({"one": 1.0, "zero": 0.0}[choice], device=tensor.device)
+    tensor.detach()[new] = values.to(tensor.dtype)
+
+
+def _hand_over(
+    source: Sequence[FilterLayer], target: Sequence[FilterLayer], returned: dict[str, Tensor]
+) -> None:
+    """Copy returned filters with their norm's statistics from one model into another."""
+    for mine, theirs in zip(source, target, strict=True):
+        chosen = returned[mine.name]
+        for a, b in zip(mine.filter_slots(chosen), theirs.filter_slots(chosen), strict=True):
+            b.write(a.read())
+        for a, b in zip(mine.norms, theirs.norms, strict=True):
+            channels = a.channels_of(chosen)
+            for (m1, v1), (m2, v2) in zip(
+                a.running_statistics(), b.running_statistics(), strict=True
+            ):
+                m2[channels], v2[channels] = m1[channels].to(m2.device), v1[channels].to(v2.device)
+
+
+def _finite_mean(scores: Tensor) -> float:
+    scores = scores[scores.isfinite()]
+    return float(scores.mean()) if len(scores) else float("nan")
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _mean_over_ranks(tensor: Tensor) -> Tensor:
+    if _distributed():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def _from_first_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first rank's values of some tensors, on all ranks."""
+    if _distributed():
+        for tensor in tensors.values():
+            dist.broadcast(tensor, 0)
+    return tensors

@@ -1,0 +1,217 @@
+"""Which: scores that rank filters, the larger the sooner pruned.
+
+Every criterion has one signature, ``criterion(layers, data) -> {layer name: scores (J,)}``, so a
+function of one's own can stand in for any of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.filters import FilterLayer
+
+
+class Data(NamedTuple):
+    """What a criterion may look at besides the weights.
+
+    Attributes:
+        model: the model, wrappers taken off.
+        batches: returns a fresh iterator of batches, or None.
+        loss: ``loss(model, batch)`` returns a scalar, or None.
+        generator: CPU source of random numbers, a function of seed and cycle.
+    """
+
+    model: nn.Module
+    batches: Callable[[], Iterator[Any]] | None
+    loss: Callable[[nn.Module, Any], Tensor] | None
+    generator: torch.Generator
+
+
+Scores = dict[str, Tensor]
+Criterion = Callable[[Sequence[FilterLayer], Data], Scores]
+
+
+def chance_overlap(dimension: int) -> float:
+    """Mean |cosine| of two random directions in ``dimension`` dimensions.
+
+    ``Gamma(d/2) / (sqrt(pi) Gamma((d+1)/2))``, the first absolute moment of one coordinate of a
+    uniform unit vector; about ``sqrt(2 / (pi d))``.
+    """
+    return math.exp(math.lgamma(dimension / 2) - math.lgamma((dimension + 1) / 2)) / math.sqrt(
+        math.pi
+    )
+
+
+def _grouped_units(layer: FilterLayer) -> tuple[Tensor, Tensor]:
+    """Unit filters of shape (groups, J / groups, d) and which are of zero norm, shape (J,)."""
+    rows = layer.matrix().double().reshape(layer.groups, -1, layer.dimension)
+    lengths = rows.norm(dim=2, keepdim=True)
+    zero = lengths == 0
+    return rows / lengths.masked_fill(zero, 1.0), zero.flatten()
+
+
+def overlap_matrix(units: Tensor) -> Tensor:
+    """``P = |W W^T - I|`` of unit rows (paper, equation 1).
+
+    Args:
+        units: shape (..., J, d), rows of length one.
+
+    Returns:
+        shape (..., J, J); off the diagonal the |cosine| of two filters.
+    """
+    products = units @ units.transpose(-1, -2)
+    eye = torch.eye(units.shape[-2], dtype=units.dtype, device=units.device)
+    return (products - eye).abs()
+
+
+def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
+    """The paper's score as printed: ``O[f] = sum(P[f]) / J`` (paper, equations 1 and 2).
+
+    Rows are normalised one by one. In a grouped convolution J counts the filters of a group. It
+    cannot be compared between layers of different dimension; see :func:`ortho`. A filter of zero
+    norm scores infinity.
+    """
+    scores = {}
+    for layer in layers:
+        units, zero = _grouped_units(layer)
+        overlap = overlap_matrix(units)
+        scores[layer.name] = overlap.mean(dim=2).flatten().masked_fill(zero, math.inf)
+    return scores
+
+
+def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
+    """Inter-filter orthogonality made comparable between layers; the default.
+
+    Mean |cosine| of a filter to the other filters of its layer (of its group), divided by what
+    chance gives in that many dimensions (:func:`chance_overlap`): 1 means as close as random
+    directions. Zero filters do not count as others and score infinity. After the paper's section 4;
+    the division is ours.
+    """
+    scores = {}
+    for layer in layers:
+        units, zero = _grouped_units(layer)
+        overlap = overlap_matrix(units)
+        # A zero filter has |0 - 1| on the diagonal; the diagonal is no pair of filters.
+        overlap.diagonal(dim1=-2, dim2=-1).zero_()
+        others = (~zero).reshape(layer.groups, -1).sum(dim=1, keepdim=True) - 1
+        mean = overlap.sum(dim=2) / others.clamp(min=1)
+        score = mean / chance_overlap(layer.dimension)
+        scores[layer.name] = score.flatten().masked_fill(zero, math.inf)
+    return scores
+
+
+def ortho_authors(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
+    """The variant that the authors' public code computes.
+
+    The layer is normalised as a whole (its Frobenius norm), and the absolute value is taken after
+    averaging: ``|mean_g (W W^T - I)[f, g]|`` with ``W`` divided by its norm.
+    """
+    scores = {}
+    for layer in layers:
+        rows = layer.matrix().double().reshape(layer.groups, -1, layer.dimension)
+        rows = rows / rows.norm().clamp(min=torch.finfo(rows.dtype).tiny)
+        eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        products = rows @ rows.transpose(1, 2) - eye
+        scores[layer.name] = products.mean(dim=2).abs().flatten()
+    return scores
+
+
+def weights(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
+    """Minus the mean |weight| of a filter: small filters go first (Li et al., ICLR 2017).
+
+    The mean instead of the sum makes layers of different dimension comparable.
+    """
+    return {layer.name: -layer.matrix().double().abs().mean(dim=1) for layer in layers}
+
+
+def random(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Uniform random scores: the control that any ranking has to beat."""
+    return {
+        layer.name: torch.rand(layer.num_filters, generator=data.generator, dtype=torch.float64)
+        for layer in layers
+    }
+
+
+CRITERIA: dict[str, Criterion] = {
+    "ortho": ortho,
+    "ortho_paper": ortho_paper,
+    "ortho_authors": ortho_authors,
+    "weights": weights,
+    "random": random,
+}
+
+
+def mean_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> dict[str, float]:
+    """Mean plain score (:func:`ortho_paper`) over the surviving filters of each layer."""
+    means = {}
+    for layer in layers:
+        kept = ~pruned[layer.name].to(layer.weight.device)
+        units, zero = _grouped_units(layer)
+        kept &= ~zero
+        overlap = overlap_matrix(units).masked_fill(~kept.reshape(layer.groups, 1, -1), 0.0)
+        per_group = kept.reshape(layer.groups, -1).sum(dim=1, keepdim=True).clamp(min=1)
+        scores = (overlap.sum(dim=2) / per_group).flatten()[kept]
+        means[layer.name] = float(scores.mean()) if len(scores) else 0.0
+    return means
+
+
+def layer_limits(layers: Sequence[FilterLayer], max_layer_ratio: float) -> list[int]:
+    """How many filters each layer may lose: its share, and never all of them."""
+    # The small shift keeps a share such as 0.7 of 10 at 7, which floating point makes 6.99...
+    return [
+        min(math.floor(max_layer_ratio * layer.num_filters + 1e-9), layer.num_filters - 1)
+        for layer in layers
+    ]
+
+
+def number_to_prune(layers: Sequence[FilterLayer], ratio: float) -> int:
+    """``ratio`` of all filters together, rounded down."""
+    return math.floor(ratio * sum(layer.num_filters for layer in layers) + 1e-9)
+
+
+def choose(
+    layers: Sequence[FilterLayer], scores: Scores, ratio: float, max_layer_ratio: float
+) -> dict[str, Tensor]:
+    """The filters to prune: the highest scores over all layers, up to each layer's limit.
+
+    Equal scores are taken in the order of layers and filters, so that the choice depends on nothing
+    else.
+
+    Args:
+        layers: the filter layers.
+        scores: by layer name, shape (J,).
+        ratio: share of all filters to prune, in (0, 1).
+        max_layer_ratio: share of one layer that may go.
+
+    Returns:
+        bool of shape (J,) by layer name, on the CPU.
+
+    Raises:
+        FloatingPointError: a score that is not a number.
+    """
+    for layer in layers:
+        if scores[layer.name].isnan().any():
+            raise FloatingPointError(
+                f"RePr cannot rank the filters of {layer.name}: a score is not a number; "
+                f"training has diverged, lower the learning rate or resume an earlier checkpoint."
+            )
+    together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
+    owner = torch.cat([torch.full((layer.num_filters,), i) for i, layer in enumerate(layers)])
+    order = torch.sort(together, descending=True, stable=True).indices
+    left = layer_limits(layers, max_layer_ratio)
+    missing = number_to_prune(layers, ratio)
+    chosen = torch.zeros(len(together), dtype=torch.bool)
+    for index, layer in zip(order.tolist(), owner[order].tolist(), strict=True):
+        if missing == 0:
+            break
+        if left[layer]:
+            left[layer] -= 1
+            missing -= 1
+            chosen[index] = True
+    parts = chosen.split([layer.num_filters for layer in layers])
+    return {layer.name: part.clone() for layer, part in zip(layers, parts, strict=True)}

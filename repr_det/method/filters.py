@@ -1,0 +1,400 @@
+"""What: the conv layers that take part, and what belongs to a filter."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+_WRAPPERS = (DataParallel, DistributedDataParallel)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    while True:
+        if isinstance(model, _WRAPPERS):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Like ``model.named_modules()``, each module once, wrappers looked through.
+
+    No name contains ``module.`` of a parallel wrapper or ``_orig_mod.`` of ``torch.compile``.
+    """
+    seen: set[int] = set()
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield prefix, module
+        for name, child in module.named_children():
+            yield from walk(f"{prefix}.{name}" if prefix else name, child)
+
+    yield from walk("", model)
+
+
+def is_conv(module: nn.Module) -> bool:
+    """Whether a module is a convolution.
+
+    Besides torch's own classes, anything that carries their attributes and a weight with
+    spatial dimensions: the deformable convolutions of torchvision and Detectron2.
+    """
+    if isinstance(module, _ConvNd):
+        return True
+    weight = getattr(module, "weight", None)
+    attributes = ("in_channels", "out_channels", "kernel_size", "groups")
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() >= 3
+        and all(hasattr(module, a) for a in attributes)
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises channels.
+
+    torch's own classes, and by their tensors the ones that are no subclass of them: a module
+    with one-dimensional ``weight`` and ``bias`` of one length (FrozenBatchNorm2d, Detectron2's
+    channel-first LayerNorm and its norm per feature level).
+    """
+    if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
+        return True
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    return (
+        isinstance(weight, Tensor)
+        and isinstance(bias, Tensor)
+        and weight.dim() == bias.dim() == 1
+        and len(weight) == len(bias)
+        and not is_conv(module)
+        and not isinstance(module, nn.Linear)
+    )
+
+
+def mixes_channels(norm: nn.Module) -> bool:
+    """Whether a norm computes its statistics over several channels at once."""
+    if isinstance(norm, (nn.GroupNorm, nn.LayerNorm)):
+        return True
+    has_statistics = any(
+        getattr(m, "running_mean", None) is not None or isinstance(m, _NormBase)
+        for m in norm.modules()
+    )
+    return not has_statistics
+
+
+def norm_channels(norm: nn.Module) -> int | None:
+    """Number of channels a norm expects, or None where it does not say."""
+    weight = getattr(norm, "weight", None)
+    if isinstance(weight, Tensor):
+        return len(weight) if weight.dim() == 1 else None
+    return getattr(norm, "num_features", getattr(norm, "num_channels", None))
+
+
+class Slot(NamedTuple):
+    """A part of a tensor that belongs to some filters: indices along one dimension.
+
+    Attributes:
+        tensor: the parameter or buffer.
+        rows: restricts the first dimension to one group, or None for all of it.
+        dim: the dimension that ``index`` counts along.
+        index: indices along ``dim``, int64.
+    """
+
+    tensor: Tensor
+    rows: slice | None
+    dim: int
+    index: Tensor
+
+    def _view(self, like: Tensor | None) -> Tensor:
+        tensor = (self.tensor if like is None else like).detach()
+        return tensor if self.rows is None else tensor[self.rows]
+
+    def read(self, like: Tensor | None = None) -> Tensor:
+        """A copy of this part, of ``tensor`` or of another tensor of its shape."""
+        return self._view(like).index_select(self.dim, self.index)
+
+    def fill(self, value: float, like: Tensor | None = None) -> None:
+        """Set this part to one value, in place."""
+        self._view(like).index_fill_(self.dim, self.index, value)
+
+    def write(self, values: Tensor, like: Tensor | None = None) -> None:
+        """Set this part to values of the shape that :meth:`read` gives, in place."""
+        view = self._view(like)
+        view.index_copy_(self.dim, self.index, values.to(view.device, view.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class NormLink:
+    """Channels of one norm that each belong to one filter of a layer.
+
+    Attributes:
+        name: dotted name of the norm.
+        module: the norm.
+        filters: indices of filters, int64 of shape (n,).
+        channels: the norm's channel of each, int64 of shape (n,).
+    """
+
+    name: str
+    module: nn.Module
+    filters: Tensor
+    channels: Tensor
+
+    def channels_of(self, chosen: Tensor) -> Tensor:
+        """The norm's channels that belong to the chosen filters (bool of shape (J,))."""
+        return self.channels[chosen.cpu()[self.filters]]
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The norm's scale: a parameter, a buffer where it is frozen, None where it has none."""
+        return self.module.weight
+
+    @property
+    def beta(self) -> Tensor | None:
+        """The norm's shift, likewise."""
+        return self.module.bias
+
+    @property
+    def trains(self) -> bool:
+        """Whether gamma and beta train; in FrozenBatchNorm2d they are constants."""
+        return isinstance(self.gamma, nn.Parameter) and self.gamma.requires_grad
+
+    @property
+    def constant_statistics(self) -> bool:
+        """Whether training uses the running statistics as they are and never corrects them."""
+        learns = [m.training for m in self.module.modules() if isinstance(m, _NormBase)]
+        return not all(learns) or not learns
+
+    def running_statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs (running mean, running variance), each of shape (channels,)."""
+        for module in self.module.modules():
+            mean = getattr(module, "running_mean", None)
+            if mean is not None:
+                yield mean, module.running_var
+
+
+@dataclass(frozen=True, eq=False)
+class FilterLayer:
+    """A conv layer that takes part: its filters are its output channels.
+
+    Attributes:
+        name: dotted name, wrappers left out.
+        module: the conv.
+        norms: the norm channels that follow its filters.
+    """
+
+    name: str
+    module: nn.Module
+    norms: tuple[NormLink, ...] = ()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The conv's weight."""
+        return self.module.weight
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The conv's bias, None where it has none."""
+        return getattr(self.module, "bias", None)
+
+    @property
+    def num_filters(self) -> int:
+        """J, the number of output channels."""
+        return self.module.out_channels
+
+    @property
+    def groups(self) -> int:
+        """Groups of the convolution; filters are compared inside one."""
+        return self.module.groups
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the conv is transposed."""
+        return isinstance(self.module, _ConvTransposeNd)
+
+    @property
+    def dimension(self) -> int:
+        """Length d of a flattened filter: c_in / groups * kernel elements."""
+        return self.weight.numel() // self.num_filters
+
+    def matrix(self, tensor: Tensor | None = None) -> Tensor:
+        """Filters as rows, shape (J, d), of the weight or of a tensor of its shape.
+
+        For a transposed conv, whose weight holds the output channels of one group in its second
+        dimension, the rows are gathered into a copy.
+        """
+        tensor = (self.weight if tensor is None else tensor).detach()
+        if not self.transposed:
+            return tensor.reshape(self.num_filters, -1)
+        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        return grouped.transpose(1, 2).reshape(self.num_filters, -1)
+
+    def write_rows(self, chosen: Tensor, rows: Tensor, tensor: Tensor | None = None) -> None:
+        """Set the chosen filters (bool of shape (J,)) to rows of shape (chosen, d), in place."""
+        target = (self.weight if tensor is None else tensor).detach()
+        matrix = self.matrix(target).clone()
+        matrix[chosen.to(matrix.device)] = rows.to(matrix.device, matrix.dtype)
+        if not self.transposed:
+            target.copy_(matrix.reshape(target.shape))
+            return
+        per_group = self.num_filters // self.groups
+        kernel = target.shape[2:]
+        grouped = matrix.reshape(self.groups, per_group, target.shape[0] // self.groups, *kernel)
+        target.copy_(grouped.transpose(1, 2).reshape(target.shape))
+
+    def weight_slots(self, chosen: Tensor) -> list[Slot]:
+        """Where the chosen filters (bool of shape (J,)) lie in the weight."""
+        chosen = chosen.to(self.weight.device)
+        if not self.transposed:
+            return [Slot(self.weight, None, 0, chosen.nonzero().flatten())]
+        inputs = self.weight.shape[0] // self.groups
+        return [
+            Slot(self.weight, slice(g * inputs, (g + 1) * inputs), 1, part.nonzero().flatten())
+            for g, part in enumerate(chosen.reshape(self.groups, -1))
+            if part.any()
+        ]
+
+    def filter_slots(self, chosen: Tensor) -> list[Slot]:
+        """Everything that belongs to the chosen filters: weight rows, bias, gamma and beta."""
+        slots = self.weight_slots(chosen)
+        if self.bias is not None:
+            slots.append(Slot(self.bias, None, 0, chosen.to(self.bias.device).nonzero().flatten()))
+        for link in self.norms:
+            channels = link.channels_of(chosen)
+            slots += [
+                Slot(tensor, None, 0, channels.to(tensor.device))
+                for tensor in (link.gamma, link.beta)
+                if tensor is not None
+            ]
+        return slots
+
+
+def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
+    """Where a layer's weight reads the dead input channels (bool of shape (c_in,)).
+
+    Args:
+        module: a conv (plain, grouped, transposed, deformable) or a linear layer.
+        dead: which of its input channels (features, for a linear layer) are dead.
+    """
+    weight = module.weight
+    dead = dead.to(weight.device)
+    if isinstance(module, _ConvTransposeNd):
+        return [Slot(weight, None, 0, dead.nonzero().flatten())] if dead.any() else []
+    groups = getattr(module, "groups", 1)
+    outputs = weight.shape[0] // groups
+    return [
+        Slot(
+            weight,
+            None if groups == 1 else slice(g * outputs, (g + 1) * outputs),
+            1,
+            part.nonzero().flatten(),
+        )
+        for g, part in enumerate(dead.reshape(groups, -1))
+        if part.any()
+    ]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name, or a module that it lies in, matches a shell-style pattern."""
+    parts = name.split(".")
+    ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(a, p) for p in patterns for a in ancestors)
+
+
+def names_itself(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the dotted name itself, not only what it lies in."""
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def select_layers(
+    convs: dict[str, nn.Module],
+    *,
+    stems: Collection[str],
+    heads: Collection[str],
+    trained: Collection[int],
+    has_backbone: bool,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[str]:
+    """Names of the conv layers that take part.
+
+    Default: below ``backbone`` where the model has one, else everywhere, without the stem and
+    without prediction layers. With ``include``, what the patterns match; the stem and prediction
+    layers then only where a pattern matches their own name. Never: depthwise and single-filter
+    layers (a filter has no other to be compared with), and layers whose weight does not train.
+
+    Args:
+        convs: all convs of the model by dotted name.
+        stems: names of convs that read the image.
+        heads: names of prediction layers.
+        trained: ``id`` of every parameter that the optimizer trains.
+        has_backbone: whether the model has a module called ``backbone``.
+        include: shell-style patterns; a pattern also takes everything below what it matches.
+        exclude: likewise; wins over ``include``.
+
+    Raises:
+        ValueError: a pattern that matches no conv; nothing trainable or comparable matched.
+    """
+    for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
+        for pattern in patterns or ():
+            if not any(matches(name, [pattern]) for name in convs):
+                some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
+                raise ValueError(
+                    f"RePr {key} pattern {pattern!r} matches no conv layer; "
+                    f"names that exist are, for example: {some}."
+                )
+    if include:
+        special = set(stems) | set(heads)
+        names = [
+            name
+            for name in convs
+            if matches(name, include) and (name not in special or names_itself(name, include))
+        ]
+    elif has_backbone:
+        names = [n for n in convs if n.startswith("backbone.") and n not in stems]
+    else:
+        names = [n for n in convs if n not in stems and n not in heads]
+    names = [n for n in names if not matches(n, exclude or ())]
+    trainable = [
+        n for n in names if convs[n].weight.requires_grad and id(convs[n].weight) in trained
+    ]
+    if not trainable:
+        raise ValueError(
+            f"RePr found nothing to train: of the {len(names)} conv layers that match, none has a "
+            f"weight that requires gradients and is in the optimizer; "
+            f"change INCLUDE/EXCLUDE or unfreeze layers."
+        )
+    comparable = [n for n in trainable if convs[n].out_channels // convs[n].groups > 1]
+    if not comparable:
+        raise ValueError(
+            f"RePr found nothing to compare: all {len(trainable)} matching conv layers are "
+            f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
+        )
+    return comparable
+
+
+def shared_weights(layers: Sequence[FilterLayer]) -> list[FilterLayer]:
+    """The layers without those whose weight an earlier layer already holds."""
+    seen: set[int] = set()
+    unique = []
+    for layer in layers:
+        if id(layer.weight) not in seen:
+            seen.add(id(layer.weight))
+            unique.append(layer)
+    return unique
+
+
+def finite(layer: FilterLayer) -> bool:
+    """Whether a layer's weight holds neither NaN nor infinity."""
+    return bool(torch.isfinite(layer.weight.detach()).all())

@@ -1,0 +1,606 @@
+"""Around a filter: which norm follows a conv, and which layers read its channels.
+
+Found by running the model once on an example input and following every channel through the
+operations, since neither symbolic tracing (Detectron2's backbones branch on their inputs) nor
+module types (its FrozenBatchNorm2d is no torch BatchNorm) nor names would tell.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from repr_det.method.filters import (
+    NormLink,
+    is_conv,
+    is_norm,
+    mixes_channels,
+    named_modules,
+    norm_channels,
+    unwrap,
+)
+
+Filter = tuple[str, int]
+"""A filter: the dotted name of its conv and its index."""
+
+Sources = frozenset[Filter] | None
+"""What a channel is made of: it is exactly zero while all of these filters are. None: anything."""
+
+_SAME = {
+    "aten::relu", "aten::relu_", "aten::leaky_relu", "aten::leaky_relu_", "aten::elu", "aten::elu_",
+    "aten::gelu", "aten::silu", "aten::silu_", "aten::mish", "aten::mish_", "aten::tanh",
+    "aten::hardtanh", "aten::hardtanh_", "aten::hardswish", "aten::hardswish_", "aten::prelu",
+    "aten::_prelu_kernel", "aten::rrelu_with_noise", "aten::neg", "aten::abs",
+    "aten::native_dropout", "aten::clone", "aten::contiguous", "aten::detach", "aten::alias",
+    "aten::lift_fresh", "aten::_to_copy", "aten::copy", "aten::max_pool2d_with_indices",
+    "aten::max_pool3d_with_indices", "aten::avg_pool2d", "aten::avg_pool3d", "aten::max_pool2d",
+    "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d", "aten::adaptive_max_pool2d",
+    "aten::mkldnn_adaptive_avg_pool2d", "aten::upsample_nearest2d", "aten::upsample_bilinear2d",
+    "aten::upsample_bicubic2d", "aten::upsample_nearest1d", "aten::upsample_linear1d",
+    "aten::upsample_nearest3d", "aten::upsample_trilinear3d", "aten::_upsample_nearest_exact2d",
+    "torchvision::roi_align", "torchvision::roi_pool", "aten::reflection_pad2d",
+    "aten::replication_pad2d", "aten::grid_sampler_2d",
+}  # fmt: skip
+"""Operations that map a zero channel to a zero channel at the same place."""
+
+_CONVS = {
+    "aten::convolution", "aten::_convolution", "aten::mkldnn_convolution",
+    "aten::miopen_convolution", "aten::cudnn_convolution", "torchvision::deform_conv2d",
+}  # fmt: skip
+
+
+class Tag(NamedTuple):
+    """Where the channels of a tensor lie (``dim``) and what each is made of (``sources``)."""
+
+    dim: int
+    sources: tuple[Sources, ...]
+
+
+@dataclass
+class Reader:
+    """A conv or linear layer and what each of its input channels is made of.
+
+    Attributes:
+        name: dotted name.
+        module: the layer.
+        sources: one entry an input channel (feature); the union over all calls.
+    """
+
+    name: str
+    module: nn.Module
+    sources: tuple[Sources, ...]
+
+    def dead(self, pruned: dict[str, Tensor]) -> Tensor:
+        """Which input channels are zero while the given filters are pruned.
+
+        Args:
+            pruned: bool of shape (J,) by layer name; layers left out are not pruned.
+
+        Returns:
+            bool of shape (c_in,).
+        """
+        lists = {name: mask.tolist() for name, mask in pruned.items()}
+        return torch.tensor(
+            [
+                bool(sources) and all(n in lists and lists[n][i] for n, i in sources)
+                for sources in self.sources
+            ],
+            dtype=torch.bool,
+        )
+
+
+@dataclass
+class ChannelGraph:
+    """What one or several example runs of a model showed.
+
+    Attributes:
+        convs: every conv that ran, by dotted name.
+        norms: by conv, the norm channels that each belong to one of its filters.
+        readers: every conv and linear layer that ran, by dotted name.
+        stems: convs that read the image: no layer with weights before them.
+        heads: prediction layers: convs with no layer with weights between them and the output.
+    """
+
+    convs: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, list[NormLink]] = field(default_factory=dict)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    stems: set[str] = field(default_factory=set)
+    heads: set[str] = field(default_factory=set)
+
+
+def _union(a: Sources, b: Sources) -> Sources:
+    return None if a is None or b is None else a | b
+
+
+def _merge(a: tuple[Sources, ...], b: tuple[Sources, ...]) -> tuple[Sources, ...]:
+    return a if a == b else tuple(_union(x, y) for x, y in zip(a, b, strict=True))
+
+
+class _Tracer(TorchDispatchMode):
+    """Follows channels through one run of a model.
+
+    Module hooks say where a conv, a norm or another layer with weights begins and ends; between
+    them every operation on tensors passes through :meth:`__torch_dispatch__`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.modules = dict(named_modules(model))
+        self.convs = {n: m for n, m in self.modules.items() if is_conv(m)}
+        self.ran: dict[str, nn.Module] = {}
+        self.readers: dict[str, Reader] = {}
+        self.links: dict[tuple[str, str], dict[int, int]] = {}
+        self.read: set[str] = set()
+        self.stems: set[str] = set()
+        # Tags and behind are keyed by id, so every tensor that has one must stay alive.
+        self._alive: list[Tensor] = []
+        self._tags: dict[int, Tag] = {}
+        self._behind: dict[int, frozenset[str]] = {}
+        self._open: list[tuple[str, bool]] = []
+        self._inside_norm = 0
+
+    # --- what is known of a tensor
+
+    def _tag(self, tensor: Any) -> Tag | None:
+        return self._tags.get(id(tensor))
+
+    def _set_tag(self, tensor: Tensor, tag: Tag | None) -> None:
+        self._alive.append(tensor)
+        if tag is None or tag.dim >= tensor.dim() or tensor.shape[tag.dim] != len(tag.sources):
+            self._tags.pop(id(tensor), None)
+        else:
+            self._tags[id(tensor)] = tag
+
+    def _weights_behind(self, values: Any) -> frozenset[str]:
+        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+        return frozenset().union(*(self._behind.get(id(t), frozenset()) for t in tensors))
+
+    def _set_behind(self, values: Any, names: frozenset[str]) -> None:
+        for tensor in tree_leaves(values):
+            if isinstance(tensor, Tensor):
+                self._alive.append(tensor)
+                self._behind[id(tensor)] = names
+
+    # --- layers
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Attach the hooks for one run."""
+        handles = []
+        for name, module in self.modules.items():
+            if is_conv(module):
+                enter, leave = self._enter_conv, self._leave_conv
+            elif is_norm(module):
+                enter, leave = self._enter_norm, self._leave_norm
+            elif any(p.dim() > 1 for p in module.parameters(recurse=False)):
+                enter, leave = self._enter_weighted, self._leave_weighted
+            else:
+                continue
+            handles.append(module.register_forward_pre_hook(_named(enter, name)))
+            handles.append(module.register_forward_hook(_named(leave, name)))
+        try:
+            with self:
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read_by(self, name: str, inputs: Any) -> None:
+        self.read |= self._weights_behind(inputs)
+
+    def _enter_conv(self, name: str, module: nn.Module, args: Any) -> None:
+        self.ran[name] = module
+        if not self._weights_behind(args):
+            self.stems.add(name)
+        self._read_by(name, args)
+        self._add_reader(name, module, args[0], module.in_channels, channel_dim=1)
+        self._open.append((name, False))
+
+    def _leave_conv(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        seen = self._open.pop()[1]
+        if not seen and isinstance(out, Tensor):
+            # The convolution ran outside torch's dispatcher (a compiled extension).
+            self._set_tag(out, self._fresh(name, module))
+        self._set_behind(out, frozenset([name]))
+
+    def _fresh(self, name: str, module: nn.Module) -> Tag:
+        return Tag(1, tuple(frozenset([(name, i)]) for i in range(module.out_channels)))
+
+    def _enter_weighted(self, name: str, module: nn.Module, args: Any) -> None:
+        self._read_by(name, args)
+        if isinstance(module, nn.Linear):
+            self._add_reader(name, module, args[0], module.in_features, args[0].dim() - 1)
+
+    def _leave_weighted(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self._set_behind(out, frozenset([name]))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._set_tag(tensor, None)
+
+    def _add_reader(
+        self, name: str, module: nn.Module, x: Tensor, width: int, channel_dim: int
+    ) -> None:
+        tag = self._tag(x)
+        known = tag is not None and tag.dim == channel_dim and len(tag.sources) == width
+        sources = tag.sources if known else (None,) * width
+        if name in self.readers:
+            sources = _merge(self.readers[name].sources, sources)
+        self.readers[name] = Reader(name, module, sources)
+
+    def _enter_norm(self, name: str, module: nn.Module, args: Any) -> None:
+        x = args[0]
+        if not self._inside_norm and self._open and self._tag(x) is None and not self._open[-1][1]:
+            # A norm inside a conv whose convolution the dispatcher did not see.
+            conv = self.modules[self._open[-1][0]]
+            self._set_tag(x, self._fresh(self._open[-1][0], conv))
+        self._inside_norm += 1
+
+    def _leave_norm(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self._inside_norm -= 1
+        if self._inside_norm or not isinstance(out, Tensor):
+            return
+        self._set_behind(out, self._weights_behind(args))
+        self._set_tag(out, self._through_norm(name, module, self._tag(args[0])))
+
+    def _through_norm(self, name: str, module: nn.Module, tag: Tag | None) -> Tag | None:
+        if tag is None or norm_channels(module) != len(tag.sources):
+            return None
+        if mixes_channels(module) and getattr(module, "weight", None) is None:
+            return None  # other channels shift a zero one, and there is no scale to hold at zero
+        sources: list[Sources] = []
+        for channel, source in enumerate(tag.sources):
+            if source is None or len(source) != 1:
+                sources.append(None)
+                continue
+            (conv, index) = next(iter(source))
+            self.links.setdefault((conv, name), {})[channel] = index
+            sources.append(source)
+        return Tag(tag.dim, tuple(sources))
+
+    # --- operations
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        behind = self._weights_behind((args, kwargs))
+        # Read before the operation: in-place ones change what their first argument is.
+        tag = None if self._inside_norm else self._result(func._schema.name, args, kwargs)
+        out = func(*args, **kwargs)
+        if self._inside_norm:
+            return out
+        self._set_behind(out, behind)
+        if callable(tag):
+            tag(out)
+        else:
+            for i, tensor in enumerate(t for t in tree_leaves(out) if isinstance(t, Tensor)):
+                self._set_tag(tensor, tag if i == 0 else None)
+        return out
+
+    def _result(self, op: str, args: tuple, kwargs: dict) -> Tag | None | Callable[[Any], None]:
+        """The tag of an operation's result, or what sets it once the result is there."""
+        if op in _CONVS:
+            if not self._open:
+                return None
+            name = self._open[-1][0]
+            self._open[-1] = (name, True)
+            return self._fresh(name, self.modules[name])
+        x = args[0] if args else None
+        tag = self._tag(x)
+        if op in ("aten::cat", "aten::stack"):
+            return self._cat(args) if op == "aten::cat" else None
+        if op in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+            return self._zeros
+        if op in ("aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::maximum"):
+            return self._sum(x, args[1])
+        if op in ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
+            return self._index_put(x, args[1], args[2])
+        if op == "aten::copy_":
+            return self._tag(args[1])
+        if op in ("aten::mul", "aten::mul_", "aten::div", "aten::div_"):
+            return self._product(op, x, args[1])
+        if tag is None:
+            return None
+        if op in _SAME:
+            return tag
+        if op in ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias"):
+            return lambda out: self._set_tag(out, _reshaped(tag, x.shape, out.shape))
+        if op == "aten::mean":
+            return self._reduced(tag, x, args[1:], kwargs)
+        if op in ("aten::permute", "aten::transpose", "aten::t", "aten::transpose_"):
+            return _permuted(op, tag, x, args)
+        if op in ("aten::squeeze", "aten::unsqueeze", "aten::expand"):
+            return lambda out: self._set_tag(out, _reshaped(tag, x.shape, out.shape))
+        if op == "aten::slice":
+            return _sliced(tag, x, *args[1:])
+        if op in ("aten::split", "aten::split_with_sizes", "aten::chunk"):
+            dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
+            return lambda out: self._split(tag, dim, out)
+        if op == "aten::index":
+            return self._indexed(tag, args[1])
+        if op == "aten::index_select":
+            return tag if args[1] % x.dim() != tag.dim else None
+        if op == "aten::constant_pad_nd":
+            return _padded(tag, x, args[1], args[2] if len(args) > 2 else kwargs.get("value", 0))
+        return None
+
+    def _zeros(self, out: Any) -> None:
+        if isinstance(out, Tensor) and out.dim() > 1:
+            self._set_tag(out, Tag(1, (frozenset(),) * out.shape[1]))
+
+    def _sum(self, x: Any, y: Any) -> Tag | None:
+        a, b = self._tag(x), self._tag(y)
+        if a is None or b is None or x.shape[a.dim :] != y.shape[b.dim :] or a.dim != b.dim:
+            return None
+        return Tag(a.dim, _merge(a.sources, b.sources))
+
+    def _product(self, op: str, x: Any, y: Any) -> Tag | None:
+        a, b = self._tag(x), self._tag(y)
+        if op.startswith("aten::div"):
+            return a
+        for tag, mine, other in ((a, x, y), (b, y, x)):
+            if tag is not None and (not isinstance(other, Tensor) or other.dim() <= mine.dim()):
+                return tag
+        return None
+
+    def _index_put(self, x: Tensor, indices: Any, values: Tensor) -> Tag | None:
+        a, b = self._tag(x), self._tag(values)
+        rows_only = sum(i is not None for i in indices) == 1 and indices[0] is not None
+        if a is None or b is None or not rows_only or a.dim != b.dim or a.dim == 0:
+            return None
+        return (
+            Tag(a.dim, _merge(a.sources, b.sources)) if len(a.sources) == len(b.sources) else None
+        )
+
+    def _indexed(self, tag: Tag, indices: Any) -> Tag | None:
+        touched = [i for i, index in enumerate(indices) if index is not None]
+        if touched != [0] or indices[0].dim() != 1 or tag.dim == 0:
+            return None
+        return tag
+
+    def _cat(self, args: tuple) -> Tag | None:
+        tensors = [t for t in args[0] if t.numel()] or list(args[0])
+        dim = (args[1] if len(args) > 1 else 0) % tensors[0].dim()
+        tags = [self._tag(t) for t in tensors]
+        if dim == 1 and any(tags) and all(t is None or t.dim == 1 for t in tags):
+            sources: list[Sources] = []
+            for tensor, tag in zip(tensors, tags, strict=True):
+                sources += tag.sources if tag else (None,) * tensor.shape[1]
+            return Tag(1, tuple(sources))
+        if any(t is None or t.dim == dim or t.dim != tags[0].dim for t in tags):
+            return None
+        merged = tags[0].sources
+        for tag in tags[1:]:
+            merged = _merge(merged, tag.sources)
+        return Tag(tags[0].dim, merged)
+
+    def _split(self, tag: Tag, dim: int, out: Any) -> None:
+        start = 0
+        for part in out:
+            if dim == tag.dim:
+                width = part.shape[dim]
+                self._set_tag(part, Tag(dim, tag.sources[start : start + width]))
+                start += width
+            else:
+                self._set_tag(part, tag)
+
+    def _reduced(self, tag: Tag, x: Tensor, rest: tuple, kwargs: dict) -> Tag | None:
+        dims = rest[0] if rest else kwargs.get("dim")
+        keep = rest[1] if len(rest) > 1 else kwargs.get("keepdim", False)
+        if dims is None:
+            return None
+        dims = {d % x.dim() for d in ([dims] if isinstance(dims, int) else dims)}
+        if tag.dim in dims:
+            return None
+        return Tag(tag.dim if keep else tag.dim - sum(d < tag.dim for d in dims), tag.sources)
+
+
+def _named(function: Callable, name: str) -> Callable:
+    return lambda *args: function(name, *args)
+
+
+def _reshaped(tag: Tag, before: torch.Size, after: torch.Size) -> Tag | None:
+    """A view that keeps the channels or flattens them together with what follows them."""
+    lead = math.prod(before[: tag.dim])
+    channels = before[tag.dim]
+    dims = [d for d in range(len(after)) if math.prod(after[:d]) == lead]
+    for dim in reversed(dims):
+        if after[dim] == channels and math.prod(after[dim + 1 :]) == math.prod(
+            before[tag.dim + 1 :]
+        ):
+            return Tag(dim, tag.sources)
+    inner = math.prod(before[tag.dim + 1 :])
+    for dim in dims:
+        if after[dim] == channels * inner and dim == len(after) - 1:
+            return Tag(dim, tuple(s for s in tag.sources for _ in range(inner)))
+    return None
+
+
+def _permuted(op: str, tag: Tag, x: Tensor, args: tuple) -> Tag | None:
+    if op == "aten::permute":
+        order = [d % x.dim() for d in args[1]]
+    else:
+        a, b = (0, 1) if op == "aten::t" else (args[1] % x.dim(), args[2] % x.dim())
+        order = list(range(x.dim()))
+        order[a], order[b] = order[b], order[a]
+    return Tag(order.index(tag.dim), tag.sources)
+
+
+def _sliced(
+    tag: Tag,
+    x: Tensor,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tag:
+    if dim % x.dim() != tag.dim:
+        return tag
+    return Tag(tag.dim, tag.sources[slice(start, end, step)])
+
+
+def _padded(tag: Tag, x: Tensor, pad: list[int], value: float | None) -> Tag | None:
+    if value:
+        return None
+    position = 2 * (x.dim() - 1 - tag.dim)
+    if position >= len(pad):
+        return tag
+    before, after = pad[position], pad[position + 1]
+    if before < 0 or after < 0:
+        return None
+    zero: tuple[Sources, ...] = (frozenset(),)
+    return Tag(tag.dim, zero * before + tag.sources + zero * after)
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Undo on leaving what running a model changes: buffers, mode of each module, random state."""
+    modes = [(m, m.training) for m in model.modules()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers()]
+    devices = {b.device for b in model.parameters()} | {b.device for b in model.buffers()}
+    try:
+        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+_IMAGE_SIZES = (64, 32, 28, 224, 16, 8, 48, 96, 128, 256, 299, 384, 448, 512)
+"""Image sizes to try, for models that take only one."""
+
+
+def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable[[], Any]]:
+    """Ways to run an unknown model, the likeliest first."""
+    first = convs[0]
+    device, dtype = first.weight.device, first.weight.dtype
+    spatial = first.weight.dim() - 2
+    is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
+    # The first conv in the order of modules need not be the one that reads the image.
+    channels = dict.fromkeys([3, first.in_channels, 1])
+    for size, width in itertools.product(_IMAGE_SIZES, channels):
+        x = torch.zeros(2, width, *[size] * spatial, device=device, dtype=dtype)
+        records = [{"image": x[0], "height": size, "width": size}]
+        if is_detector:
+            yield lambda r=records: model(r)
+            yield lambda x=x: model.backbone(x)
+        else:
+            yield lambda x=x: model(x)
+            yield lambda r=records: model(r)
+
+
+def _eager() -> Any:
+    """Run compiled parts uncompiled: their operations would be out of sight."""
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return set_stance("force_eager") if set_stance else nullcontext()
+
+
+def trace(model: nn.Module, run: Callable[[], Any] | None = None) -> ChannelGraph:
+    """Follow the channels of every conv through a model.
+
+    The model runs without gradients, in evaluation mode and, where that works too, in training mode
+    (which may use further heads). Buffers, modes and random state are as before afterwards.
+
+    Args:
+        model: any module with convs; wrappers are looked through.
+        run: runs the model on an input of its own, for a model that no zero image fits.
+
+    Returns:
+        ChannelGraph: a channel whose way leads through an operation that is not known to keep
+        zeros at zero has unknown sources from there on.
+
+    Raises:
+        ValueError: the model has no conv, or could not be run.
+    """
+    model = unwrap(model)
+    tracer = _Tracer(model)
+    if not tracer.convs:
+        raise ValueError(f"RePr needs convolutions, but {type(model).__name__} has none.")
+    runs = itertools.chain(_example_runs(model, list(tracer.convs.values())), [run] if run else [])
+    reasons = []
+    for attempt in runs:
+        ran = False
+        for training in (False, True):
+            try:
+                with preserved(model), torch.no_grad(), _eager(), _Attempt(tracer, model):
+                    model.train(training)
+                    attempt()
+                ran = True
+            except Exception as error:  # an unknown model may raise anything
+                reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
+        if ran:
+            return _graph(tracer)
+    raise ValueError(
+        f"RePr could not run {type(model).__name__} on an example image ({reasons[0]}); "
+        f"pass batches= and loss= so that it can use real ones."
+    )
+
+
+class _Attempt:
+    """Keeps what a run recorded only if the run succeeds."""
+
+    def __init__(self, tracer: _Tracer, model: nn.Module) -> None:
+        self._tracer = tracer
+        self._kept = (
+            dict(tracer.ran), dict(tracer.readers), {k: dict(v) for k, v in tracer.links.items()},
+            set(tracer.read), set(tracer.stems),
+        )  # fmt: skip
+        self._watching = tracer.watching()
+
+    def __enter__(self) -> None:
+        self._watching.__enter__()
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        # The context manager re-raises what the run raised; the record is put back first.
+        tracer = self._tracer
+        if kind is not None:
+            tracer.ran, tracer.readers, tracer.links, tracer.read, tracer.stems = self._kept
+        tracer._open.clear()
+        tracer._inside_norm = 0
+        tracer._tags.clear()
+        tracer._behind.clear()
+        tracer._alive.clear()
+        self._watching.__exit__(kind, value, traceback)
+
+
+def _graph(tracer: _Tracer) -> ChannelGraph:
+    norms: dict[str, list[NormLink]] = {}
+    for (conv, norm), pairs in tracer.links.items():
+        channels = sorted(pairs)
+        norms.setdefault(conv, []).append(
+            NormLink(
+                norm,
+                tracer.modules[norm],
+                torch.tensor([pairs[c] for c in channels]),
+                torch.tensor(channels),
+            )
+        )
+    return ChannelGraph(
+        convs={n: m for n, m in tracer.convs.items() if n in tracer.ran},
+        norms=norms,
+        readers=_one_per_weight(tracer.readers),
+        stems=tracer.stems,
+        heads={n for n in tracer.ran if n not in tracer.read},
+    )
+
+
+def _one_per_weight(readers: dict[str, Reader]) -> dict[str, Reader]:
+    """Readers that share one weight as one reader of what any of them reads."""
+    first: dict[int, Reader] = {}
+    for reader in readers.values():
+        shared = first.setdefault(id(reader.module.weight), reader)
+        if shared is not reader:
+            shared.sources = _merge(shared.sources, reader.sources)
+    return {reader.name: reader for reader in first.values()}

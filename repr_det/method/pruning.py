@@ -1,0 +1,209 @@
+"""Out: take filters out and keep them out, exactly; and put them back.
+
+A pruned filter's parameters (weight row, bias, gamma, beta) and the weights that read its channel
+become zero, together with their optimizer state, and the gradients of its parameters are set to
+zero as backward accumulates them. An optimizer that works elementwise then leaves all of it at
+exactly zero: weight decay and momentum of zero are zero. So nothing is added to the forward pass or
+the step, and any loop that calls ``backward()`` and ``optimizer.step()`` is supported.
+
+The weights that read a pruned channel are set aside with their optimizer state and come back
+unmoved. With them at zero nothing flows back into a pruned channel either.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from repr_det.method.filters import FilterLayer, Slot, column_slots
+from repr_det.method.graph import Reader
+
+SECOND_MOMENTS = {
+    "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size"
+}  # fmt: skip
+"""Optimizer state that scales a step: a new filter starts with the survivors' mean of it."""
+
+_ELEMENTWISE = tuple(
+    getattr(torch.optim, name)
+    for name in (
+        "SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop",
+        "Rprop", "ASGD",
+    )
+)  # fmt: skip
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that cannot be held filter by filter.
+
+    torch's elementwise optimizers and their subclasses pass. Any other is tried out: how one filter
+    moves must not depend on the others.
+
+    Raises:
+        ValueError: the optimizer is not elementwise, or could not be tried out.
+    """
+    if isinstance(optimizer, _ELEMENTWISE) or _is_elementwise(optimizer):
+        return
+    raise ValueError(
+        f"RePr cannot hold the state of {type(optimizer).__name__} filter by filter, so the "
+        f"sub-network would not be exact; use an elementwise optimizer such as SGD, Adam, AdamW "
+        f"or RMSprop."
+    )
+
+
+def _is_elementwise(optimizer: Optimizer) -> bool:
+    accepted = inspect.signature(type(optimizer).__init__).parameters
+    options = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    generator = torch.Generator().manual_seed(0)
+    values, gradients = (
+        [torch.randn(6, 4, 3, 3, generator=generator) for _ in range(n)] for n in (1, 3)
+    )
+    parts = []
+    try:
+        for rows in (slice(None), slice(0, 3)):
+            parameter = nn.Parameter(values[0][rows].clone())
+            trial = type(optimizer)([parameter], **options)
+            for gradient in gradients:
+                parameter.grad = gradient[rows].clone()
+                trial.step()
+            parts.append(parameter.detach()[:3])
+    except Exception:  # what a foreign optimizer raises is a no as well
+        return False
+    return torch.equal(*parts)
+
+
+def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """An optimizer's state of a parameter that has the parameter's shape, by name."""
+    state = optimizer.state.get(parameter, {})
+    return {
+        key: value
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
+    }
+
+
+class GradientMask:
+    """Sets the gradients of some slots to zero as soon as backward has accumulated them.
+
+    Before clipping, unscaling and the step, wherever these happen, and before
+    DistributedDataParallel averages them.
+    """
+
+    def __init__(self, slots: Iterable[Slot]) -> None:
+        self._slots: dict[Tensor, list[Slot]] = {}
+        for slot in slots:
+            if slot.tensor.requires_grad:
+                self._slots.setdefault(slot.tensor, []).append(slot)
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._mask) for parameter in self._slots
+        ]
+
+    def _mask(self, parameter: Tensor) -> None:
+        for slot in self._slots[parameter]:
+            slot.fill(0.0, like=parameter.grad)
+
+    def apply(self) -> None:
+        """Set them to zero now: for loops that write gradients without backward."""
+        for parameter in self._slots:
+            if parameter.grad is not None:
+                self._mask(parameter)
+
+    def remove(self) -> None:
+        """Let gradients through again."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None) -> None:
+    """Set the pruned filters (bool of shape (J,)) of a layer and their optimizer state to zero."""
+    for slot in layer.filter_slots(pruned):
+        slot.fill(0.0)
+        if optimizer is not None:
+            for state in state_tensors(optimizer, slot.tensor).values():
+                slot.fill(0.0, like=state)
+    for link in layer.norms:
+        # A zero channel has mean zero; a norm without gamma and beta would shift it otherwise.
+        channels = link.channels_of(pruned)
+        for mean, _ in link.running_statistics():
+            mean.detach()[channels.to(mean.device)] = 0.0
+
+
+def set_aside(
+    readers: Sequence[Reader], pruned: dict[str, Tensor], optimizer: Optimizer | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Copy the weights that read pruned channels, with their optimizer state, and set them to zero.
+
+    Args:
+        readers: the layers that read filters.
+        pruned: bool of shape (J,) by layer name.
+        optimizer: whose state to treat likewise; None for a model that is not trained.
+
+    Returns:
+        By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
+    """
+    aside: dict[str, list[dict[str, Any]]] = {}
+    for reader in readers:
+        entries = []
+        for slot in column_slots(reader.module, reader.dead(pruned)):
+            states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
+            entries.append(
+                {
+                    "value": slot.read(),
+                    "state": {key: slot.read(like=state) for key, state in states.items()},
+                }
+            )
+            for tensor in (None, *states.values()):
+                slot.fill(0.0, like=tensor)
+        if entries:
+            aside[reader.name] = entries
+    return aside
+
+
+def put_back(
+    readers: Sequence[Reader],
+    pruned: dict[str, Tensor],
+    optimizer: Optimizer | None,
+    aside: dict[str, list[dict[str, Any]]],
+    factor: float,
+) -> None:
+    """Undo :func:`set_aside`, with ``factor`` on the weights and on their first moments."""
+    for reader in readers:
+        slots = column_slots(reader.module, reader.dead(pruned))
+        for slot, entry in zip(slots, aside.get(reader.name, []), strict=True):
+            slot.write(factor * entry["value"])
+            if optimizer is None:
+                continue
+            for key, state in state_tensors(optimizer, slot.tensor).items():
+                if key not in entry["state"]:
+                    slot.fill(0.0, like=state)
+                elif key in SECOND_MOMENTS:
+                    slot.write(entry["state"][key], like=state)
+                else:
+                    slot.write(factor * entry["state"][key], like=state)
+
+
+def reset_state(layer: FilterLayer, returned: Tensor, optimizer: Optimizer) -> None:
+    """Give returned filters (bool of shape (J,)) a fresh optimizer state.
+
+    First moments start at zero. Second moments (:data:`SECOND_MOMENTS`) start at the mean of the
+    survivors' in the layer: at zero, late in training, Adam's first steps of a new filter would be
+    several times its neighbours'.
+    """
+    survivors = ~returned
+    for slot in layer.filter_slots(returned):
+        for key, state in state_tensors(optimizer, slot.tensor).items():
+            if key not in SECOND_MOMENTS or not survivors.any():
+                slot.fill(0.0, like=state)
+            elif slot.tensor is layer.weight:
+                rows = layer.matrix(state)
+                mean = rows[survivors.to(rows.device)].mean(dim=0)
+                layer.write_rows(returned, mean.expand(int(returned.sum()), -1), state)
+            else:
+                others = torch.ones(len(state), dtype=torch.bool, device=state.device)
+                others[slot.index] = False
+                mean = state[others].mean() if others.any() else state.new_zeros(())
+                slot.fill(float(mean), like=state)
