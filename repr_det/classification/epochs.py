@@ -59,7 +59,7 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     if cfg.SOLVER.STEPS_EPOCHS:
         cfg.SOLVER.STEPS = tuple(convert(step, "STEPS_EPOCHS") for step in cfg.SOLVER.STEPS_EPOCHS)
         cfg.SOLVER.STEPS_EPOCHS = ()
-    if "REPR" in cfg and cfg.REPR.UNIT != "iteration":
+    if cfg.REPR.UNIT != "iteration":
         if cfg.REPR.UNIT != "epoch":
             raise ValueError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
         for name in ("S1", "S2"):

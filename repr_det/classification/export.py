@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 _PREFIX = "network."
-# Blocks of the four stages and whether they are bottlenecks, by torchvision's and Detectron2's depth.
+# Depth by the numbers of blocks in the four stages and whether they are bottlenecks.
 _DEPTHS = {
     ((2, 2, 2, 2), False): 18,
     ((3, 4, 6, 3), False): 34,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer as RePrTrainer
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
@@ -22,11 +21,11 @@ from repr_det.classification.loader import (
     train_transform,
 )
 from repr_det.classification.schemes import DenseSparseDenseHook
-from repr_det.engine import solver
+from repr_det.engine.trainer import RePrTrainer
 
 
 class ClassificationTrainer(RePrTrainer):
-    """Detectron2's trainer with the data and the evaluation of classification.
+    """RePr's trainer with the data and the evaluation of classification.
 
     Args:
         cfg: a config with the keys of classification; its keys in epochs are resolved here.
@@ -101,16 +100,6 @@ class ClassificationTrainer(RePrTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
         """Top-1 and top-5 accuracy and loss."""
         return AccuracyEvaluator()
-
-    @classmethod
-    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
-        """See :func:`repr_det.engine.solver.build_optimizer`."""
-        return solver.build_optimizer(cfg, model)
-
-    @classmethod
-    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-        """See :func:`repr_det.engine.solver.build_lr_scheduler`."""
-        return solver.build_lr_scheduler(cfg, optimizer)
 
 
 def check_data(cfg: CfgNode) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.classification import add_classification_config, register_image_arrays
-from repr_det.engine.solver import add_solver_config
+from repr_det.engine.config import get_cfg
 
 
 def make_arrays(count: int, classes: int = 4, size: int = 16, seed: int = 0):
@@ -32,9 +32,7 @@ def register(name: str, *args, **kwargs) -> str:
 
 
 def small_cfg(output_dir: str = "") -> CfgNode:
-    cfg = get_cfg()
-    add_solver_config(cfg)
-    add_classification_config(cfg)
+    cfg = get_cfg(add_classification_config)
     cfg.MODEL.META_ARCHITECTURE = "ImageClassifier"
     cfg.MODEL.DEVICE = "cpu"
     cfg.MODEL.CLASSIFIER.NAME = "c3_8"

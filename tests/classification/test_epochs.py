@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from detectron2.config import CfgNode
 
 from repr_det.classification import resolve_epochs
 from repr_det.classification.epochs import iterations_for
@@ -19,7 +18,9 @@ def test_whole_epochs(epochs, images, batch_size, iterations):
 
 def cfg_in_epochs():
     cfg = small_cfg()
-    cfg.REPR = CfgNode({"UNIT": "epoch", "S1": 20, "S2": 10, "N": 3})
+    cfg.REPR.UNIT = "epoch"
+    cfg.REPR.S1 = 20
+    cfg.REPR.S2 = 10
     cfg.SOLVER.IMS_PER_BATCH = 10
     cfg.SOLVER.MAX_EPOCHS = 110
     cfg.SOLVER.STEPS_EPOCHS = (95, 100.5)

@@ -140,9 +140,9 @@ def test_test_loader_of_a_process_without_images(arrays):
     assert len(loader) == 0 and list(loader) == []
 
 
-def file_batches(files, count, workers=0, start=0, share=Share()):
+def file_batches(files, count, workers=0, start=0, share=None):
     transform = train_transform(16, 0.3, flip=True)
-    loader = FileTrainLoader(files, 6, 1, transform, workers, share)
+    loader = FileTrainLoader(files, 6, 1, transform, workers, share or Share())
     loader.set_iteration(start)
     return list(islice(loader, count))
 

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.data import DatasetCatalog
+from detectron2.engine import HookBase
+from PIL import Image
+
+from repr_det.classification import ClassificationTrainer, register_image_folder
+from repr_det.classification.loader import SampleOrder
+from tests.classification.settings import make_arrays, register, register_corners, small_cfg
+
+
+@pytest.fixture
+def cfg(tmp_path):
+    register_corners()
+    return small_cfg(str(tmp_path))
+
+
+def run(cfg, resume=False):
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume)
+    trainer.train()
+    return trainer
+
+
+def test_learns_evaluates_and_records(cfg, tmp_path):
+    cfg.SOLVER.MAX_ITER = 40
+    cfg.TEST.EVAL_PERIOD = 20
+    torch.manual_seed(0)
+    trainer = run(cfg)
+    accuracy = trainer._last_eval_results["accuracy"]
+    assert accuracy["top1"] > 90 and accuracy["top5"] == 100
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    by_iteration = {line["iteration"]: line for line in lines if "accuracy/top1" in line}
+    assert sorted(by_iteration) == [19, 40]
+    assert by_iteration[40]["accuracy/top1"] == accuracy["top1"]
+    assert any("total_loss" in line for line in lines)
+
+
+def test_what_is_trained_on_is_the_order_of_the_seed(cfg):
+    cfg.SEED = 9
+    loader = ClassificationTrainer.build_train_loader(cfg)
+    data = DatasetCatalog.get("corners_train")
+    batch = next(iter(loader))
+    expected = [data[i]["label"] for i in SampleOrder(120, 20, 9).batch(0).tolist()]
+    assert batch["label"].tolist() == expected
+
+
+def test_held_out_images_are_not_trained_on(cfg):
+    cfg.DATASETS.HELD_OUT = 20
+    cfg.DATASETS.TEST = ("corners_heldout", "corners_test")
+    cfg.SOLVER.MAX_EPOCHS = 2
+    trainer = run(cfg)
+    assert trainer.max_iter == 10  # two epochs of 100 images
+    assert len(trainer.data_loader.labels) == 100
+    assert set(trainer._last_eval_results) == {"corners_heldout", "corners_test"}
+    trained = trainer.data_loader.images.flatten(1).tolist()
+    held_out = ClassificationTrainer.build_test_loader(trainer.cfg, "corners_heldout")
+    assert not any(image in trained for image in held_out.images.flatten(1).tolist())
+
+
+@pytest.mark.parametrize("stop", [5, 9, 13, 18])
+def test_a_resumed_run_ends_with_the_same_bits(cfg, tmp_path, stop):
+    """Stopped in S1, S2, the second cycle and the tail: data, phases and weights go on."""
+    cfg.MODEL.CLASSIFIER.NAME = "c3_8_bn"
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    cfg.INPUT.CROP_PADDING = 2
+    cfg.SOLVER.MAX_ITER = 22
+    cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 6, 4, 2
+    torch.manual_seed(0)
+    cfg.OUTPUT_DIR = str(tmp_path / "whole")
+    whole = run(cfg)
+
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    torch.manual_seed(0)
+    stopped = ClassificationTrainer(cfg)
+    stopped.resume_or_load(False)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(stopped, stop)
+    torch.manual_seed(1)
+    resumed = run(cfg, resume=True)
+    assert resumed.start_iter == stop
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def interrupt_after(trainer, iteration):
+    """Train so many iterations, write a checkpoint, and stop as Ctrl-C would."""
+
+    class Interrupt(HookBase):
+        def after_step(self):
+            if self.trainer.iter + 1 == iteration:
+                self.trainer.checkpointer.save("stopped", iteration=self.trainer.iter)
+                raise KeyboardInterrupt
+
+    trainer.register_hooks([Interrupt()])
+    trainer.train()
+
+
+def test_dense_sparse_dense_by_config(cfg):
+    cfg.DSD.ENABLED = True
+    cfg.DSD.DENSE_ITERS = 2
+    cfg.DSD.SPARSE_ITERS = 100
+    cfg.DSD.SPARSITY = 0.5
+    weight = run(cfg).model.network.fc.weight
+    assert (weight == 0).sum() == weight.numel() // 2
+
+
+def test_torchvision_network_on_an_image_folder(cfg, tmp_path):
+    rng = np.random.default_rng(0)
+    colours = {"blue": (90, 90, 150), "red": (150, 90, 90)}
+    for split in ("train", "test"):
+        for name, colour in colours.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(8):
+                pixels = rng.integers(-60, 60, (40 + index, 44, 3)) + colour
+                image = Image.fromarray(pixels.astype(np.uint8))
+                image.save(tmp_path / split / name / f"{index}.png")
+        name = f"colours_{split}"
+        if name in DatasetCatalog:
+            DatasetCatalog.remove(name)
+        register_image_folder(name, tmp_path / split)
+    cfg.MODEL.CLASSIFIER.NAME = "resnet18"
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 2
+    cfg.INPUT.IMAGE_SIZE = 32
+    cfg.DATASETS.TRAIN = ("colours_train",)
+    cfg.DATASETS.TEST = ("colours_test",)
+    cfg.DATALOADER.NUM_WORKERS = 1
+    cfg.SOLVER.IMS_PER_BATCH = 8
+    cfg.SOLVER.BASE_LR = 0.01
+    cfg.SOLVER.MAX_ITER = 30
+    trainer = run(cfg)
+    assert trainer._last_eval_results["accuracy"]["top1"] == 100
+
+
+def test_test_set_with_other_classes(cfg):
+    register("corners_test", *make_arrays(50), ["a", "b", "d", "c"])
+    with pytest.raises(ValueError, match="corners_test has other classes than corners_train"):
+        ClassificationTrainer(cfg)
+
+
+def test_missing_data_stops_the_trainer_before_anything_is_built(cfg, tmp_path, monkeypatch):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    cfg.DATASETS.TRAIN = ("imagenet_train",)
+    with pytest.raises(FileNotFoundError, match="imagenet.*DETECTRON2_DATASETS"):
+        ClassificationTrainer(cfg)
