@@ -107,12 +107,7 @@ class RePrHook(HookBase):
     def before_train(self) -> None:
         """Check what only the start of training shows, and look for evaluations to follow."""
         self.schedule.check_fits(self.trainer.max_iter)
-        if self.trainer.start_iter > 0 and not self._has_state:
-            raise ValueError(
-                f"This run goes on at iteration {self.trainer.start_iter}, but its checkpoint "
-                f"holds no RePr state (made without RePr?): start a new run with it as "
-                f"MODEL.WEIGHTS."
-            )
+        self.check_resumed(self.trainer.start_iter)
         zero = self.method.zero_filters()
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
@@ -122,6 +117,18 @@ class RePrHook(HookBase):
             )
         periods = [h._period for h in self.trainer._hooks if isinstance(h, EvalHook)]
         self._eval_period = periods[0] if periods else 0
+
+    def check_resumed(self, start_iter: int) -> None:
+        """Refuse to go on with a run whose checkpoint held no state of this hook.
+
+        Raises:
+            ValueError: the run goes on at a later iteration than 0 and no state was loaded.
+        """
+        if start_iter > 0 and not self._has_state:
+            raise ValueError(
+                f"This run goes on at iteration {start_iter}, but its checkpoint holds no RePr "
+                f"state (made without RePr?): start a new run with it as MODEL.WEIGHTS."
+            )
 
     def before_step(self) -> None:
         """Do what is due, log it, and record the phase."""

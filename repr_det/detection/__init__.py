@@ -1,0 +1,1 @@
+"""What only detection and instance segmentation need."""

@@ -1,0 +1,57 @@
+"""The trainer of detection and instance segmentation."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_train_loader
+from detectron2.evaluation import COCOEvaluator
+
+from repr_det.detection.datasets import check_datasets, check_num_classes
+from repr_det.detection.shapes import register_shapes
+from repr_det.engine.trainer import RePrTrainer
+
+
+class DetectionTrainer(RePrTrainer):
+    """Detectron2's detection loaders and COCO evaluation, with RePr.
+
+    Args:
+        cfg: a config from :func:`repr_det.engine.config.get_cfg`.
+
+    Raises:
+        FileNotFoundError, ValueError: datasets that are not there or do not fit the model, and
+            whatever :class:`RePrTrainer` refuses.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        register_shapes()
+        check_datasets(cfg)
+        super().__init__(cfg)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Any:
+        """Detectron2's training loader."""
+        loader = build_detection_train_loader(cfg)
+        # Only now does the catalog know the classes of a dataset that was just read.
+        check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
+        return loader
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+        """COCO's metrics for what the model predicts; predictions go to ``OUTPUT_DIR``."""
+        return COCOEvaluator(
+            dataset_name,
+            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            use_fast_impl=_has_fast_evaluation(),
+        )
+
+
+def _has_fast_evaluation() -> bool:
+    """Whether Detectron2's compiled extension, and so its own COCOeval, is there."""
+    try:
+        from detectron2 import _C  # noqa: F401
+    except ImportError:
+        return False
+    return True

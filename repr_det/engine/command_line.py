@@ -1,0 +1,154 @@
+"""The command line of training and evaluation, the same for every task."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.evaluation import verify_results
+from detectron2.utils import comm
+
+from repr_det.engine.config import config_path
+from repr_det.engine.trainer import RePrTrainer, check_weights
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
+"""What checks raise for mistakes in config, arguments and data: told in one sentence."""
+
+TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
+Configure = Callable[[argparse.Namespace], CfgNode]
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """Detectron2's arguments, and datasets that no code has registered."""
+    parser = default_argument_parser(
+        epilog="Bare names of --config-file (or --config) are looked up in configs/."
+    )
+    for split in ("train", "test"):
+        parser.add_argument(
+            f"--{split}-data",
+            nargs=3,
+            metavar=("NAME", "JSON", "IMAGES"),
+            help=f"a COCO-format dataset to {split} on: a name, annotation file and image folder",
+        )
+    return parser
+
+
+def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Merge the config file and the ``KEY VALUE`` overrides into a config, in place.
+
+    Raises:
+        FileNotFoundError: no such config file.
+        KeyError, ValueError: overrides that the config does not know or cannot take.
+    """
+    if args.config_file:
+        args.config_file = config_path(args.config_file)
+        cfg.merge_from_file(args.config_file)
+    try:
+        cfg.merge_from_list(args.opts)
+    except AssertionError as error:
+        raise ValueError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
+
+
+def run(arguments: list[str] | None, configure: Configure, trainer_for: TrainerFor) -> None:
+    """Train or evaluate as the command line says, in as many processes as it says.
+
+    Also joins processes that ``torchrun`` has started.
+
+    Args:
+        arguments: of the command line; None takes the program's own.
+        configure: makes the whole config from the parsed arguments.
+        trainer_for: picks the trainer for a config.
+    """
+    args = argument_parser().parse_args(arguments)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun()
+        _in_process(args, configure, trainer_for)
+        return
+    launch(
+        _in_process,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args, configure, trainer_for),
+    )
+
+
+def _join_torchrun() -> None:
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
+    with _told_in_one_sentence():
+        cfg = configure(args)
+        cfg.freeze()
+        trainer_class = trainer_for(cfg)
+        with _undone_on_error(Path(cfg.OUTPUT_DIR)):
+            default_setup(cfg, args)
+            if not args.eval_only:
+                trainer = trainer_class(cfg)
+                trainer.resume_or_load(resume=args.resume)
+            else:
+                model = trainer_class.build_model(cfg)
+                checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+                if not (args.resume and checkpointer.has_checkpoint()):
+                    check_weights(cfg.MODEL.WEIGHTS)
+                checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    if args.eval_only:
+        results = trainer_class.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return
+    trainer.train()
+
+
+@contextmanager
+def _told_in_one_sentence() -> Iterator[None]:
+    """Turn a user's mistake into its sentence and exit status 2; the traceback goes to the log."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        logger.debug("What was wrong:", exc_info=True)
+        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+@contextmanager
+def _undone_on_error(folder: Path) -> Iterator[None]:
+    """Leave an output folder as it was if setting up fails."""
+    config = folder / "config.yaml"
+    before = {path: None for path in folder.glob("*")}
+    if config.is_file():
+        before[config] = config.read_bytes()
+    existed = folder.exists()
+    try:
+        yield
+    except USER_ERRORS:
+        logging.shutdown()
+        if not existed:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            for path in folder.glob("*"):
+                if path not in before and path.is_file():
+                    path.unlink()
+            if before.get(config) is not None:
+                config.write_bytes(before[config])
+        raise

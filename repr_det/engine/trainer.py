@@ -1,0 +1,178 @@
+"""Detectron2's DefaultTrainer with RePr, for any task."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode
+from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.solver import LRMultiplier
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from torch.optim import Optimizer
+
+from repr_det.engine import solver
+from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
+from repr_det.engine.hook import STATE_KEY, RePrHook
+from repr_det.method.schedule import SUB
+
+logger = logging.getLogger(__name__)
+
+
+class RePrTrainer(DefaultTrainer):
+    """What trains every task: Detectron2's trainer and hooks, RePr by ``cfg.REPR``.
+
+    Differs from DefaultTrainer in what its constructor builds: mixed precision also on a CPU,
+    DistributedDataParallel also on a CPU, optimizers and schedules of this package, the RePr hook,
+    and checks before anything is trained. A task adds its loaders and its evaluator.
+
+    Args:
+        cfg: a config from :func:`repr_det.engine.config.get_cfg`, lengths in iterations.
+
+    Raises:
+        ValueError: whatever cannot work with this config, in one sentence.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+        cfg = _scaled_to(cfg, comm.get_world_size())
+        if cfg.REPR.UNIT != "iteration":
+            raise ValueError(
+                f"REPR.UNIT is {cfg.REPR.UNIT!r}, which this task cannot turn into iterations: "
+                f"give S1 and S2 in iterations and REPR.UNIT iteration."
+            )
+        device = torch.device(cfg.MODEL.DEVICE).type
+        precision = None
+        if cfg.SOLVER.AMP.ENABLED:
+            precision = amp_precision(cfg.SOLVER.AMP.PRECISION, device)
+        hook = RePrHook.from_config(cfg)
+        if hook is not None:
+            hook.schedule.check_fits(cfg.SOLVER.MAX_ITER)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        device_ids = [comm.get_local_rank()] if device == "cuda" else None
+        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        self._trainer = (
+            SimpleTrainer(model, data_loader, optimizer)
+            if precision is None
+            else MixedPrecisionTrainer(
+                model, data_loader, optimizer, device_type=device, precision=precision
+            )
+        )
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = DetectionCheckpointer(
+            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self._repr_hook = hook
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's hooks, with RePr's before those that save, evaluate and write."""
+        built = super().build_hooks()
+        if self._repr_hook is not None:
+            before = next(
+                i
+                for i, hook in enumerate(built)
+                if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
+            )
+            built.insert(before, self._repr_hook)
+        return built
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
+        """See :func:`repr_det.engine.solver.build_optimizer`."""
+        return solver.build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
+        """See :func:`repr_det.engine.solver.build_lr_scheduler`."""
+        return solver.build_lr_scheduler(cfg, optimizer)
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
+
+        Raises:
+            FileNotFoundError: weights that do not exist or cannot be downloaded.
+            ValueError: a checkpoint that this run cannot go on from.
+        """
+        resuming = resume and self.checkpointer.has_checkpoint()
+        if not resuming:
+            check_weights(self.cfg.MODEL.WEIGHTS)
+        super().resume_or_load(resume=resume)
+        if resuming and self._repr_hook is not None:
+            self._repr_hook.check_resumed(self.start_iter)
+        if resuming and hasattr(self.data_loader, "set_iteration"):
+            self.data_loader.set_iteration(self.start_iter)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a checkpoint's state of the trainer.
+
+        Raises:
+            ValueError: it was written in S2 and this run is without RePr.
+        """
+        state = state_dict.get("hooks", {}).get(STATE_KEY, {})
+        if self._repr_hook is None and state.get("phase") == SUB:
+            raise ValueError(
+                "This checkpoint was written in S2 of a RePr run, with filters dropped, and "
+                "REPR.ENABLED is False: resume with RePr, or start a new run from it as "
+                "MODEL.WEIGHTS."
+            )
+        super().load_state_dict(state_dict)
+
+
+def check_weights(weights: str) -> None:
+    """Refuse starting weights that cannot be had.
+
+    Raises:
+        FileNotFoundError: not on disk, or not to be downloaded.
+    """
+    if not weights:
+        return
+    try:
+        path = PathManager.get_local_path(weights.partition("?")[0])
+    except Exception as error:  # whatever the network layer raises
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS {weights} could not be downloaded ({type(error).__name__}): fetch it "
+            f"where there is network and give its path, or train from scratch with "
+            f"MODEL.WEIGHTS ''."
+        ) from error
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"MODEL.WEIGHTS {weights} does not exist: give the path of a checkpoint, or train from "
+            f"scratch with MODEL.WEIGHTS ''."
+        )
+
+
+def _scaled_to(cfg: CfgNode, num_workers: int) -> CfgNode:
+    """Detectron2's scaling of schedules to the number of workers, S1 and S2 included."""
+    scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
+    if scaled is cfg:
+        return cfg
+    frozen = scaled.is_frozen()
+    scaled.defrost()
+    ratio = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
+    scaled.REPR.S1 = round(cfg.REPR.S1 * ratio)
+    scaled.REPR.S2 = round(cfg.REPR.S2 * ratio)
+    if frozen:
+        scaled.freeze()
+    return scaled
+
+
+def has_run(output_dir: str) -> bool:
+    """Whether a folder holds a run's checkpoint to resume from."""
+    return (Path(output_dir) / "last_checkpoint").is_file()

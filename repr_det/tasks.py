@@ -1,0 +1,38 @@
+"""Which task a config is of: its keys, its data, its trainer."""
+
+from __future__ import annotations
+
+import argparse
+
+from detectron2.config import CfgNode
+
+from repr_det.classification.config import add_classification_config
+from repr_det.classification.trainer import ClassificationTrainer
+from repr_det.detection.datasets import take_num_classes, use_coco_data
+from repr_det.detection.trainer import DetectionTrainer
+from repr_det.engine import config
+from repr_det.engine.command_line import merge_arguments
+from repr_det.engine.trainer import RePrTrainer
+
+
+def get_cfg() -> CfgNode:
+    """The default config with the keys of every task."""
+    return config.get_cfg(add_classification_config)
+
+
+def configure(args: argparse.Namespace) -> CfgNode:
+    """The config that parsed arguments describe, datasets given by their files registered."""
+    cfg = get_cfg()
+    merge_arguments(cfg, args)
+    for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
+        if data is not None:
+            use_coco_data(cfg, split, *data)
+            take_num_classes(cfg, data[1], args.opts)
+    return cfg
+
+
+def trainer_for(cfg: CfgNode) -> type[RePrTrainer]:
+    """The trainer of a config's task."""
+    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
+        return ClassificationTrainer
+    return DetectionTrainer

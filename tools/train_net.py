@@ -1,0 +1,13 @@
+#!/usr/bin/env python3
+"""Train or evaluate a detector or a classifier, with RePr or without.
+
+tools/train_net.py --config repr_faster_rcnn.yaml --num-gpus 8
+tools/train_net.py --config repr_faster_rcnn.yaml --resume
+tools/train_net.py --config repr_faster_rcnn.yaml --eval-only MODEL.WEIGHTS model_final.pth
+"""
+
+from repr_det.engine.command_line import run
+from repr_det.tasks import configure, trainer_for
+
+if __name__ == "__main__":
+    run(None, configure, trainer_for)
