@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method.filters import NormLink
-from repr_det.method.graph import preserved
+from repr_det.method.graph import eager, preserved
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def calibrate(
         average: averages a tensor over processes.
     """
     links = list(links)
-    with preserved(model), torch.no_grad(), _measuring(links, average):
+    with preserved(model), torch.no_grad(), eager(), _measuring(links, average):
         for batch in batches:
             loss(model, batch)
         measured = [

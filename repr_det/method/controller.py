@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from repr_det.method.calibration import calibrate
 from repr_det.method.criteria import (
     CRITERIA,
+    NEEDS_DATA,
     Criterion,
     Data,
     choose,
@@ -23,6 +24,7 @@ from repr_det.method.criteria import (
     mean_overlap,
     number_to_prune,
 )
+from repr_det.method.data_criteria import check_second_derivatives
 from repr_det.method.filters import (
     FilterLayer,
     NormLink,
@@ -32,7 +34,7 @@ from repr_det.method.filters import (
     shared_weights,
     unwrap,
 )
-from repr_det.method.graph import ChannelGraph, Reader, preserved, trace
+from repr_det.method.graph import ChannelGraph, Reader, eager, preserved, trace
 from repr_det.method.pruning import (
     GradientMask,
     check_optimizer,
@@ -130,6 +132,10 @@ class RePr:
             raise ValueError(
                 f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
             )
+        if isinstance(criterion, str) and criterion in NEEDS_DATA and None in (batches, loss):
+            raise ValueError(
+                f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
+            )
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
@@ -152,6 +158,9 @@ class RePr:
         self._readers = list(self.graph.readers.values())
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
+        if criterion == "hessian":
+            with preserved(self._model), eager():
+                check_second_derivatives(self.layers, self._data(cycle=0))
         if batches is None and any(link.constant_statistics for link, _ in self._norms(None)):
             warnings.warn(
                 "RePr: the model has norms with constant statistics, which returned channels need "
@@ -199,7 +208,8 @@ class RePr:
                 layer.name,
                 modules[layer.name],
                 tuple(
-                    NormLink(n.name, modules[n.name], n.filters, n.channels) for n in layer.norms
+                    NormLink(n.name, modules[n.name], n.filters, n.channels, n.dim)
+                    for n in layer.norms
                 ),
             )
             for layer in self.layers
@@ -309,6 +319,9 @@ class RePr:
         """Random numbers of one event, a function of seed and cycle and not of history."""
         return torch.Generator().manual_seed((self.seed * 1_000_003 + cycle) * 2 + event)
 
+    def _data(self, cycle: int) -> Data:
+        return Data(self._model, self._batches, self._loss, self._generator(cycle, 0))
+
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
         for layer in self.layers:
             if not finite(layer):
@@ -317,9 +330,8 @@ class RePr:
                     f"infinity; training has diverged, lower the learning rate or resume an "
                     f"earlier checkpoint."
                 )
-        data = Data(self._model, self._batches, self._loss, self._generator(cycle, 0))
-        with preserved(self._model):
-            scores = self._agreed_scores(self._criterion(self.layers, data))
+        with preserved(self._model), eager():
+            scores = self._agreed_scores(self._criterion(self.layers, self._data(cycle)))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
         self._before = {
             layer.name: _values(layer, pruned[layer.name])

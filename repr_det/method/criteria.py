@@ -1,7 +1,8 @@
 """Which: scores that rank filters, the larger the sooner pruned.
 
 Every criterion has one signature, ``criterion(layers, data) -> {layer name: scores (J,)}``, so a
-function of one's own can stand in for any of them.
+function of one's own can stand in for any of them. Those that look at training batches are in
+``data_criteria``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repr_det.method import data_criteria
 from repr_det.method.filters import FilterLayer
 
 
@@ -143,7 +145,16 @@ CRITERIA: dict[str, Criterion] = {
     "ortho_authors": ortho_authors,
     "weights": weights,
     "random": random,
+    "activations": data_criteria.activations,
+    "apoz": data_criteria.apoz,
+    "gradients": data_criteria.gradients,
+    "taylor": data_criteria.taylor,
+    "hessian": data_criteria.hessian,
+    "oracle": data_criteria.oracle,
 }
+
+NEEDS_DATA = {"activations", "apoz", "gradients", "taylor", "hessian", "oracle"}
+"""Criteria that cannot do without batches and a loss."""
 
 
 def mean_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> dict[str, float]:

@@ -144,12 +144,14 @@ class NormLink:
         module: the norm.
         filters: indices of filters, int64 of shape (n,).
         channels: the norm's channel of each, int64 of shape (n,).
+        dim: the dimension of the norm's input and output that counts channels.
     """
 
     name: str
     module: nn.Module
     filters: Tensor
     channels: Tensor
+    dim: int = 1
 
     def channels_of(self, chosen: Tensor) -> Tensor:
         """The norm's channels that belong to the chosen filters (bool of shape (J,))."""

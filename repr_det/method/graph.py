@@ -139,6 +139,7 @@ class _Tracer(TorchDispatchMode):
         self.ran: dict[str, nn.Module] = {}
         self.readers: dict[str, Reader] = {}
         self.links: dict[tuple[str, str], dict[int, int]] = {}
+        self.link_dims: dict[tuple[str, str], int] = {}
         self.read: set[str] = set()
         self.stems: set[str] = set()
         # Tags and behind are keyed by id, so every tensor that has one must stay alive.
@@ -263,6 +264,7 @@ class _Tracer(TorchDispatchMode):
                 continue
             (conv, index) = next(iter(source))
             self.links.setdefault((conv, name), {})[channel] = index
+            self.link_dims[conv, name] = tag.dim
             sources.append(source)
         return Tag(tag.dim, tuple(sources))
 
@@ -501,8 +503,8 @@ def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable
             yield lambda r=records: model(r)
 
 
-def _eager() -> Any:
-    """Run compiled parts uncompiled: their operations would be out of sight."""
+def eager() -> Any:
+    """While inside, compiled parts run uncompiled: compiled ones skip hooks set after they were."""
     set_stance = getattr(torch.compiler, "set_stance", None)
     return set_stance("force_eager") if set_stance else nullcontext()
 
@@ -534,7 +536,7 @@ def trace(model: nn.Module, run: Callable[[], Any] | None = None) -> ChannelGrap
         ran = False
         for training in (False, True):
             try:
-                with preserved(model), torch.no_grad(), _eager(), _Attempt(tracer, model):
+                with preserved(model), torch.no_grad(), eager(), _Attempt(tracer, model):
                     model.train(training)
                     attempt()
                 ran = True
@@ -585,6 +587,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
                 tracer.modules[norm],
                 torch.tensor([pairs[c] for c in channels]),
                 torch.tensor(channels),
+                tracer.link_dims[conv, norm],
             )
         )
     return ChannelGraph(

@@ -1,0 +1,320 @@
+"""Criteria that look at training batches: features, gradients, curvature, and the loss itself.
+
+Each runs the model in the mode that it is in (training, when the controller ranks) on the first
+:data:`BATCHES` batches. A filter's feature map is looked at behind the norm that follows the conv
+and behind a ReLU, which is where most networks have one: channels of the norm's output, negative
+values counted as zero. Without a norm it is the conv module's own output. Where several norms read
+a filter (dense blocks) their mean is taken.
+
+Feature maps and gradients differ in scale from layer to layer. Molchanov et al. (Pruning
+Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017, section 2.2) divide a
+layer's scores by their l2 norm before layers are ranked together; where that is done here, the
+docstring says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from repr_det.method.filters import FilterLayer
+from repr_det.method.graph import preserved
+from repr_det.method.pruning import zero_filters
+
+if TYPE_CHECKING:
+    from repr_det.method.criteria import Data, Scores
+
+BATCHES = 8
+"""How many batches a criterion looks at."""
+
+HESSIAN_PROBES = 4
+"""Random vectors a batch that estimate the diagonal of the Hessian."""
+
+
+def activations(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Minus the mean of a filter's feature map: filters that seldom respond go first.
+
+    The "activation" criterion of Molchanov et al. (ICLR 2017), divided by the layer's l2 norm as
+    they do.
+    """
+    return _negative(_per_layer_norm(_feature_means(layers, data, torch.relu)))
+
+
+def apoz(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Average percentage of zeros in a filter's feature map, as a share (Hu et al., 2016).
+
+    A share is comparable between layers as it is.
+    """
+    return _feature_means(layers, data, lambda feature: feature <= 0)
+
+
+def gradients(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Minus the mean |gradient| of the loss by a filter's weights: what hardly learns goes first.
+
+    Named but not defined in the paper; this is our reading. Divided by the layer's l2 norm.
+    """
+    totals = _zeros(layers)
+    for batch in _batches(data):
+        for layer, gradient in zip(layers, _weight_gradients(layers, data, batch), strict=True):
+            totals[layer.name] += layer.matrix(gradient).double().abs().mean(dim=1)
+    return _negative(_per_layer_norm(totals))
+
+
+def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Minus the first-order estimate of what removing a filter does to the loss.
+
+    ``|mean over positions of (dC/dz * z)|`` of the feature map z of one image, averaged over images
+    and divided by the layer's l2 norm (Molchanov et al., ICLR 2017, equations 6 to 9). Behind a
+    ReLU and right before it the product is the same.
+    """
+    totals, counts = _zeros(layers), _zeros(layers)
+    for batch in _batches(data):
+        gates: list[tuple[_Site, Tensor, int]] = []
+
+        def multiply(site: _Site, out: Tensor, gates: list = gates) -> Tensor:
+            # The derivative by a factor of one an image and channel is the sum of dC/dz * z.
+            shape = [n if d in (0, site.dim) else 1 for d, n in enumerate(out.shape)]
+            gate = out.new_ones(shape).requires_grad_()
+            gates.append((site, gate, out.numel() // max(gate.numel(), 1)))
+            return out * gate
+
+        with torch.enable_grad(), _hooked(layers, multiply):
+            loss = data.loss(data.model, batch)
+        found = torch.autograd.grad(loss, [gate for _, gate, _ in gates], allow_unused=True)
+        for (site, gate, positions), gradient in zip(gates, found, strict=True):
+            if gradient is not None and len(gate):
+                per_image = gradient.transpose(1, site.dim).flatten(1).double() / positions
+                site.add(totals, per_image.abs().mean(dim=0))
+                site.add(counts, torch.ones_like(per_image[0]))
+    means = {name: total / counts[name].clamp(min=1) for name, total in totals.items()}
+    return _negative(_per_layer_norm(means))
+
+
+def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Minus the saliency ``sum(H_ii w_i^2) / 2`` of a filter's weights, H the loss's Hessian.
+
+    Optimal Brain Damage (LeCun, Denker and Solla, NeurIPS 1989, equation 5), summed over a filter.
+    The diagonal is estimated without bias from products of H with random vectors (Hutchinson,
+    1990): with signs z and v = z w, the mean of ``v_i (H v)_i`` is ``H_ii w_i^2``. Saliency is in
+    units of the loss, so layers are compared as they are.
+
+    Raises:
+        RuntimeError: the loss has no second derivatives; see :func:`check_second_derivatives`.
+    """
+    totals = _zeros(layers)
+    batches = 0
+    for batch in _batches(data):
+        for name, saliency in _saliencies(layers, data, batch, HESSIAN_PROBES).items():
+            totals[name] += saliency
+        batches += 1
+    return _negative({name: total / batches for name, total in totals.items()})
+
+
+def check_second_derivatives(layers: Sequence[FilterLayer], data: Data) -> None:
+    """Refuse a model whose loss cannot be differentiated twice, as :func:`hessian` needs.
+
+    Raises:
+        ValueError: an operation of the model has no second derivative (RoIAlign has none).
+    """
+    try:
+        _saliencies(layers, data, next(_batches(data)), probes=1)
+    except RuntimeError as error:
+        raise ValueError(
+            f"RePr: criterion 'hessian' needs second derivatives, which this model's loss does not "
+            f"have ({str(error).splitlines()[0]}); choose another criterion, for example taylor."
+        ) from error
+
+
+def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:
+    """Minus what the loss rises by when one filter alone is zeroed: the paper's greedy oracle.
+
+    The paper counts the accuracy lost on held-out training images; the loss is what every task has.
+    It costs one forward pass a filter and batch. The loss is compared between layers as it is.
+    """
+    batches = list(_batches(data))
+    zero_at_all = _total_loss(data, batches)
+    scores = _zeros(layers)
+    filters = [(layer, i) for layer in layers for i in range(layer.num_filters)]
+    for layer, i in _progress(filters):
+        with _zeroed(layer, i):
+            scores[layer.name][i] = zero_at_all - _total_loss(data, batches)
+    return scores
+
+
+def _batches(data: Data) -> Iterator[Any]:
+    """The first batches.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if data.batches is None or data.loss is None:
+        raise ValueError("RePr: this criterion looks at training batches; pass batches= and loss=.")
+    empty = True
+    for batch in itertools.islice(data.batches(), BATCHES):
+        empty = False
+        yield batch
+    if empty:
+        raise ValueError("RePr: batches() gave no batch to rank filters on.")
+
+
+def _zeros(layers: Sequence[FilterLayer]) -> Scores:
+    return {
+        layer.name: torch.zeros(layer.num_filters, dtype=torch.float64, device=layer.weight.device)
+        for layer in layers
+    }
+
+
+def _negative(scores: Scores) -> Scores:
+    return {name: -score for name, score in scores.items()}
+
+
+def _per_layer_norm(scores: Scores) -> Scores:
+    tiny = torch.finfo(torch.float64).tiny
+    return {name: score / score.norm().clamp(min=tiny) for name, score in scores.items()}
+
+
+class _Site:
+    """A module whose output holds feature maps of filters, maybe of several layers.
+
+    Attributes:
+        module: a norm, or a conv that no norm follows.
+        dim: the dimension of its output that counts channels.
+    """
+
+    def __init__(self, module: nn.Module, dim: int) -> None:
+        self.module = module
+        self.dim = dim
+        self._parts: list[tuple[str, Tensor, Tensor]] = []
+
+    def holds(self, name: str, filters: Tensor, channels: Tensor) -> None:
+        """Some channels are these filters of a layer."""
+        self._parts.append((name, filters, channels))
+
+    def add(self, totals: Scores, by_channel: Tensor) -> None:
+        """Add values of shape (channels,) to the filters that they belong to."""
+        for name, filters, channels in self._parts:
+            values = by_channel[channels.to(by_channel.device)].double()
+            totals[name].index_add_(0, filters.to(values.device), values)
+
+
+def _sites(layers: Sequence[FilterLayer]) -> list[_Site]:
+    sites: dict[nn.Module, _Site] = {}
+    for layer in layers:
+        for link in layer.norms:
+            site = sites.setdefault(link.module, _Site(link.module, link.dim))
+            site.holds(layer.name, link.filters, link.channels)
+        if not layer.norms:
+            every = torch.arange(layer.num_filters)
+            sites.setdefault(layer.module, _Site(layer.module, 1)).holds(layer.name, every, every)
+    return list(sites.values())
+
+
+@contextmanager
+def _hooked(
+    layers: Sequence[FilterLayer], hook: Callable[[_Site, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call ``hook`` with every output of every site; what it returns takes the output's place."""
+    handles = [
+        site.module.register_forward_hook(lambda module, args, out, site=site: hook(site, out))
+        for site in _sites(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _feature_means(
+    layers: Sequence[FilterLayer], data: Data, statistic: Callable[[Tensor], Tensor]
+) -> Scores:
+    """Mean of a statistic of the features over images and positions, by filter."""
+    totals, counts = _zeros(layers), _zeros(layers)
+
+    def look(site: _Site, out: Tensor) -> None:
+        values = statistic(out.detach()).transpose(0, site.dim).flatten(1)
+        site.add(totals, values.sum(dim=1, dtype=torch.float64))
+        seen = torch.full((len(values),), values.shape[1], dtype=torch.float64)
+        site.add(counts, seen.to(values.device))
+
+    with torch.no_grad(), _hooked(layers, look):
+        for batch in _batches(data):
+            data.loss(data.model, batch)
+    return {name: total / counts[name].clamp(min=1) for name, total in totals.items()}
+
+
+def _weight_gradients(
+    layers: Sequence[FilterLayer], data: Data, batch: Any, create_graph: bool = False
+) -> list[Tensor]:
+    """The loss's gradient by each layer's weight; zero where the loss does not depend on it."""
+    weights = [layer.weight for layer in layers]
+    with torch.enable_grad():
+        loss = data.loss(data.model, batch)
+        found = torch.autograd.grad(loss, weights, create_graph=create_graph, allow_unused=True)
+    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
+
+
+def _saliencies(layers: Sequence[FilterLayer], data: Data, batch: Any, probes: int) -> Scores:
+    """An estimate of ``sum(H_ii w_i^2) / 2`` over each filter's weights, on one batch."""
+    totals = _zeros(layers)
+    weights = [layer.weight for layer in layers]
+    gradients = _weight_gradients(layers, data, batch, create_graph=True)
+    curved = [i for i, gradient in enumerate(gradients) if gradient.requires_grad]
+    for _ in range(probes if curved else 0):
+        vectors = [w.detach() * _signs(w, data.generator) for w in weights]
+        products = torch.autograd.grad(
+            [gradients[i] for i in curved],
+            weights,
+            [vectors[i] for i in curved],
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for layer, vector, product in zip(layers, vectors, products, strict=True):
+            if product is not None:
+                rows = layer.matrix(vector * product).double()
+                totals[layer.name] += rows.sum(dim=1) / (2 * probes)
+    return totals
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, like.shape, generator=generator).to(like.device, like.dtype)
+    return 2 * signs - 1
+
+
+def _total_loss(data: Data, batches: Sequence[Any]) -> float:
+    # Each evaluation starts from the same buffers and random state, so that only the filter counts.
+    with preserved(data.model), torch.no_grad():
+        return sum(float(data.loss(data.model, batch)) for batch in batches)
+
+
+@contextmanager
+def _zeroed(layer: FilterLayer, index: int) -> Iterator[None]:
+    chosen = torch.zeros(layer.num_filters, dtype=torch.bool)
+    chosen[index] = True
+    with torch.no_grad():
+        values = [(slot, slot.read()) for slot in layer.filter_slots(chosen)]
+        means = [(m, m.clone()) for link in layer.norms for m, _ in link.running_statistics()]
+        zero_filters(layer, chosen, None)
+        try:
+            yield
+        finally:
+            for slot, value in values:
+                slot.write(value)
+            for mean, value in means:
+                mean.copy_(value)
+
+
+def _progress(items: Sequence[Any]) -> Iterable[Any]:
+    """A progress bar on the first process, where tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return tqdm(items, desc="RePr oracle", unit="filter", leave=False, disable=not first)
