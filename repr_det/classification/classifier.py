@@ -45,6 +45,7 @@ class ImageClassifier(nn.Module):
         label_weight: weight of the loss on the labels.
         extra_losses: further losses by name, each a callable of the normalised images and the
             logits.
+        channels_last: hand the images to the network channels last in memory.
     """
 
     @configurable
@@ -57,6 +58,7 @@ class ImageClassifier(nn.Module):
         aux_weight: float = 0.3,
         label_weight: float = 1.0,
         extra_losses: Mapping[str, ExtraLoss] | None = None,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         self.network = network
@@ -65,6 +67,7 @@ class ImageClassifier(nn.Module):
         self.aux_weight = aux_weight
         self.label_weight = label_weight
         self.extra_losses = dict(extra_losses or {})
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class ImageClassifier(nn.Module):
             "aux_weight": keys.AUX_WEIGHT,
             "label_weight": label_weight,
             "extra_losses": extra_losses,
+            "channels_last": keys.CHANNELS_LAST,
         }
 
     @property
@@ -120,6 +124,8 @@ class ImageClassifier(nn.Module):
                 )
             images = torch.stack([item["image"] for item in batch])
         images = images.to(self.device, non_blocking=True)
+        # While they are small: everything behind keeps this order of memory.
+        images = images.contiguous(memory_format=self.memory_format)
         return (images - self.pixel_mean) / self.pixel_std
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:

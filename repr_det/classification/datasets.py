@@ -252,10 +252,9 @@ def _download(release: CifarRelease, folder: Path) -> Path:
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
+            with tempfile.TemporaryDirectory() as aside:
                 release.reader(aside, download=True)
-                folder.mkdir(exist_ok=True)
+                folder.mkdir(parents=True, exist_ok=True)
                 shutil.move(Path(aside, release.reader.base_folder), folder)
         except (OSError, RuntimeError) as failure:
             error = failure

@@ -77,6 +77,20 @@ def test_auxiliary_outputs_add_weighted_losses(batch):
     assert model.eval()({"image": images}).shape == (4, 4)
 
 
+def test_channels_last_changes_the_order_of_memory_only(model, batch):
+    cfg = small_cfg()
+    cfg.MODEL.CLASSIFIER.CHANNELS_LAST = True
+    other = build_model(cfg)
+    other.load_state_dict(model.state_dict())
+    images = other.preprocess_image(batch)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images, model.preprocess_image(batch))
+    for m in (model, other):
+        m(batch)["loss_cls"].backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert b.is_contiguous() and torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
 def test_images_of_different_sizes_in_a_batch(model):
     images = [{"image": torch.zeros(3, 16, 16)}, {"image": torch.zeros(3, 16, 20)}]
     with pytest.raises(ValueError, match="different shapes"):
