@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import RePrTrainer, check_weights
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
 """What checks raise for mistakes in config, arguments and data: told in one sentence."""

@@ -18,7 +18,7 @@ from repr_det.method.controller import PhaseChange, RePr
 from repr_det.method.reinit import Reinit
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 STATE_KEY = "RePrHook"
 """Where this hook's state lies in a checkpoint: ``trainer.hooks[STATE_KEY]``."""

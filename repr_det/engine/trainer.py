@@ -24,7 +24,7 @@ from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.method.schedule import SUB
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 class RePrTrainer(DefaultTrainer):

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -88,14 +89,22 @@ class Reader:
         Returns:
             bool of shape (c_in,).
         """
-        lists = {name: mask.tolist() for name, mask in pruned.items()}
-        return torch.tensor(
-            [
-                bool(sources) and all(n in lists and lists[n][i] for n, i in sources)
-                for sources in self.sources
-            ],
-            dtype=torch.bool,
-        )
+        made_of, by_layer = self._index
+        gone = torch.zeros(len(self.sources), dtype=torch.int64)
+        for name, (channels, filters) in by_layer.items():
+            if name in pruned:
+                gone.index_add_(0, channels, pruned[name].cpu()[filters].long())
+        return (made_of > 0) & (gone == made_of)
+
+    @cached_property
+    def _index(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """How many filters each channel is made of (0: unknown or none), and which by layer."""
+        pairs: dict[str, list[tuple[int, int]]] = {}
+        for channel, sources in enumerate(self.sources):
+            for name, index in sources or ():
+                pairs.setdefault(name, []).append((channel, index))
+        by_layer = {name: tuple(torch.tensor(p).T) for name, p in pairs.items()}
+        return torch.tensor([len(sources or ()) for sources in self.sources]), by_layer
 
 
 @dataclass
@@ -492,7 +501,8 @@ def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable
     is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
     # The first conv in the order of modules need not be the one that reads the image.
     channels = dict.fromkeys([3, first.in_channels, 1])
-    for size, width in itertools.product(_IMAGE_SIZES, channels):
+    sizes = _IMAGE_SIZES[:1] if is_detector else _IMAGE_SIZES  # a detector takes any size
+    for size, width in itertools.product(sizes, channels):
         x = torch.zeros(2, width, *[size] * spatial, device=device, dtype=dtype)
         records = [{"image": x[0], "height": size, "width": size}]
         if is_detector:

@@ -1,0 +1,212 @@
+"""The command line: whole runs, resumption, and every mistake in one sentence."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from repr_det.engine.command_line import run
+from repr_det.tasks import configure, get_cfg, trainer_for
+from tests.detectors import needs_coco, shrink
+
+CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
+
+
+def overrides(output_dir, **changes):
+    """KEY VALUE pairs that make a config small."""
+    small = shrink(get_cfg(), output_dir)
+    keys = [
+        "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.RESNETS.STEM_OUT_CHANNELS",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS", "MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.NORM",
+        "MODEL.BACKBONE.FREEZE_AT", "MODEL.FPN.OUT_CHANNELS",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN", "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_BOX_HEAD.FC_DIM",
+        "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST",
+        "INPUT.MAX_SIZE_TEST", "DATALOADER.NUM_WORKERS", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR",
+        "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.MAX_ITER", "OUTPUT_DIR", "SEED",
+    ]  # fmt: skip
+    pairs = []
+    for key in keys:
+        node = small
+        for part in key.split("."):
+            node = node[part]
+        pairs += [key, str(node)]
+    return [*pairs, *CYCLES, *(part for pair in changes.items() for part in pair)]
+
+
+def train(*arguments):
+    run(list(arguments), configure, trainer_for)
+
+
+def refused(capsys, *arguments):
+    """The sentence on standard error of a command that must be refused."""
+    with pytest.raises(SystemExit) as stop:
+        train(*arguments)
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    return next(line for line in lines if ": error: " in line)
+
+
+@needs_coco
+@pytest.mark.parametrize("config", ["repr_faster_rcnn.yaml", "repr_mask_rcnn.yaml"])
+def test_trains_is_stopped_and_resumes(config, tmp_path):
+    """Whole cycles on COCO images; stopped in S2 and resumed there."""
+    train(
+        "--config", config,
+        *overrides(tmp_path, **{"SOLVER.CHECKPOINT_PERIOD": "3", "SOLVER.MAX_ITER": "9"}),
+    )  # fmt: skip
+    final = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    # As if the run had been killed after the checkpoint in the middle of S2.
+    (tmp_path / "last_checkpoint").write_text("model_0000002.pth")
+    state = torch.load(tmp_path / "model_0000002.pth", weights_only=True)
+    assert state["trainer"]["hooks"]["RePrHook"]["phase"] == "sub"
+    train(
+        "--config", config, "--resume",
+        *overrides(tmp_path, **{"SOLVER.CHECKPOINT_PERIOD": "3", "SOLVER.MAX_ITER": "9"}),
+    )  # fmt: skip
+    resumed = torch.load(tmp_path / "model_final.pth", weights_only=True)
+    assert resumed["iteration"] == final["iteration"] == 8
+    history = [run["trainer"]["hooks"]["RePrHook"]["history"] for run in (final, resumed)]
+    assert [len(h) for h in history] == [2, 2]
+    # What was dropped before the stop is remembered to the bit.
+    assert all(
+        torch.equal(history[0][0]["pruned"][name], history[1][0]["pruned"][name])
+        for name in history[0][0]["pruned"]
+    )
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert any("bbox/AP50" in line for line in metrics)
+
+
+@needs_coco
+def test_eval_only(tmp_path, capsys):
+    arguments = overrides(tmp_path, **{"SOLVER.MAX_ITER": "9"})
+    train("--config", "repr_faster_rcnn_standard.yaml", "--eval-only", *arguments)
+    assert (tmp_path / "inference" / "coco_instances_results.json").is_file()
+
+
+class TestErrors:
+    """Each one a sentence, exit status 2, and nothing left behind."""
+
+    @pytest.fixture
+    def out(self, tmp_path):
+        folder = tmp_path / "out"
+        yield folder
+        assert not folder.exists()
+
+    def test_coco_not_found(self, out, capsys, tmp_path):
+        train_data = ["--train-data", "nothing", str(tmp_path / "no.json"), str(tmp_path)]
+        text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *train_data, *overrides(out))
+        assert "no.json does not exist" in text
+
+    def test_registered_coco_not_found(self, out, capsys, monkeypatch):
+        from detectron2.data import MetadataCatalog
+
+        monkeypatch.setitem(
+            MetadataCatalog.get("coco_2017_train").__dict__, "json_file", "nowhere/instances.json"
+        )
+        text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out))
+        assert "nowhere/instances.json, which does not exist" in text
+        assert "DETECTRON2_DATASETS" in text
+        assert "make demo needs no data" in text
+
+    def test_not_coco(self, out, capsys, tmp_path):
+        path = tmp_path / "a.json"
+        path.write_text('{"some": "thing"}')
+        text = refused(
+            capsys, "--config", "repr_faster_rcnn.yaml",
+            "--train-data", "x", str(path), str(tmp_path), *overrides(out),
+        )  # fmt: skip
+        assert "is not a COCO annotation file" in text
+
+    def test_unknown_config(self, capsys):
+        text = refused(capsys, "--config", "no_such.yaml")
+        assert "'no_such.yaml'" in text
+        assert "repr_faster_rcnn.yaml" in text
+
+    def test_unknown_key(self, out, capsys):
+        text = refused(
+            capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out), "REPR.NO_KEY", "1"
+        )
+        assert "NO_KEY" in text
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"MODEL.WEIGHTS": "/no/such.pth"}, "MODEL.WEIGHTS /no/such.pth does not exist"),
+            ({"MODEL.WEIGHTS": "https://localhost:1/w.pkl"}, "could not be downloaded"),
+            ({"REPR.S1": "9"}, "training ends after 10"),
+            ({"REPR.S1": "0"}, "s1 is 0"),
+            ({"REPR.N": "-1"}, "cycles is -1"),
+            ({"REPR.PRUNE_RATIO": "1.5"}, "prune_ratio is 1.5"),
+            ({"REPR.MAX_LAYER_RATIO": "0.0"}, "max_layer_ratio is 0.0"),
+            ({"REPR.MAX_LAYER_RATIO": "0.2"}, "max_layer_ratio 0.2 lets go of"),
+            ({"REPR.INCLUDE": "['back']"}, "pattern 'back' matches no conv"),
+            ({"REPR.CRITERION": "magic"}, "unknown criterion 'magic'; the known ones are ortho"),
+            ({"REPR.REINIT.GAMMA": "two"}, "gamma is 'two'"),
+            ({"SOLVER.AMP.ENABLED": "True", "SOLVER.AMP.PRECISION": "float16"}, "needs a GPU"),
+            ({"REPR.UNIT": "epoch"}, "REPR.UNIT is 'epoch'"),
+        ],
+    )
+    def test_config(self, out, capsys, changes, sentence):
+        data = {"DATASETS.TRAIN": "('shapes_val',)", "DATASETS.TEST": "('shapes_val',)"}
+        changes = {**data, "MODEL.ROI_HEADS.NUM_CLASSES": "6", **changes}
+        text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out, **changes))
+        assert sentence in text
+
+    def test_nothing_trainable(self, out, capsys):
+        data = {"DATASETS.TRAIN": "('shapes_val',)", "DATASETS.TEST": "('shapes_val',)"}
+        frozen = {"MODEL.BACKBONE.FREEZE_AT": "5", "REPR.INCLUDE": "['backbone.bottom_up']"}
+        text = refused(
+            capsys, "--config", "repr_faster_rcnn.yaml",
+            *overrides(out, **data, **{"MODEL.ROI_HEADS.NUM_CLASSES": "6"}, **frozen),
+        )  # fmt: skip
+        assert "nothing to train" in text
+
+    def test_number_of_classes(self, out, capsys):
+        data = {"DATASETS.TRAIN": "('shapes_val',)", "DATASETS.TEST": "('shapes_val',)"}
+        text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out, **data))
+        assert "NUM_CLASSES is 80, but dataset shapes_val has 6 classes" in text
+
+
+class TestRefusedResumption:
+    """A run that exists is left as it was."""
+
+    @pytest.fixture(scope="class")
+    def stopped(self, tmp_path_factory):
+        """A run on the built-in data that was stopped in S2."""
+        folder = tmp_path_factory.mktemp("run")
+        train("--config", "repr_faster_rcnn.yaml", *self.arguments(folder))
+        (folder / "last_checkpoint").write_text("model_0000002.pth")
+        return folder
+
+    def arguments(self, folder, **changes):
+        return overrides(
+            folder,
+            **{
+                "DATASETS.TRAIN": "('shapes_val',)",
+                "DATASETS.TEST": "()",
+                "MODEL.ROI_HEADS.NUM_CLASSES": "6",
+                "SOLVER.CHECKPOINT_PERIOD": "3",
+                "SOLVER.MAX_ITER": "9",
+                **changes,
+            },
+        )
+
+    @pytest.mark.parametrize(
+        ("changes", "sentence"),
+        [
+            ({"REPR.SEED": "7"}, "seed was 0, is 7"),
+            ({"REPR.ENABLED": "False"}, "written in S2 of a RePr run"),
+        ],
+    )
+    def test_refused(self, stopped, capsys, changes, sentence):
+        before = {p: p.read_bytes() for p in stopped.glob("*") if p.name != "log.txt"}
+        text = refused(
+            capsys, "--config", "repr_faster_rcnn.yaml", "--resume",
+            *self.arguments(stopped, **changes),
+        )  # fmt: skip
+        assert sentence in text
+        after = {p: p.read_bytes() for p in stopped.glob("*") if p.name != "log.txt"}
+        assert after == before

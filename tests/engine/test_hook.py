@@ -1,0 +1,213 @@
+"""The hook in trainers that nobody here wrote, on real images, through whole cycles."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, hooks
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.utils.env import seed_all_rng
+
+from repr_det import RePrHook, RePrSchedule
+from tests.detectors import needs_coco, plain_cfg
+
+pytestmark = needs_coco
+
+SCHEDULE = RePrSchedule(s1=2, s2=2, cycles=2)
+
+
+def zero_rows(model, pruned):
+    modules = dict(model.named_modules())
+    return all(modules[name].weight[mask].abs().sum() == 0 for name, mask in pruned.items())
+
+
+class Watch(hooks.HookBase):
+    """Looks at the hook's method after every step; keeps what the model detects at some of them."""
+
+    def __init__(self, hook, detect_at=()):
+        self._hook = hook
+        self._detect_at = detect_at
+        self.phases = []
+        self.detections = {}
+
+    def after_step(self):
+        method = self._hook.method
+        self.phases.append(method.phase)
+        if method.phase == "sub":
+            assert method.num_pruned > 0
+            assert zero_rows(self.trainer.model, method.pruned)
+        if self.trainer.iter in self._detect_at:
+            self.detections[self.trainer.iter] = detect(self.trainer.model, self.trainer.cfg)
+            self.trainer.model.train()
+
+
+@torch.no_grad()
+def detect(model, cfg):
+    """Boxes and scores on the first two test images."""
+    model.eval()
+    images = itertools.islice(build_detection_test_loader(cfg, "coco_2017_val"), 2)
+    found = [model(image)[0]["instances"] for image in images]
+    return torch.cat([torch.cat([f.pred_boxes.tensor, f.scores[:, None]], 1) for f in found])
+
+
+def test_plain_default_trainer(tmp_path):
+    cfg = plain_cfg(tmp_path)
+    cfg.SOLVER.CHECKPOINT_PERIOD = 4
+    seed_all_rng(1)
+    trainer = DefaultTrainer(cfg)
+    hook = RePrHook(SCHEDULE, prune_ratio=0.3)
+    watch = Watch(hook, detect_at=(3, 9))
+    trainer.register_hooks([hook, watch])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    assert watch.phases == ["full"] * 2 + ["sub"] * 2 + ["full"] * 2 + ["sub"] * 2 + ["full"] * 2
+    assert hook.method.num_pruned == 0
+    # The backbone with its FPN takes part, its stem and the heads do not.
+    names = [layer.name for layer in hook.method.layers]
+    assert all(name.startswith("backbone.") for name in names)
+    assert "backbone.fpn_output3" in names
+    assert not any("stem" in name for name in names)
+    # A checkpoint written in S2 holds the state where it is said to be, loadable without code.
+    state = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert state["trainer"]["hooks"]["RePrHook"]["phase"] == "sub"
+    # Plain Detectron2 detects the same with a checkpoint of S2 and with the last one.
+    for iteration, name in ((3, "model_0000003.pth"), (9, "model_final.pth")):
+        model = build_model(cfg)
+        DetectionCheckpointer(model).load(str(tmp_path / name))
+        assert len(watch.detections[iteration]) > 0
+        assert torch.equal(detect(model, cfg), watch.detections[iteration])
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    recorded = {key for line in lines for key in line}
+    assert {"repr/phase", "repr/cycle", "repr/num_pruned", "repr/overlap"} <= recorded
+    assert "repr/overlap/backbone.fpn_output3" in recorded
+
+
+def test_lazy_config_loop(tmp_path):
+    """A SimpleTrainer with a checkpointer of its own, as Detectron2's LazyConfig loop builds it."""
+    cfg = plain_cfg(tmp_path)
+    seed_all_rng(1)
+    model = build_model(cfg)
+    optimizer = build_optimizer(cfg, model)
+    trainer = SimpleTrainer(model, build_detection_train_loader(cfg), optimizer)
+    checkpointer = DetectionCheckpointer(model, str(tmp_path), trainer=trainer)
+    hook = RePrHook(SCHEDULE)
+    trainer.register_hooks(
+        [hooks.IterationTimer(), hook, hooks.PeriodicCheckpointer(checkpointer, period=4)]
+    )
+    trainer.train(0, 10)
+    assert hook.method.num_pruned == 0
+    assert len(hook.method.history) == 2
+    state = torch.load(tmp_path / "model_0000003.pth", weights_only=True)
+    assert state["trainer"]["hooks"]["RePrHook"]["phase"] == "sub"
+
+
+@pytest.mark.parametrize(
+    "zoo",
+    [
+        "COCO-Detection/retinanet_R_50_FPN_1x",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x",
+        "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    ],
+)
+def test_other_detectors(tmp_path, zoo):
+    cfg = plain_cfg(tmp_path, zoo)
+    cfg.SOLVER.MAX_ITER = 4
+    trainer = DefaultTrainer(cfg)
+    hook = RePrHook(RePrSchedule(1, 1, 1))
+    watch = Watch(hook)
+    trainer.register_hooks([hook, watch])
+    trainer.train()
+    assert watch.phases == ["full", "sub", "full", "full"]
+
+
+def test_own_batches_leave_training_untouched(tmp_path):
+    """Reading batches for calibration shifts neither data order nor any random state."""
+    weights = []
+    for peek in (False, True):
+        cfg = plain_cfg(tmp_path / str(peek))
+        cfg.SOLVER.MAX_ITER = 3
+        seed_all_rng(1)
+        trainer = DefaultTrainer(cfg)
+        hook = RePrHook(RePrSchedule(1, 1, 1))
+        trainer.register_hooks([hook])
+        if peek:
+
+            def look(trainer, hook=hook):
+                next(hook.method._batches())
+
+            trainer.register_hooks([hooks.CallbackHook(before_step=look)])
+        trainer.train()
+        weights.append(trainer.model.state_dict())
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+class TestErrors:
+    """Each one a sentence, at registration."""
+
+    def trainer(self, tmp_path, **changes):
+        cfg = plain_cfg(tmp_path)
+        cfg.merge_from_list([part for pair in changes.items() for part in pair])
+        return DefaultTrainer(cfg)
+
+    def test_schedule_that_would_end_pruned(self, tmp_path):
+        with pytest.raises(ValueError, match=r"N \* \(S1 \+ S2\).*training ends after 10"):
+            self.trainer(tmp_path).register_hooks([RePrHook(RePrSchedule(3, 2, 2))])
+
+    def test_registered_after_resume(self, tmp_path):
+        trainer = self.trainer(tmp_path)
+        trainer.start_iter = 5
+        with pytest.raises(ValueError, match="register it before resume_or_load"):
+            trainer.register_hooks([RePrHook(SCHEDULE)])
+
+    def test_checkpoint_made_without_repr(self, tmp_path):
+        cfg = plain_cfg(tmp_path)
+        cfg.SOLVER.MAX_ITER = 1
+        DefaultTrainer(cfg).train()
+        cfg.SOLVER.MAX_ITER = 10
+        trainer = DefaultTrainer(cfg)
+        trainer.register_hooks([RePrHook(SCHEDULE)])
+        trainer.resume_or_load(resume=True)
+        with pytest.raises(ValueError, match="holds no RePr state"):
+            trainer.train()
+
+    def test_other_settings_on_resume(self, tmp_path):
+        cfg = plain_cfg(tmp_path)
+        cfg.SOLVER.MAX_ITER = 9
+        cfg.SOLVER.CHECKPOINT_PERIOD = 3
+        trainer = DefaultTrainer(cfg)
+        trainer.register_hooks([RePrHook(SCHEDULE)])
+        trainer.train()
+        again = DefaultTrainer(cfg)
+        again.register_hooks([RePrHook(SCHEDULE, prune_ratio=0.2, seed=3)])
+        with pytest.raises(ValueError, match=r"prune_ratio was 0.3, is 0.2; seed was 0, is 3"):
+            again.resume_or_load(resume=True)
+
+    def test_amp_without_gpu(self, tmp_path):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        cfg = plain_cfg(tmp_path)
+        model = build_model(cfg)
+        trainer = AMPTrainer(model, [], build_optimizer(cfg, model))
+        with pytest.raises(ValueError, match="AMP.ENABLED needs a GPU"):
+            trainer.register_hooks([RePrHook(SCHEDULE)])
+
+    def test_zero_filters_in_starting_weights_are_warned_of(self, tmp_path, caplog):
+        cfg = plain_cfg(tmp_path)
+        cfg.SOLVER.MAX_ITER = 9
+        trainer = DefaultTrainer(cfg)
+        hook = RePrHook(SCHEDULE)
+        trainer.register_hooks([hook])
+        with torch.no_grad():
+            trainer.model.backbone.fpn_output3.weight[:2] = 0
+        logging.getLogger("detectron2").propagate = True
+        with caplog.at_level(logging.WARNING, "detectron2"):
+            hook.before_train()
+        assert "2 filters of zero norm" in caplog.text
+        assert "backbone.fpn_output3 (2)" in caplog.text
