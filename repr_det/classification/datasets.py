@@ -317,6 +317,8 @@ def _read(name: str) -> ImageData:
 
 def _check(data: ImageData, name: str, cfg: CfgNode) -> ImageData:
     classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
+    if not len(data):
+        raise ValueError(f"{name} has no images: give it some, or take it out of DATASETS.")
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= classes:
         raise ValueError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from repr_det.classification import ImageClassifier, build_classifier
 from tests.classification.settings import make_arrays, small_cfg
@@ -46,6 +47,14 @@ def test_loss_is_cross_entropy_of_normalised_images(model, batch):
     losses = model(batch)
     assert list(losses) == ["loss_cls"]
     assert torch.allclose(losses["loss_cls"], expected)
+
+
+def test_accuracy_of_the_training_batch_is_recorded(model, batch):
+    with EventStorage() as storage:
+        model(batch)
+    logits = model.eval()(batch)
+    right = sum(int(row.argmax()) == batch["label"][i] for i, row in enumerate(logits))
+    assert storage.latest()["train/top1"][0] == pytest.approx(100 * right / 6)
 
 
 def test_checkpoint_holds_the_network_only(model):

@@ -176,6 +176,13 @@ def test_labels_out_of_range(label):
         load_images(small_cfg(), "corners_train")
 
 
+def test_empty_dataset():
+    images, labels = make_arrays(4)
+    register("corners_train", images[:0], labels[:0], list("abcd"))
+    with pytest.raises(ValueError, match="corners_train has no images"):
+        load_images(small_cfg(), "corners_train")
+
+
 def test_images_of_another_size():
     register("corners_train", *make_arrays(40, size=8))
     with pytest.raises(ValueError, match="INPUT.IMAGE_SIZE"):

@@ -1,0 +1,64 @@
+"""The shipped configs of classification are what their comments say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from repr_det import RePrSchedule
+from repr_det.classification import add_classification_config, build_classifier, resolve_epochs
+from repr_det.engine.config import get_cfg
+
+CONFIGS = sorted(
+    path
+    for pattern in ("cifar*.yaml", "imagenet*.yaml")
+    for path in (Path(__file__).parents[2] / "configs").glob(pattern)
+)
+IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
+
+
+def load(path):
+    cfg = get_cfg(add_classification_config)
+    cfg.merge_from_file(str(path))
+    return resolve_epochs(cfg, IMAGES[path.stem.partition("_")[0]] - cfg.DATASETS.HELD_OUT)
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if not p.stem.endswith("_standard")], ids=lambda path: path.stem
+)
+def test_config(path):
+    cfg = load(path)
+    assert cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    with torch.device("meta"):
+        build_classifier(
+            cfg.MODEL.CLASSIFIER.NAME,
+            cfg.MODEL.CLASSIFIER.NUM_CLASSES,
+            cfg.MODEL.CLASSIFIER.DROPOUT,
+            cfg.INPUT.IMAGE_SIZE,
+        )
+    schedule = RePrSchedule(cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N)
+    schedule.check_fits(cfg.SOLVER.MAX_ITER)
+    # Filters come back before the rate drops; the authors halve theirs all along.
+    if cfg.SOLVER.STEPS and "authors" not in path.stem:
+        assert schedule.end < cfg.SOLVER.STEPS[0]
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in CONFIGS if p.stem.endswith("_standard")], ids=lambda path: path.stem
+)
+def test_standard_twin_differs_in_nothing_but_repr(path):
+    standard, with_repr = load(path), load(path.with_stem(path.stem.removesuffix("_standard")))
+    assert with_repr.REPR.ENABLED and not standard.REPR.ENABLED
+    standard.REPR.ENABLED = True
+    assert standard.dump() == with_repr.dump()
+
+
+def test_the_authors_setting_has_their_379_epochs():
+    cfg = load(next(path for path in CONFIGS if path.stem == "cifar10_c3_32_authors"))
+    epoch = 45_000 / 64
+    assert pytest.approx(379 * epoch, abs=1) == cfg.SOLVER.MAX_ITER
+    sub = cfg.REPR.N * cfg.REPR.S2
+    assert sub == pytest.approx(180 * epoch, rel=1e-3)
+    assert cfg.SOLVER.MAX_ITER - sub == pytest.approx(199 * epoch, rel=1e-3)
