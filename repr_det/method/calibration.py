@@ -33,7 +33,7 @@ def _measuring(
 
 
 class _Measure:
-    """Averages mean and second moment of some channels of a norm's input over calls."""
+    """Pools mean and variance of some channels of a norm's input over calls and processes."""
 
     def __init__(
         self, link: NormLink, channels: Tensor, average: Callable[[Tensor], Tensor]
@@ -41,19 +41,16 @@ class _Measure:
         self._link = link
         self._channels = channels
         self._average = average
-        self._moments: Tensor | None = None
-        self._calls = 0
+        self._sums: Tensor | float = 0.0
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         channels = self._channels.to(args[0].device)
         x = args[0].detach().index_select(1, channels).double().transpose(0, 1).flatten(1)
-        moments = self._average(torch.stack([x.mean(dim=1), x.square().mean(dim=1)]))
-        self._calls += 1
-        if self._moments is None:
-            self._moments = moments
-        else:
-            self._moments += (moments - self._moments) / self._calls
-        mean, square = self._moments
+        counts = torch.full_like(channels, x.shape[1], dtype=torch.float64)
+        sums = torch.stack([x.sum(dim=1), x.square().sum(dim=1), counts])
+        self._sums = self._sums + self._average(sums)
+        # A call may see nothing: a box head without boxes.
+        mean, square = self._sums[:2] / self._sums[2].clamp(min=1)
         for running_mean, running_var in self._link.running_statistics():
             running_mean[channels] = mean.to(running_mean.dtype)
             running_var[channels] = (square - mean.square()).clamp(min=0).to(running_var.dtype)
@@ -64,7 +61,7 @@ def calibrate(
     links: Iterable[tuple[NormLink, Tensor]],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-    average: Callable[[Tensor], Tensor] = lambda moments: moments,
+    average: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> None:
     """Set running mean and variance of some channels to what real batches show.
 

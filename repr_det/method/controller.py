@@ -300,7 +300,7 @@ class RePr:
             The phase changes that happened; empty at almost every step.
 
         Raises:
-            FloatingPointError: weights or scores that are not finite when filters are ranked.
+            FloatingPointError: weights or scores that are not finite at a phase change.
         """
         phase = self.schedule.phase(iteration)
         if self._phase == phase.name and (phase.name == FULL or self._cycle == phase.cycle):
@@ -323,13 +323,7 @@ class RePr:
         return Data(self._model, self._batches, self._loss, self._generator(cycle, 0))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
-        for layer in self.layers:
-            if not finite(layer):
-                raise FloatingPointError(
-                    f"RePr cannot rank the filters of {layer.name}: its weight holds NaN or "
-                    f"infinity; training has diverged, lower the learning rate or resume an "
-                    f"earlier checkpoint."
-                )
+        self._check_finite("rank")
         with preserved(self._model), eager():
             scores = self._agreed_scores(self._criterion(self.layers, self._data(cycle)))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
@@ -350,6 +344,7 @@ class RePr:
         return PhaseChange("drop", cycle, self._report(scores))
 
     def _return(self) -> PhaseChange:
+        self._check_finite("bring back")
         self._release()
         returned = self._pruned
         generator = self._generator(self._cycle, 1)
@@ -371,6 +366,15 @@ class RePr:
         self._pruned, self._before, self._aside = self._none_pruned(), {}, []
         self._phase = FULL
         return PhaseChange("return", self._cycle, report)
+
+    def _check_finite(self, action: str) -> None:
+        for layer in self.layers:
+            if not finite(layer):
+                raise FloatingPointError(
+                    f"RePr cannot {action} the filters of {layer.name}: its weight holds NaN or "
+                    f"infinity; training has diverged, lower the learning rate or resume an "
+                    f"earlier checkpoint."
+                )
 
     def _everywhere(self) -> list[tuple[list[FilterLayer], list[Reader], Optimizer | None]]:
         """The model and its copies: layers, readers, and the optimizer that trains them."""
@@ -411,17 +415,19 @@ class RePr:
             if layer.name not in self._before:
                 continue
             chosen = self._pruned[layer.name].to(layer.weight.device)
+            masks = chosen.reshape(layer.groups, -1)
             current = layer.matrix().reshape(layer.groups, -1, layer.dimension)
-            old = torch.zeros_like(layer.matrix())
-            old[chosen] = self._before[layer.name]["weight"].to(old.device, old.dtype)
-            old = old.reshape(current.shape)
-            new = torch.zeros_like(current, dtype=torch.float64)
-            for group, mask in enumerate(chosen.reshape(layer.groups, -1)):
-                if mask.any():
-                    previous, kept = old[group, mask], current[group, ~mask]
+            old = self._before[layer.name]["weight"].to(chosen.device)
+            new = []
+            for mask, group, previous in zip(
+                masks, current, old.split(masks.sum(dim=1).tolist()), strict=True
+            ):
+                if len(previous):
+                    kept = group[~mask]
                     directions = orthogonal_directions(previous, kept, generator)
-                    new[group, mask] = lengths_of(self.reinit, previous, kept) * directions
-            rows[layer.name] = new.reshape(layer.num_filters, -1)[chosen].to(layer.weight.dtype)
+                    lengths = lengths_of(self.reinit, previous, kept)
+                    new.append(lengths.to(directions.dtype) * directions)
+            rows[layer.name] = torch.cat(new).to(layer.weight.dtype)
         return _from_first_rank(rows)
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:

@@ -244,16 +244,11 @@ class FilterLayer:
 
     def write_rows(self, chosen: Tensor, rows: Tensor, tensor: Tensor | None = None) -> None:
         """Set the chosen filters (bool of shape (J,)) to rows of shape (chosen, d), in place."""
-        target = (self.weight if tensor is None else tensor).detach()
-        matrix = self.matrix(target).clone()
-        matrix[chosen.to(matrix.device)] = rows.to(matrix.device, matrix.dtype)
-        if not self.transposed:
-            target.copy_(matrix.reshape(target.shape))
-            return
-        per_group = self.num_filters // self.groups
-        kernel = target.shape[2:]
-        grouped = matrix.reshape(self.groups, per_group, target.shape[0] // self.groups, *kernel)
-        target.copy_(grouped.transpose(1, 2).reshape(target.shape))
+        counts = chosen.reshape(self.groups, -1).sum(dim=1)
+        parts = rows.split(counts[counts > 0].tolist() if self.transposed else len(rows))
+        for slot, part in zip(self.weight_slots(chosen), parts, strict=True):
+            part = part.reshape(len(part), -1, *self.weight.shape[2:])
+            slot.write(part.transpose(0, slot.dim), like=tensor)
 
     def weight_slots(self, chosen: Tensor) -> list[Slot]:
         """Where the chosen filters (bool of shape (J,)) lie in the weight."""
@@ -280,6 +275,14 @@ class FilterLayer:
                 if tensor is not None
             ]
         return slots
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """Euclidean lengths of the last dimension, which is kept: float64 of shape (..., 1)."""
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).double()
+    if (lengths < 1e-15).any():  # squares underflow in float32
+        lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    return lengths
 
 
 def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
@@ -399,4 +402,4 @@ def shared_weights(layers: Sequence[FilterLayer]) -> list[FilterLayer]:
 
 def finite(layer: FilterLayer) -> bool:
     """Whether a layer's weight holds neither NaN nor infinity."""
-    return bool(torch.isfinite(layer.weight.detach()).all())
+    return bool(torch.stack(torch.aminmax(layer.weight.detach())).isfinite().all())
