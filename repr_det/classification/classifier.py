@@ -16,11 +16,17 @@ from repr_det.classification.models import build_classifier
 from repr_det.classification.schemes import Distillation, OrthogonalityLoss, load_teacher
 
 ExtraLoss = Callable[[Tensor, Tensor], Tensor]
-Batch = Mapping[str, Tensor] | Sequence[Mapping[str, Any]]
+Batch = Mapping[str, Tensor] | Sequence[Mapping[str, Any]] | Tensor
 
 
 def labels_of(batch: Batch, device: torch.device) -> Tensor:
-    """The labels of a batch in either format, int64 ``(B,)`` on the device."""
+    """The labels of a batch, int64 ``(B,)`` on the device.
+
+    Raises:
+        ValueError: a batch of images alone.
+    """
+    if isinstance(batch, Tensor):
+        raise ValueError("A batch of images without labels cannot be trained on or evaluated.")
     if isinstance(batch, Mapping):
         return batch["label"].to(device, non_blocking=True)
     return torch.tensor([int(item["label"]) for item in batch], device=device)
@@ -30,9 +36,10 @@ def labels_of(batch: Batch, device: torch.device) -> Tensor:
 class ImageClassifier(nn.Module):
     """A network for whole images behind the interface of Detectron2's models.
 
-    A batch is either a mapping ``{"image": (B, 3, H, W), "label": (B,)}`` of tensors (what this
-    package's loaders yield; no work per image), or Detectron2's list of one dict per image with
-    ``"image"`` ``(3, H, W)`` and, for training, ``"label"``. Pixels are 0 to 255 in the order
+    A batch is a mapping ``{"image": (B, 3, H, W), "label": (B,)}`` of tensors (what this package's
+    loaders yield; no work per image), or Detectron2's list of one dict per image with ``"image"``
+    ``(3, H, W)`` and, for training, ``"label"``, or, in evaluation mode, just images
+    ``(B, 3, H, W)``. Pixels are 0 to 255 in the order
     ``cfg.INPUT.FORMAT``; the model subtracts ``pixel_mean`` and divides by ``pixel_std``.
 
     In training mode the model returns ``{"loss_cls": scalar, ...}`` and, where an EventStorage is
@@ -116,7 +123,9 @@ class ImageClassifier(nn.Module):
         Raises:
             ValueError: images of different sizes in one batch.
         """
-        if isinstance(batch, Mapping):
+        if isinstance(batch, Tensor):
+            images = batch
+        elif isinstance(batch, Mapping):
             images = batch["image"]
         else:
             sizes = {tuple(item["image"].shape) for item in batch}

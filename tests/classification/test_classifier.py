@@ -37,6 +37,7 @@ def test_both_formats_give_the_same(model, batch):
     logits = model(batch)
     assert logits.shape == (6, 4)
     assert torch.equal(logits, model(as_dicts(batch)))
+    assert torch.equal(logits, model(batch["image"]))
     alone = model([{"image": batch["image"][2]}])
     assert torch.allclose(alone[0], logits[2], atol=1e-6)
 
@@ -98,6 +99,11 @@ def test_channels_last_changes_the_order_of_memory_only(model, batch):
         m(batch)["loss_cls"].backward()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert b.is_contiguous() and torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+def test_images_without_labels_in_training(model, batch):
+    with pytest.raises(ValueError, match="without labels"):
+        model(batch["image"])
 
 
 def test_images_of_different_sizes_in_a_batch(model):

@@ -1,10 +1,19 @@
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 from repr_det.classification.models import build_classifier, classifier_names
+
+
+@functools.cache
+def shapes_of(name: str) -> nn.Module:
+    """A network for CIFAR-10 without data, built once for all tests."""
+    with torch.device("meta"):
+        return build_classifier(name, 10)
 
 
 def count_before_last(network: nn.Module) -> int:
@@ -41,8 +50,7 @@ def test_plain_networks_have_the_papers_counts(name, count):
     ],
 )
 def test_cifar_networks_have_the_papers_counts(name, thousands):
-    with torch.device("meta"):
-        count = count_before_last(build_classifier(name, 10))
+    count = count_before_last(shapes_of(name))
     # Printed in thousands without saying how rounded: less than one thousand may lie between.
     assert abs(count - 1000 * thousands) < 1000
 
@@ -62,9 +70,7 @@ def densenet_count(layers: int, growth: int) -> int:
 
 @pytest.mark.parametrize("depth", [40, 100])
 def test_densenet_counts_layer_by_layer(depth):
-    with torch.device("meta"):
-        network = build_classifier(f"cifar_densenet{depth}", 10)
-    assert count_before_last(network) == densenet_count(depth, 12)
+    assert count_before_last(shapes_of(f"cifar_densenet{depth}")) == densenet_count(depth, 12)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +85,7 @@ def test_densenet_counts_layer_by_layer(depth):
     ],
 )
 def test_depth_is_the_number_of_weighted_layers(name, convs, linears):
-    with torch.device("meta"):
-        modules = list(build_classifier(name, 10).modules())
+    modules = list(shapes_of(name).modules())
     assert sum(isinstance(m, nn.Conv2d) for m in modules) == convs
     assert sum(isinstance(m, nn.Linear) for m in modules) == linears
 

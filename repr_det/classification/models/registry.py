@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from repr_det.classification.models.bn_inception import BNInception
 from repr_det.classification.models.cifar_densenet import CifarDenseNet
@@ -132,21 +133,23 @@ def build_classifier(
     if builder is None:
         close = ", ".join(_close_names(name)) or "one of classifier_names()"
         raise ValueError(f"There is no classifier named {name!r}: did you mean {close}?")
-    _check_image_size(name, builder, num_classes, image_size)
     network = builder(num_classes, image_size)
+    _check_image_size(name, network, image_size)
     if dropout:
         add_dropout(network, dropout)
     return network
 
 
-def _check_image_size(name: str, builder: Builder, num_classes: int, image_size: int) -> None:
-    """Send an image without data through a network without data."""
-    with torch.device("meta"):
-        network = builder(num_classes, image_size).eval()
-        try:
-            network(torch.empty(2, 3, image_size, image_size))
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(
-                f"{name} cannot take images of {image_size} x {image_size} pixels "
-                f"({str(error).splitlines()[0].rstrip('.')}): set INPUT.IMAGE_SIZE to its size."
-            ) from error
+def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
+    """Send an image without data through the network with weights without data."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    try:
+        functional_call(network.eval(), shapes, images)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{name} cannot take images of {image_size} x {image_size} pixels "
+            f"({str(error).splitlines()[0].rstrip('.')}): set INPUT.IMAGE_SIZE to its size."
+        ) from error
+    network.train()
