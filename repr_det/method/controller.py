@@ -451,7 +451,7 @@ class RePr:
         for link, channels in self._norms(returned):
             if not len(channels):
                 continue
-            if link.constant_statistics and any(True for _ in link.running_statistics()):
+            if link.constant_statistics:
                 constant.append((link, channels))
                 continue
             for mean, var in link.running_statistics():
@@ -615,7 +615,7 @@ def _hand_over(
 
 def _finite_mean(scores: Tensor) -> float:
     scores = scores[scores.isfinite()]
-    return float(scores.mean()) if len(scores) else float("nan")
+    return float(scores.double().mean()) if len(scores) else float("nan")
 
 
 def _distributed() -> bool:

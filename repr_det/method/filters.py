@@ -175,6 +175,8 @@ class NormLink:
     @property
     def constant_statistics(self) -> bool:
         """Whether training uses the running statistics as they are and never corrects them."""
+        if not any(True for _ in self.running_statistics()):
+            return False
         learns = [m.training for m in self.module.modules() if isinstance(m, _NormBase)]
         return not all(learns) or not learns
 
