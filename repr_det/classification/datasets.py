@@ -138,6 +138,36 @@ def register_image_folder(name: str, folder: str | os.PathLike[str]) -> None:
     register_images(name, functools.lru_cache(lambda: read_image_folder(folder)))
 
 
+def use_image_folder(
+    cfg: CfgNode, split: str, name: str, folder: str, overrides: Sequence[str] = ()
+) -> None:
+    """Register a folder of class folders and make the config train or test on it, in place.
+
+    The number of classes becomes that of the folder unless an override gives it.
+
+    Args:
+        cfg: the config.
+        split: ``"TRAIN"`` or ``"TEST"``.
+        name: to register it under.
+        folder: see :func:`register_image_folder`.
+        overrides: keys and values of the command line, which are merged already.
+
+    Raises:
+        FileNotFoundError: no such folder, or no images in it.
+        ValueError: a name in use.
+    """
+    known = MetadataCatalog.get(name)
+    if name not in DatasetCatalog:
+        register_image_folder(name, folder)
+        known.set(image_folder=folder)
+    elif known.get("image_folder") != folder:
+        raise ValueError(f"A dataset called {name} is registered already: give it another name.")
+    classes = len(known.read_images().classes)
+    cfg.DATASETS[split] = (name,)
+    if "MODEL.CLASSIFIER.NUM_CLASSES" not in overrides:
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = classes
+
+
 def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
     """List the images below a folder of class folders.
 

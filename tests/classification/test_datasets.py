@@ -18,6 +18,7 @@ from repr_det.classification.datasets import (
     load_images,
     read_cifar,
     split_held_out,
+    use_image_folder,
 )
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
@@ -212,6 +213,23 @@ def test_image_folder(tmp_path):
     dicts = DatasetCatalog.get("steel")
     assert [d["label"] for d in dicts] == [0, 0, 0, 1, 1, 1]
     assert dicts[5]["file_name"].endswith("scratch/2.jpg")
+
+
+def test_folder_for_a_config(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (20, 10)).save(tmp_path / name / "0.jpg")
+    cfg = small_cfg()
+    name = f"folder_of_{tmp_path.name}"
+    use_image_folder(cfg, "TRAIN", name, str(tmp_path))
+    assert (name,) == cfg.DATASETS.TRAIN and cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
+    use_image_folder(cfg, "TEST", name, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
+    assert (name,) == cfg.DATASETS.TEST
+    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 9
+    use_image_folder(cfg, "TEST", name, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
+    assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 9
+    with pytest.raises(ValueError, match="registered already"):
+        use_image_folder(cfg, "TEST", name, str(tmp_path / "a"))
 
 
 @pytest.mark.parametrize("make", [[], ["empty"]])

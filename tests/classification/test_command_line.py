@@ -1,0 +1,99 @@
+"""``tools/train_net.py`` on classification, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def train_net(*arguments, datasets, **environment):
+    return subprocess.run(
+        [sys.executable, "tools/train_net.py", *map(str, arguments)],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "DETECTRON2_DATASETS": str(datasets),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+    )
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+SHORT = (
+    *("SOLVER.MAX_EPOCHS", 0, "SOLVER.STEPS_EPOCHS", "()", "SOLVER.WARMUP_EPOCHS", 0),
+    *("SOLVER.CHECKPOINT_EPOCHS", 0, "TEST.EVAL_EPOCHS", 0),
+    *("SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", 0),
+    *("REPR.UNIT", "iteration", "REPR.S1", 2, "REPR.S2", 1, "REPR.N", 2),
+)
+
+
+def test_torchvision_network_on_class_folders(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, colour in {"blue": (90, 90, 150), "red": (150, 90, 90)}.items():
+            folder = tmp_path / "imagenet" / split / name
+            folder.mkdir(parents=True)
+            for index in range(4):
+                pixels = (rng.integers(-60, 60, (50, 44, 3)) + colour).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    command = (
+        *("--config", "imagenet_resnet18.yaml", *SHORT, "OUTPUT_DIR", tmp_path / "out"),
+        *("INPUT.IMAGE_SIZE", 32, "MODEL.CLASSIFIER.NUM_CLASSES", 2, "SOLVER.IMS_PER_BATCH", 8),
+        *("DATALOADER.NUM_WORKERS", 1, "SOLVER.BASE_LR", 0.01, "SOLVER.MAX_ITER", 8),
+    )
+    done = train_net(*command, datasets=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "out" / "model_final.pth").is_file()
+    assert "accuracy/top1" in lines(tmp_path / "out")[-1]
+
+
+@pytest.mark.skipif(
+    not any(
+        (Path(os.environ.get("DETECTRON2_DATASETS", "")) / place).exists()
+        for place in ("cifar10/cifar10.npz", "cifar10.npz", "cifar10/cifar-10-batches-py")
+    )
+    or "DETECTRON2_DATASETS" not in os.environ,
+    reason="needs CIFAR-10 under DETECTRON2_DATASETS",
+)
+@pytest.mark.parametrize(
+    "config",
+    ["cifar10_c3_32.yaml", pytest.param("cifar10_resnet20.yaml", marks=pytest.mark.slow)],
+)
+def test_real_cifar10_trains_evaluates_and_resumes(tmp_path, config):
+    command = (
+        *("--config", config, "--resume", *SHORT, "OUTPUT_DIR", tmp_path, "TEST.EVAL_PERIOD", 0),
+        *("SOLVER.IMS_PER_BATCH", 32, "SOLVER.BASE_LR", 0.01, "SOLVER.CHECKPOINT_PERIOD", 8),
+        *("DATASETS.HELD_OUT", 1000, "DATASETS.TEST", '("cifar10_heldout",)'),
+    )
+    datasets = os.environ["DETECTRON2_DATASETS"]
+    for iterations in (8, 12):
+        done = train_net(*command, "SOLVER.MAX_ITER", iterations, datasets=datasets)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "Starting training from iteration 8" in done.stdout
+    found = [line for line in lines(tmp_path) if "accuracy/top1" in line]
+    assert len(found) == 2 and all(0 <= line["accuracy/top1"] <= 100 for line in found)
+
+
+def test_missing_cifar10_is_one_sentence(tmp_path):
+    # A proxy that does not answer: nothing is downloaded, wherever the test runs.
+    no_network = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    command = ("--config", "cifar10_c3_32.yaml", "OUTPUT_DIR", tmp_path / "out")
+    done = train_net(*command, datasets=tmp_path, **no_network)
+    assert done.returncode == 2
+    assert "cifar10 was not found" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
