@@ -247,10 +247,12 @@ class FilterLayer:
     def write_rows(self, chosen: Tensor, rows: Tensor, tensor: Tensor | None = None) -> None:
         """Set the chosen filters (bool of shape (J,)) to rows of shape (chosen, d), in place."""
         counts = chosen.reshape(self.groups, -1).sum(dim=1)
-        parts = rows.split(counts[counts > 0].tolist() if self.transposed else len(rows))
+        parts = rows.split(counts[counts > 0].tolist() if self.transposed else [len(rows)])
+        kernel = self.weight.shape[2:]
+        inputs = self.dimension // kernel.numel()
         for slot, part in zip(self.weight_slots(chosen), parts, strict=True):
-            part = part.reshape(len(part), -1, *self.weight.shape[2:])
-            slot.write(part.transpose(0, slot.dim), like=tensor)
+            kernels = part.reshape(len(part), inputs, *kernel)
+            slot.write(kernels.transpose(0, slot.dim), like=tensor)
 
     def weight_slots(self, chosen: Tensor) -> list[Slot]:
         """Where the chosen filters (bool of shape (J,)) lie in the weight."""

@@ -505,12 +505,10 @@ def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable
     for size, width in itertools.product(sizes, channels):
         x = torch.zeros(2, width, *[size] * spatial, device=device, dtype=dtype)
         records = [{"image": x[0], "height": size, "width": size}]
+        runs = [lambda x=x: model(x), lambda r=records: model(r)]
+        yield from reversed(runs) if is_detector else runs
         if is_detector:
-            yield lambda r=records: model(r)
             yield lambda x=x: model.backbone(x)
-        else:
-            yield lambda x=x: model(x)
-            yield lambda r=records: model(r)
 
 
 def eager() -> Any:
