@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from repr_det.detection.drawing import (
+    COLOURS,
+    draw_dataset_detections,
+    draw_detections,
+    draw_instances,
+    learning_rate_drops,
+    plot_run,
+    read_metrics,
+    sub_network_spans,
+)
+
+# pycocotools and numpy 2, in mask.decode
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+NAMES = ["disc", "star"]
+
+
+def grey(height: int = 40, width: int = 60) -> np.ndarray:
+    return np.full((height, width, 3), 128, np.uint8)
+
+
+def found(boxes: list[list[float]], classes: list[int], scores: list[float]) -> Instances:
+    return Instances(
+        (40, 60),
+        pred_boxes=Boxes(torch.tensor(boxes).reshape(-1, 4)),
+        pred_classes=torch.tensor(classes, dtype=torch.long),
+        scores=torch.tensor(scores),
+    )
+
+
+def truth(boxes: list[list[float]], classes: list[int]) -> Instances:
+    return Instances(
+        (40, 60), gt_boxes=Boxes(torch.tensor(boxes)), gt_classes=torch.tensor(classes)
+    )
+
+
+def has_colour(picture: np.ndarray, label: int) -> np.ndarray:
+    """Where a picture has the colour of a class; anti-aliasing changes it a little."""
+    return (np.abs(picture.astype(int) - COLOURS[label]) < 30).all(axis=2)
+
+
+def test_a_small_image_is_enlarged_and_a_large_one_is_not():
+    nothing = found([], [], [])
+    assert draw_instances(grey(), nothing, NAMES, side=240).shape == (160, 240, 3)
+    assert draw_instances(grey(400, 600), nothing, NAMES, side=240).shape == (400, 600, 3)
+
+
+def test_a_box_has_the_colour_of_its_class_where_the_object_is():
+    image = grey()
+    picture = draw_instances(image, found([[10, 20, 40, 35]], [1], [0.9]), NAMES, side=240)
+    coloured = has_colour(picture, 1)
+    zoom = 4
+    assert coloured[35 * zoom, 15 * zoom : 35 * zoom].all()  # lower edge
+    assert coloured[22 * zoom : 33 * zoom, 10 * zoom].all()  # left edge
+    assert coloured[22 * zoom : 33 * zoom, 40 * zoom].all()  # right edge
+    inside = picture[23 * zoom : 33 * zoom, 12 * zoom : 38 * zoom]
+    assert (inside == 128).all()
+    assert not has_colour(picture, 0).any()
+    assert (image == 128).all()  # drawn on a copy
+
+
+def test_unsure_detections_are_left_out_and_ground_truth_never_is():
+    plain = draw_instances(grey(), found([], [], []), NAMES)
+    box = [[10.0, 20.0, 40.0, 35.0]]
+    assert (draw_instances(grey(), found(box, [0], [0.49]), NAMES) == plain).all()
+    assert has_colour(draw_instances(grey(), found(box, [0], [0.5]), NAMES), 0).any()
+    assert has_colour(draw_instances(grey(), truth(box, [0]), NAMES), 0).any()
+
+
+def test_labels_stay_inside_the_picture():
+    corners = [[0.0, 0.0, 8.0, 8.0], [52.0, 0.0, 60.0, 8.0]]
+    picture = draw_instances(grey(), found(corners, [0, 1], [0.9, 0.9]), NAMES, side=240)
+    for label, window in ((0, np.s_[:16, :30]), (1, np.s_[:16, -30:])):
+        assert has_colour(picture, label)[window].mean() > 0.3  # the plate behind the text
+
+
+def test_masks_are_outlined():
+    detected = found([[10, 10, 50, 30]], [0], [0.9])
+    mask = torch.zeros(1, 40, 60, dtype=torch.bool)
+    mask[0, 15:25, 20:40] = True
+    detected.pred_masks = mask
+    picture = draw_instances(grey(), detected, NAMES, side=60)
+    coloured = has_colour(picture, 0)
+    assert coloured[15, 20:40].all()
+    assert coloured[15:25, 20].all()
+    assert not coloured[17:23, 22:38].any()
+
+
+def test_the_sheet_shows_each_image_beside_its_ground_truth(tmp_path: Path):
+    box = [[10.0, 10.0, 40.0, 30.0]]
+    pairs = [(grey(), truth(box, [0]), found(box, [1], [0.9])) for _ in range(3)]
+    path = draw_detections(pairs, NAMES, tmp_path / "sheet.png", columns=2, side=240)
+    sheet = cv2.imread(str(path))[..., ::-1]
+    height, width = sheet.shape[:2]
+    assert height > 2 * 160
+    assert width > 4 * 240
+    middle = width // 2
+    for rows in (np.s_[: height // 2], np.s_[height // 2 :]):
+        left = sheet[rows][:, :middle]
+        quarter = left.shape[1] // 2
+        assert has_colour(left[:, :quarter], 0).any()
+        assert has_colour(left[:, quarter:], 1).any()
+    assert not has_colour(sheet[height // 2 + 20 :, middle + 10 :], 0).any()  # three images only
+
+
+def test_a_sheet_of_nothing_is_an_error(tmp_path: Path):
+    with pytest.raises(ValueError, match="no images"):
+        draw_detections([], NAMES, tmp_path / "sheet.png")
+
+
+class Oracle(torch.nn.Module):
+    """Answers with one box at the size that Detectron2 asks for, and notes what it was given."""
+
+    def forward(self, batch: list[dict]) -> list[dict]:
+        assert not self.training
+        (record,) = batch
+        assert record["image"].shape == (3, 80, 120)
+        size = (record["height"], record["width"])
+        return [{"instances": found([[10, 20, 40, 35]], [1], [0.9])}] if size == (40, 60) else []
+
+
+def test_a_model_is_run_on_the_images_of_a_dataset(tmp_path: Path):
+    cv2.imwrite(str(tmp_path / "image.png"), grey())
+    record = {
+        "file_name": str(tmp_path / "image.png"),
+        "height": 40,
+        "width": 60,
+        "image_id": 1,
+        "annotations": [
+            {
+                "bbox": [5, 5, 10, 10],
+                "bbox_mode": BoxMode.XYWH_ABS,
+                "category_id": 0,
+                "segmentation": [[5, 5, 15, 5, 15, 15]],
+            }
+        ],
+    }
+    DatasetCatalog.register("test_drawing", lambda: [record] * 3)
+    MetadataCatalog.get("test_drawing").set(thing_classes=NAMES)
+    try:
+        cfg = get_cfg()
+        cfg.INPUT.MIN_SIZE_TEST = 80
+        path = draw_dataset_detections(cfg, Oracle(), "test_drawing", tmp_path / "out.png", count=2)
+    finally:
+        DatasetCatalog.remove("test_drawing")
+        MetadataCatalog.remove("test_drawing")
+    sheet = cv2.imread(str(path))[..., ::-1]
+    quarters = np.array_split(sheet, 4, axis=1)
+    assert [has_colour(q, 0).any() for q in quarters] == [True, False, True, False]
+    assert [has_colour(q, 1).any() for q in quarters] == [False, True, False, True]
+
+
+def write_metrics(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
+    records = [
+        {"iteration": 19, "total_loss": 3.0},
+        {"iteration": 39, "total_loss": 2.0},
+        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 7.0},
+    ]
+    path = write_metrics(tmp_path / "metrics.json", records)
+    path.write_text(path.read_text() + '{"iteration": 59, "total_lo')  # killed while writing
+    metrics = read_metrics(path)
+    assert metrics.keys() == {"total_loss", "bbox/AP"}
+    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 1.5]]
+    assert [list(values) for values in metrics["bbox/AP"]] == [[39], [7.0]]
+
+
+def test_spans_of_the_sub_network():
+    written = np.array([19, 39, 59, 79, 99, 109])
+    assert sub_network_spans(written, np.array([0, 1, 1, 0, 1, 0])) == [(20, 60), (80, 100)]
+    assert sub_network_spans(written, np.zeros(6)) == []
+    assert sub_network_spans(written, np.array([1, 0, 0, 0, 0, 1])) == [(0, 20), (100, 110)]
+
+
+def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not():
+    written = np.array([19, 39, 59, 79, 99])
+    rates = np.array([0.01, 0.02, 0.018, 0.0018, 0.00018])
+    assert learning_rate_drops(written, rates) == [79, 99]
+
+
+def test_the_run_is_plotted_with_its_sub_network_phases_shaded(tmp_path: Path):
+    def records(phases: list[int]) -> list[dict]:
+        return [
+            {"iteration": 20 * k + 19, "total_loss": 3 - k / 5, "lr": 0.1, "repr/phase": phase}
+            for k, phase in enumerate(phases)
+        ] + [{"iteration": 200, "bbox/AP": 30.0, "bbox/AP50": 60.0}]
+
+    def shaded(name: str, phases: list[int]) -> np.ndarray:
+        path = write_metrics(tmp_path / f"{name}.json", records(phases))
+        picture = cv2.imread(str(plot_run(path, tmp_path / f"{name}.png")))
+        return (picture == 217).all(axis=2).mean(axis=0)  # the grey of the spans, by column
+
+    assert shaded("standard", [0] * 10).max() < 0.02
+    columns = shaded("repr", [0, 0, 0, 0, 0, 1, 1, 0, 0, 0])
+    spans = np.flatnonzero(columns > 0.3)
+    assert np.ptp(spans) + 1 < 0.25 * len(columns)  # one span, of a fifth of the run
+    assert abs(spans.mean() / len(columns) - 0.6) < 0.08  # around iteration 120 of 200
+
+
+def test_a_missing_or_foreign_file_is_an_error(tmp_path: Path):
+    with pytest.raises(FileNotFoundError):
+        plot_run(tmp_path / "metrics.json", tmp_path / "run.png")
+    path = write_metrics(tmp_path / "metrics.json", [{"iteration": 1, "accuracy": 1.0}])
+    with pytest.raises(ValueError, match="no total_loss"):
+        plot_run(path, tmp_path / "run.png")
