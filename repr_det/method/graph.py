@@ -59,6 +59,14 @@ _CONVS = {
 }  # fmt: skip
 
 
+_VALUES = {
+    "aten::index": (0,), "aten::index_select": (0,), "aten::index_put": (0, 2),
+    "aten::index_put_": (0, 2), "aten::_index_put_impl_": (0, 2), "torchvision::roi_align": (0,),
+    "torchvision::roi_pool": (0,),
+}  # fmt: skip
+"""Arguments that say what is read, of operations that are also told where to read it."""
+
+
 class Tag(NamedTuple):
     """Where the channels of a tensor lie (``dim``) and what each is made of (``sources``)."""
 
@@ -283,9 +291,12 @@ class _Tracer(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        behind = self._weights_behind((args, kwargs))
+        op = func._schema.name
+        # Boxes from a prediction layer say where another looks: they are an output all the same.
+        values = [args[i] for i in _VALUES[op]] if op in _VALUES else (args, kwargs)
+        behind = self._weights_behind(values)
         # Read before the operation: in-place ones change what their first argument is.
-        tag = None if self._inside_norm else self._result(func._schema.name, args, kwargs)
+        tag = None if self._inside_norm else self._result(op, args, kwargs)
         out = func(*args, **kwargs)
         if self._inside_norm:
             return out

@@ -1,0 +1,480 @@
+"""Around a filter: norms and readers, found in real architectures."""
+
+from __future__ import annotations
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+from repr_det.method.graph import trace
+from tests.method.nets import PreActivation, Residual, chain
+
+
+def silent(graph, pruned: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Which input channels of which readers are zero while some filters are pruned."""
+    masks = {}
+    for name, filters in pruned.items():
+        masks[name] = torch.zeros(graph.convs[name].out_channels, dtype=torch.bool)
+        masks[name][filters] = True
+    dead = {r.name: r.dead(masks).nonzero().flatten().tolist() for r in graph.readers.values()}
+    return {name: channels for name, channels in dead.items() if channels}
+
+
+def norm_names(graph, conv):
+    return [link.name for link in graph.norms.get(conv, [])]
+
+
+def one_to_one(link, width):
+    every = torch.arange(width)
+    return torch.equal(link.filters, every) and torch.equal(link.channels, every)
+
+
+# --- Detectron2
+
+
+def detector(config, *options):
+    model_zoo = pytest.importorskip("detectron2.model_zoo")
+    from detectron2.modeling import build_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cfg = model_zoo.get_config(config)
+        cfg.merge_from_list(["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *options])
+        return build_model(cfg)
+
+
+@pytest.fixture(scope="module")
+def fpn():
+    return trace(detector("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"))
+
+
+@pytest.fixture(scope="module")
+def c4():
+    return trace(detector("COCO-Detection/faster_rcnn_R_50_C4_1x.yaml"))
+
+
+@pytest.fixture(scope="module")
+def retinanet():
+    return trace(detector("COCO-Detection/retinanet_R_50_FPN_1x.yaml"))
+
+
+@pytest.mark.parametrize("name", ["fpn", "c4", "retinanet"])
+def test_detectron2_pairs_every_frozen_norm_with_its_conv(name, request):
+    graph = request.getfixturevalue(name)
+    body = [n for n in graph.convs if ".bottom_up." in n or n.startswith("backbone.res")]
+    body += [n for n in graph.convs if n.startswith("roi_heads.res5")] + ["backbone.stem.conv1"]
+    paired = [n for n in body if n in graph.convs]
+    # ResNet-50: 53 convs with a norm each; those of C4's stem and res5 lie under other names.
+    assert len(set(paired)) == 53
+    for conv in paired:
+        (link,) = graph.norms[conv]
+        assert link.name == f"{conv}.norm"
+        assert type(link.module).__name__ == "FrozenBatchNorm2d"
+        assert one_to_one(link, graph.convs[conv].out_channels)
+
+
+def test_detectron2_stem_and_prediction_layers(fpn, retinanet):
+    assert fpn.stems == {"backbone.bottom_up.stem.conv1"}
+    assert fpn.heads == {
+        "proposal_generator.rpn_head.objectness_logits", "proposal_generator.rpn_head.anchor_deltas"
+    }  # fmt: skip
+    assert retinanet.heads == {"head.cls_score", "head.bbox_pred"}
+
+
+def test_fpn_inside_a_bottleneck(fpn):
+    conv = "backbone.bottom_up.res3.1.conv"
+    assert silent(fpn, {f"{conv}1": [3, 7]}) == {f"{conv}2": [3, 7]}
+    assert silent(fpn, {f"{conv}2": [5]}) == {f"{conv}3": [5]}
+
+
+def test_fpn_residual_sum_is_silent_only_where_all_parties_are(fpn):
+    stage = "backbone.bottom_up.res2."
+    parties = ["0.shortcut", "0.conv3", "1.conv3", "2.conv3"]
+    everyone = {f"{stage}{party}": [4] for party in parties}
+    some = {f"{stage}{party}": [4] for party in parties[:2]}
+    # Two parties: the sum behind the first block; all four: whatever reads the stage.
+    assert silent(fpn, some) == {f"{stage}1.conv1": [4]}
+    assert silent(fpn, everyone) == {
+        f"{stage}1.conv1": [4], f"{stage}2.conv1": [4], "backbone.fpn_lateral2": [4],
+        "backbone.bottom_up.res3.0.conv1": [4], "backbone.bottom_up.res3.0.shortcut": [4],
+    }  # fmt: skip
+    assert silent(fpn, {f"{stage}0.conv3": [4]}) == {}
+
+
+def test_fpn_top_down_sum(fpn):
+    lateral = "backbone.fpn_lateral"
+    assert silent(fpn, {f"{lateral}5": [9]}) == {"backbone.fpn_output5": [9]}
+    assert silent(fpn, {f"{lateral}4": [9]}) == {}
+    assert silent(fpn, {f"{lateral}5": [9], f"{lateral}4": [9]}) == {
+        "backbone.fpn_output5": [9], "backbone.fpn_output4": [9]
+    }  # fmt: skip
+
+
+def test_fpn_levels_share_their_readers(fpn):
+    """RPN and box head read all levels with one weight: silent only if silent in every level."""
+    output = "backbone.fpn_output"
+    rpn, box = "proposal_generator.rpn_head.conv", "roi_heads.box_head.fc1"
+    levels = {f"{output}{i}": [2] for i in (2, 3, 4)}
+    assert silent(fpn, levels) == {}
+    # The boxes are pooled from levels 2 to 5 into 7 x 7, flattened channel by channel.
+    everywhere = levels | {f"{output}5": [2]}
+    assert silent(fpn, everywhere) == {rpn: [2], box: list(range(2 * 49, 3 * 49))}
+
+
+def test_c4_box_head_reads_res4(c4):
+    stage = [
+        n for n in c4.convs if n.startswith("backbone.res4") and n.endswith(("conv3", "shortcut"))
+    ]
+    assert len(stage) == 7
+    found = silent(c4, {name: [11] for name in stage})
+    assert found["roi_heads.res5.0.conv1"] == found["roi_heads.res5.0.shortcut"] == [11]
+    assert found["proposal_generator.rpn_head.conv"] == [11]
+    last = [f"roi_heads.res5.{n}" for n in ("0.shortcut", "0.conv3", "1.conv3", "2.conv3")]
+    found = silent(c4, {name: [6] for name in last})
+    # Pooled over positions before the predictor reads it.
+    assert found["roi_heads.box_predictor.cls_score"] == [6]
+    assert found["roi_heads.box_predictor.bbox_pred"] == [6]
+
+
+def test_retinanet_head_is_shared_between_levels(retinanet):
+    assert silent(retinanet, {"head.cls_subnet.0": [1]}) == {"head.cls_subnet.2": [1]}
+    levels = [f"backbone.fpn_output{i}" for i in (3, 4, 5)]
+    levels += ["backbone.top_block.p6", "backbone.top_block.p7"]
+    found = silent(retinanet, {name: [8] for name in levels})
+    assert found["head.cls_subnet.0"] == found["head.bbox_subnet.0"] == [8]
+    assert "head.cls_subnet.0" not in silent(retinanet, {name: [8] for name in levels[:-1]})
+
+
+# --- torchvision
+
+
+def classifier(name, **arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return getattr(torchvision.models, name)(weights=None, **arguments)
+
+
+def test_resnet18():
+    graph = trace(classifier("resnet18"))
+    assert len(graph.convs) == 20
+    assert graph.stems == {"conv1"}
+    assert graph.heads == set()
+    assert norm_names(graph, "layer2.0.downsample.0") == ["layer2.0.downsample.1"]
+    for conv in graph.convs:
+        (link,) = graph.norms[conv]
+        assert one_to_one(link, graph.convs[conv].out_channels)
+    assert silent(graph, {"layer1.0.conv1": [0]}) == {"layer1.0.conv2": [0]}
+    last = ["layer4.0.downsample.0", "layer4.0.conv2", "layer4.1.conv2"]
+    assert silent(graph, {name: [5] for name in last})["fc"] == [5]
+
+
+def test_vgg16_linear_layer_reads_the_flattened_map():
+    graph = trace(classifier("vgg16"))
+    assert len(graph.convs) == 13
+    assert graph.norms == {}
+    assert silent(graph, {"features.28": [1]}) == {"classifier.0": list(range(49, 98))}
+    assert silent(graph, {"features.0": [3]}) == {"features.2": [3]}
+
+
+def test_googlenet_auxiliary_heads_run_only_in_training():
+    graph = trace(classifier("googlenet", init_weights=False))
+    assert "aux1.conv.conv" in graph.convs
+    assert norm_names(graph, "aux1.conv.conv") == ["aux1.conv.bn"]
+    # Concatenation of four branches: 64, 128, 32, 32 channels.
+    found = silent(graph, {"inception3a.branch2.1.conv": [10]})
+    for branch in ("branch1.conv", "branch2.0.conv", "branch3.0.conv", "branch4.1.conv"):
+        assert found[f"inception3b.{branch}"] == [74]
+    found = silent(graph, {"inception4a.branch1.conv": [0]})
+    assert found["aux1.conv.conv"] == [0]
+
+
+def test_mobilenet_depthwise_keeps_a_channel_in_its_place():
+    graph = trace(classifier("mobilenet_v2"))
+    block = "features.3.conv."
+    assert graph.convs[f"{block}1.0"].groups == 144
+    # The depthwise conv has filters of its own: it is a reader, and the channel ends there.
+    assert silent(graph, {f"{block}0.0": [7]}) == {f"{block}1.0": [7]}
+    assert silent(graph, {f"{block}1.0": [7]}) == {f"{block}2": [7]}
+
+
+def test_densenet_filters_are_read_through_norms_of_all_later_layers():
+    graph = trace(classifier("densenet121"))
+    conv = "features.denseblock1.denselayer1.conv2"
+    links = graph.norms[conv]
+    layers = [f"features.denseblock1.denselayer{i}.norm1" for i in range(2, 7)]
+    assert [link.name for link in links] == [*layers, "features.transition1.norm"]
+    for link in links:
+        assert torch.equal(link.channels, torch.arange(64, 96))
+        assert torch.equal(link.filters, torch.arange(32))
+    found = silent(graph, {conv: [1]})
+    assert found == {
+        **{f"features.denseblock1.denselayer{i}.conv1": [65] for i in range(2, 7)},
+        "features.transition1.conv": [65],
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["shufflenet_v2_x0_5", "efficientnet_b0", "squeezenet1_0", "mnasnet0_5"]
+)
+def test_what_is_said_to_be_silent_is_silent(name):
+    """Prune a tenth of every layer; each reader's dead inputs must be zero when the model runs."""
+    torch.manual_seed(0)
+    model = classifier(name).eval()
+    graph = trace(model)
+    masks = {}
+    with torch.no_grad():
+        for conv, module in graph.convs.items():
+            masks[conv] = torch.arange(module.out_channels) % 10 == 3
+            module.weight[masks[conv]] = 0
+            if module.bias is not None:
+                module.bias[masks[conv]] = 0
+            for link in graph.norms.get(conv, []):
+                channels = link.channels_of(masks[conv])
+                link.module.weight[channels] = link.module.bias[channels] = 0
+    dead = {r.name: r.dead(masks) for r in graph.readers.values()}
+    assert sum(int(d.sum()) for d in dead.values()) > 20
+    seen = []
+
+    def check(reader_name):
+        def hook(module, args):
+            x = args[0].transpose(0, 1) if args[0].dim() > 2 else args[0].T
+            assert x[dead[reader_name]].abs().sum() == 0, reader_name
+            seen.append(reader_name)
+
+        return hook
+
+    for reader_name, reader in graph.readers.items():
+        reader.module.register_forward_pre_hook(check(reader_name))
+    model(torch.randn(1, 3, 64, 64))
+    assert len(set(seen)) == len(graph.readers)
+
+
+# --- small networks
+
+
+class Shortcut(nn.Module):
+    """A residual block whose shortcut halves the map and pads channels with zeros (option A)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.conv1 = nn.Conv2d(4, 4, 3, padding=1)
+        self.conv2 = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.norm2 = nn.BatchNorm2d(8)
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.conv1(self.stem(x))
+        padded = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+        return self.last(F.relu(self.norm2(self.conv2(x)) + padded))
+
+
+def test_padded_channels_are_zero():
+    graph = trace(Shortcut())
+    # Channels 0, 1, 6, 7 of the sum are conv2's alone; 2 to 5 are conv1's 0 to 3 as well.
+    assert silent(graph, {"conv2": [0, 3, 7]}) == {"last": [0, 7]}
+    assert silent(graph, {"conv2": [0, 3], "conv1": [1]}) == {"last": [0, 3], "conv2": [1]}
+
+
+def test_weight_shared_by_two_convs_is_one_reader_of_both():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.two.weight = self.one.weight
+
+        def forward(self, x):
+            return self.one(self.a(x)) + self.two(self.b(x))
+
+    graph = trace(Twice())
+    assert silent(graph, {"a": [1]}) == {}
+    assert silent(graph, {"a": [1], "b": [1]}) == {"one": [1]}
+
+
+def test_conv_that_runs_twice_reads_both():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.conv(self.conv(self.stem(x)))
+
+    graph = trace(Again())
+    assert silent(graph, {"stem": [2]}) == silent(graph, {"conv": [2]}) == {}
+    assert silent(graph, {"stem": [2], "conv": [2]}) == {"conv": [2]}
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.GroupNorm(2, 6), nn.BatchNorm2d(6), nn.InstanceNorm2d(6, affine=True)]
+)
+def test_norms_of_all_kinds_are_paired(norm):
+    graph = trace(nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    assert norm_names(graph, "0") == ["1"]
+    assert silent(graph, {"0": [5]}) == {"3": [5]}
+
+
+def test_norm_that_mixes_channels_without_a_scale_hides_what_is_behind_it():
+    norm = nn.GroupNorm(2, 6, affine=False)
+    graph = trace(nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    assert silent(graph, {"0": [5]}) == {}
+
+
+def test_layer_norm_over_the_last_dimension():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.linear = nn.Conv2d(3, 5, 1), nn.LayerNorm(5), nn.Linear(5, 2)
+
+        def forward(self, x):
+            return self.linear(self.norm(self.conv(x).permute(0, 2, 3, 1)))
+
+    graph = trace(Last())
+    (link,) = graph.norms["conv"]
+    assert (link.name, link.dim) == ("norm", 3)
+    assert silent(graph, {"conv": [4]}) == {"linear": [4]}
+
+
+def test_norm_after_a_sum_belongs_to_no_conv():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
+            self.norm, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            return self.last(self.norm(self.a(x) + self.b(x)))
+
+    graph = trace(Sum())
+    assert graph.norms == {}
+    # Its beta would let a constant through.
+    assert silent(graph, {"a": [1], "b": [1]}) == {}
+
+
+class Outside(nn.Module):
+    """Looks like a conv and computes where torch's dispatcher cannot see it."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.in_channels, self.out_channels, self.kernel_size, self.groups = inputs, outputs, 1, 1
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 1, 1))
+        self.norm = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        values = torch.einsum("oi,nihw->nohw", self.weight[:, :, 0, 0], x).detach().numpy().copy()
+        return self.norm(torch.from_numpy(values))
+
+
+def test_conv_class_that_runs_outside_the_dispatcher():
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), Outside(4, 6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
+    assert norm_names(graph, "1") == ["1.norm"]
+    assert silent(graph, {"1": [5]}) == {"3": [5]}
+    assert silent(graph, {"0": [2]}) == {"1": [2]}
+
+
+def test_operation_that_wakes_zeros_hides_what_is_behind_it():
+    class Shifted(nn.Module):
+        def __init__(self, operation):
+            super().__init__()
+            self.a, self.b, self.operation = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1), operation
+
+        def forward(self, x):
+            return self.b(self.operation(self.a(x)))
+
+    for operation in (
+        torch.sigmoid,
+        lambda x: x + 1,
+        torch.exp,
+        lambda x: x.flip(1),
+        lambda x: x**0,
+    ):
+        assert silent(trace(Shifted(operation)), {"a": [1]}) == {}
+    for operation in (torch.tanh, lambda x: 2 * x, F.silu, lambda x: x * torch.sigmoid(x.mean())):
+        assert silent(trace(Shifted(operation)), {"a": [1]}) == {"b": [1]}
+
+
+# --- how the model is run
+
+
+def test_trace_leaves_everything_as_it_was():
+    torch.manual_seed(0)
+    model = nn.Sequential(chain(), nn.Dropout(0.5))
+    model.train()
+    model[0][1].eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    random = torch.get_rng_state()
+    trace(model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    after = model.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_compiled_parts_are_seen():
+    model = Residual()
+    expected = trace(model)
+    model.block1 = torch.compile(model.block1, backend="eager")
+    model.block2.compile(backend="eager")
+    found = trace(model)
+    assert list(found.convs) == list(expected.convs)
+    assert {c: norm_names(found, c) for c in found.convs} == {
+        c: norm_names(expected, c) for c in expected.convs
+    }
+
+
+def test_dense_block_readers():
+    graph = trace(PreActivation(growth=4, layers=3))
+    assert [link.name for link in graph.norms["convs.0"]] == ["norms.1", "norms.2", "norms.3"]
+    assert silent(graph, {"convs.0": [1]}) == {"convs.1": [7], "convs.2": [7], "linear": [7]}
+
+
+class Particular(nn.Module):
+    """Takes a pair, so no example image fits it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, pair):
+        return self.second(self.first(pair.image)) * pair.factor
+
+
+def test_model_that_cannot_be_run_is_told():
+    with pytest.raises(ValueError, match="could not run Particular on an example image .*batches="):
+        trace(Particular())
+    pair = SimpleNamespace(image=torch.zeros(1, 3, 4, 4), factor=2.0)
+    model = Particular()
+    assert silent(trace(model, lambda: model(pair)), {"first": [1]}) == {"second": [1]}
+
+
+def test_model_without_convs_is_told():
+    with pytest.raises(ValueError, match="needs convolutions, but Linear has none"):
+        trace(nn.Linear(3, 3))
+
+
+def test_training_mode_that_fails_leaves_what_evaluation_showed():
+    class OnlyEvaluates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = self.a(x)
+            if self.training:
+                self.a(y[:, :3])
+                raise RuntimeError("needs targets")
+            return self.b(y)
+
+    graph = trace(OnlyEvaluates())
+    assert silent(graph, {"a": [0]}) == {"b": [0]}
+    assert graph.stems == {"a"}
