@@ -12,19 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repr_det.engine.command_line import run
+from repr_det.tasks import configure, trainer_for
+
 ROOT = Path(__file__).parents[2]
 
 
-def train_net(*arguments, datasets, **environment):
+def train_net(*arguments, datasets):
     return subprocess.run(
         [sys.executable, "tools/train_net.py", *map(str, arguments)],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "DETECTRON2_DATASETS": str(datasets),
-            **environment,
-        },
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(datasets)},
         capture_output=True,
         text=True,
     )
@@ -59,7 +57,7 @@ def test_torchvision_network_on_class_folders(tmp_path):
     done = train_net(*command, datasets=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "out" / "model_final.pth").is_file()
-    assert "accuracy/top1" in lines(tmp_path / "out")[-1]
+    assert 0 <= lines(tmp_path / "out")[-1]["accuracy/top1"] <= 100
 
 
 @pytest.mark.skipif(
@@ -88,11 +86,15 @@ def test_real_cifar10_trains_evaluates_and_resumes(tmp_path, config):
     assert "Starting training from iteration 8" in done.stdout
 
 
-def test_missing_cifar10_is_one_sentence(tmp_path):
-    # A proxy that does not answer: nothing is downloaded, wherever the test runs.
-    no_network = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
-    command = ("--config", "cifar10_c3_32.yaml", "OUTPUT_DIR", tmp_path / "out")
-    done = train_net(*command, datasets=tmp_path, **no_network)
-    assert done.returncode == 2
-    assert "cifar10 was not found" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+def test_missing_cifar10_is_one_sentence(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", refuse)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    command = ["--config", "cifar10_c3_32.yaml", "OUTPUT_DIR", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        run(command, configure, trainer_for)
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "cifar10 was not found" in line and not (tmp_path / "out").exists()

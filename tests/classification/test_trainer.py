@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
-from PIL import Image
 
-from repr_det.classification import ClassificationTrainer, register_image_folder
+from repr_det.classification import ClassificationTrainer
 from repr_det.classification.loader import SampleOrder
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
@@ -109,33 +107,6 @@ def test_dense_sparse_dense_by_config(cfg):
     cfg.DSD.SPARSITY = 0.5
     weight = run(cfg).model.network.fc.weight
     assert (weight == 0).sum() == weight.numel() // 2
-
-
-def test_torchvision_network_on_an_image_folder(cfg, tmp_path):
-    rng = np.random.default_rng(0)
-    colours = {"blue": (90, 90, 150), "red": (150, 90, 90)}
-    for split in ("train", "test"):
-        for name, colour in colours.items():
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(8):
-                pixels = rng.integers(-60, 60, (40 + index, 44, 3)) + colour
-                image = Image.fromarray(pixels.astype(np.uint8))
-                image.save(tmp_path / split / name / f"{index}.png")
-        name = f"colours_{split}"
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-        register_image_folder(name, tmp_path / split)
-    cfg.MODEL.CLASSIFIER.NAME = "resnet18"
-    cfg.MODEL.CLASSIFIER.NUM_CLASSES = 2
-    cfg.INPUT.IMAGE_SIZE = 32
-    cfg.DATASETS.TRAIN = ("colours_train",)
-    cfg.DATASETS.TEST = ("colours_test",)
-    cfg.DATALOADER.NUM_WORKERS = 1
-    cfg.SOLVER.IMS_PER_BATCH = 8
-    cfg.SOLVER.BASE_LR = 0.01
-    cfg.SOLVER.MAX_ITER = 30
-    trainer = run(cfg)
-    assert trainer._last_eval_results["accuracy"]["top1"] == 100
 
 
 def test_test_set_with_other_classes(cfg):
