@@ -91,9 +91,9 @@ def check_datasets(cfg: CfgNode) -> None:
                 f"Dataset {name} is not registered: register it, or give --train-data and "
                 f"--test-data NAME JSON IMAGES."
             )
-        if name.startswith("shapes_"):
-            continue  # written when it is first asked for
         metadata = MetadataCatalog.get(name)
+        if metadata.get("drawn_on_first_use"):
+            continue
         for kind in ("json_file", "image_root"):
             path = metadata.get(kind)
             if path is not None and not Path(path).exists():

@@ -41,7 +41,7 @@ SUBSETS = {"10pct": 0.10, "25pct": 0.25}
 """Suffix of a registered dataset -> the fraction of the training images that it holds."""
 
 _SPLITS = ("train", "val")
-_RADIUS = (0.095, 0.21)  # of an object, as a share of the image's side
+_RADIUS = (0.12, 0.24)  # of an object, as a share of the image's side
 _HIDDEN = (0.15, 0.60)  # least and most that a partly hidden object loses of its area
 _HIDE = 0.4  # how often a new object is placed so that it hides part of an earlier one
 _TRIES = 40  # places tried for one object before another is tried instead
@@ -65,7 +65,7 @@ class ShapesSpec:
     size: int = 96
     train: int = 1200
     val: int = 200
-    objects: tuple[int, int] = (6, 10)
+    objects: tuple[int, int] = (5, 8)
     jpeg_quality: int = 95
 
 

@@ -10,6 +10,7 @@ from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator
 
 from repr_det.detection.datasets import check_datasets, check_num_classes
+from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.shapes import register_shapes
 from repr_det.engine.trainer import RePrTrainer
 
@@ -32,8 +33,11 @@ class DetectionTrainer(RePrTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
-        """Detectron2's training loader."""
-        loader = build_detection_train_loader(cfg)
+        """Detectron2's training loader, or with ``cfg.DETERMINISTIC`` its counterpart."""
+        if cfg.DETERMINISTIC:
+            loader = build_deterministic_loader(cfg)
+        else:
+            loader = build_detection_train_loader(cfg)
         # Only now does the catalog know the classes of a dataset that was just read.
         check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
         return loader

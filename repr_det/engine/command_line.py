@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 
+from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import RePrTrainer, check_weights
 
@@ -107,7 +107,7 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
                 trainer.resume_or_load(resume=args.resume)
             else:
                 model = trainer_class.build_model(cfg)
-                checkpointer = DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+                checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
                 if not (args.resume and checkpointer.has_checkpoint()):
                     check_weights(cfg.MODEL.WEIGHTS)
                 checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -21,7 +20,10 @@ from torch.optim import Optimizer
 
 from repr_det.engine import solver
 from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
+from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
+from repr_det.engine.randomness import SeedEveryStep, use_deterministic_algorithms
+from repr_det.engine.resume import RecordKeeper
 from repr_det.method.schedule import SUB
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -58,6 +60,10 @@ class RePrTrainer(DefaultTrainer):
         hook = RePrHook.from_config(cfg)
         if hook is not None:
             hook.schedule.check_fits(cfg.SOLVER.MAX_ITER)
+        if cfg.DETERMINISTIC:
+            if cfg.SEED < 0:
+                raise ValueError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
+            use_deterministic_algorithms()
 
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
@@ -72,9 +78,7 @@ class RePrTrainer(DefaultTrainer):
             )
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = DetectionCheckpointer(
-            model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self)
-        )
+        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -91,7 +95,16 @@ class RePrTrainer(DefaultTrainer):
                 if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
             )
             built.insert(before, self._repr_hook)
+        if self.cfg.DETERMINISTIC:
+            built.insert(0, SeedEveryStep(self.cfg.SEED))
+        built.append(RecordKeeper(Path(self.cfg.OUTPUT_DIR) / "metrics.json"))
         return built
+
+    def after_train(self) -> None:
+        """Detectron2's hooks after the last iteration."""
+        # A run that is resumed when all iterations are done has counted one too many.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> Optimizer:

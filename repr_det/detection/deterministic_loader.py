@@ -1,0 +1,158 @@
+"""Training data whose order and augmentation are a function of seed, iteration and rank."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data.common import DatasetFromList
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from repr_det.engine.randomness import RandomStream, mixed_seed
+
+Key = tuple[int, int]
+"""An image to load: its index and the seed of its augmentation."""
+
+
+class _SeededDataset(Dataset):
+    """Maps a key to a training example; the same key gives the same example anywhere."""
+
+    def __init__(self, records: Any, mapper: Callable[[dict], dict]) -> None:
+        self._records, self._mapper = records, mapper
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, key: Key) -> dict:
+        index, seed = key
+        with RandomStream(seed).active():
+            return self._mapper(copy.deepcopy(self._records[index]))
+
+
+class BatchPlan(Sampler):
+    """Which images every iteration of one rank sees, without end.
+
+    Epochs are permutations of all images, dealt out to the ranks in turn. With aspect-ratio
+    grouping a batch holds only wide or only tall images; the plan is always worked out from its
+    beginning, so that an iteration's batch does not depend on where reading begins.
+
+    Args:
+        wide: by image, whether it is wider than tall; None for batches in the order of the epoch.
+        size: number of images.
+        batch_size: images of one iteration of this rank.
+        seed: of the order and of the augmentations.
+        rank: of this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        wide: list[bool] | None,
+        size: int,
+        batch_size: int,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._wide, self._size, self._batch_size = wide, size, batch_size
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self.start = 0
+
+    def _indices(self) -> Iterator[int]:
+        position = epoch = 0
+        while True:
+            generator = torch.Generator().manual_seed(mixed_seed(self._seed, epoch))
+            for index in torch.randperm(self._size, generator=generator).tolist():
+                if position % self._world_size == self._rank:
+                    yield index
+                position += 1
+            epoch += 1
+
+    def _batches(self) -> Iterator[list[int]]:
+        waiting: tuple[list[int], list[int]] = ([], [])
+        for index in self._indices():
+            bucket = waiting[self._wide is not None and self._wide[index]]
+            bucket.append(index)
+            if len(bucket) == self._batch_size:
+                yield list(bucket)
+                bucket.clear()
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for iteration, batch in enumerate(self._batches()):
+            if iteration >= self.start:
+                yield [
+                    (index, mixed_seed(self._seed, iteration, self._rank, slot))
+                    for slot, index in enumerate(batch)
+                ]
+
+
+class DeterministicLoader:
+    """Endless training batches of one rank; the same for any number of workers.
+
+    Args:
+        dataset: maps keys of the plan to examples.
+        plan: what each iteration sees.
+        num_workers: processes that load.
+    """
+
+    def __init__(self, dataset: Dataset, plan: BatchPlan, num_workers: int) -> None:
+        self._dataset, self._plan, self._num_workers = dataset, plan, num_workers
+
+    def set_iteration(self, iteration: int) -> None:
+        """Make the next iterator begin with this iteration."""
+        self._plan = copy.copy(self._plan)
+        self._plan.start = iteration
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        # A generator of its own: the loader draws a base seed, which would shift the run's.
+        yield from DataLoader(
+            self._dataset,
+            batch_sampler=self._plan,
+            num_workers=self._num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),
+        )
+
+
+def build_deterministic_loader(cfg: CfgNode) -> DeterministicLoader:
+    """The deterministic counterpart of Detectron2's training loader.
+
+    Raises:
+        ValueError: a sampler other than TrainingSampler; a batch that ranks cannot share evenly.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
+        raise ValueError(
+            f"DETERMINISTIC knows no {cfg.DATALOADER.SAMPLER_TRAIN}: set "
+            f"DATALOADER.SAMPLER_TRAIN to TrainingSampler or DETERMINISTIC to False."
+        )
+    world_size = comm.get_world_size()
+    if cfg.SOLVER.IMS_PER_BATCH % world_size:
+        raise ValueError(
+            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {world_size} "
+            f"processes: make it a multiple of that."
+        )
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
+    plan = BatchPlan(
+        [record["width"] > record["height"] for record in records] if grouped else None,
+        len(records),
+        cfg.SOLVER.IMS_PER_BATCH // world_size,
+        seed=cfg.SEED,
+        rank=comm.get_rank(),
+        world_size=world_size,
+    )
+    dataset = _SeededDataset(DatasetFromList(records, copy=False), DatasetMapper(cfg, True))
+    return DeterministicLoader(dataset, plan, cfg.DATALOADER.NUM_WORKERS)

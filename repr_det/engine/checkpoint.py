@@ -1,0 +1,139 @@
+"""Checkpoints that a kill at any moment cannot spoil."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+
+class SafeCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, its files written aside and renamed when they are whole.
+
+    Files stay plain Detectron2 checkpoints. Loading never executes code from a ``.pth`` file.
+    A damaged newest file is reported and the one before it used.
+    """
+
+    _resuming = False
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` and then ``last_checkpoint``.
+
+        Args:
+            name: of the file, without ``.pth``.
+            kwargs: further data to save.
+
+        Raises:
+            OSError: the file could not be written, the disk being full, say; what was there before
+                is as it was.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict()}
+        data |= {key: item.state_dict() for key, item in self.checkpointables.items()}
+        data |= kwargs
+        target = Path(self.save_dir) / f"{name}.pth"
+        logger.info(f"Saving checkpoint to {target}")
+        try:
+            _write_whole(target, lambda file: torch.save(data, file))
+        except (OSError, RuntimeError) as error:
+            raise OSError(
+                f"Checkpoint {target} could not be written ({error}): free some space and resume; "
+                f"the checkpoint before it is untouched."
+            ) from error
+        self.tag_last_checkpoint(target.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Say in ``last_checkpoint`` which file to resume from."""
+        _write_whole(
+            Path(self.save_dir) / "last_checkpoint",
+            lambda file: file.write(last_filename_basename.encode()),
+        )
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resume from the newest checkpoint that can be read, or load weights alone.
+
+        Args:
+            path: weights to load where nothing is resumed; empty for none.
+            resume: whether to resume where there is a checkpoint.
+
+        Raises:
+            ValueError: no checkpoint can be read, or one is of another architecture.
+        """
+        if not (resume and self.has_checkpoint()):
+            return super().resume_or_load(path, resume=False)
+        for candidate in self._newest_first():
+            try:
+                self._torch_load(str(candidate))
+            except ValueError as error:
+                logger.warning(f"{error} Going back to the checkpoint before it.")
+                continue
+            self._resuming = True
+            try:
+                return self.load(str(candidate))
+            finally:
+                self._resuming = False
+        raise ValueError(
+            f"No checkpoint in {self.save_dir} can be read: start the run anew, without --resume."
+        )
+
+    def _newest_first(self) -> Iterator[Path]:
+        tagged = Path(self.get_checkpoint_file())
+        yield tagged
+        numbers = {
+            path: int(match[1])
+            for path in tagged.parent.glob("model_*.pth")
+            if (match := re.fullmatch(r"model_(\d+)\.pth", path.name)) and path != tagged
+        }
+        limit = re.fullmatch(r"model_(\d+)\.pth", tagged.name)
+        for path in sorted(numbers, key=numbers.__getitem__, reverse=True):
+            if limit is None or numbers[path] < int(limit[1]):
+                yield path
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        try:
+            content = torch.load(f, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"Checkpoint {f} does not exist.") from None
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+            raise ValueError(
+                f"{f} is damaged or is no checkpoint ({type(error).__name__})."
+            ) from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{f} is no checkpoint: it holds a {type(content).__name__}.")
+        return content
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        keys = set(self.model.state_dict())
+        incompatible = super()._load_model(checkpoint)
+        wrong = [item[0] for item in incompatible.incorrect_shapes]
+        missing = [*incompatible.missing_keys, *wrong]
+        if missing and (self._resuming or len(missing) >= len(keys)):
+            raise ValueError(
+                f"The checkpoint is of another architecture ({len(missing)} of {len(keys)} entries "
+                f"are missing or of another shape, for example {missing[0]}): build the model that "
+                f"it was trained as."
+            )
+        return incompatible
+
+
+def _write_whole(target: Path, write: Any) -> None:
+    """Write a file aside and rename it, so that it is there whole or not at all."""
+    aside = target.with_name(f".{target.name}.writing")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, target)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,88 @@
+"""Random states that are a function of seed and iteration, not of what ran before."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed out of several numbers, such as seed, iteration and rank; 32 bits."""
+    return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1)[0])
+
+
+class RandomStream:
+    """A random state of its own for Python, NumPy and torch's CPU, in force while it is entered.
+
+    Args:
+        seed: 32 bits.
+    """
+
+    def __init__(self, seed: int) -> None:
+        with self._restored():
+            random.seed(seed)
+            np.random.seed(seed)
+            # Not torch.manual_seed, which would also seed the GPUs.
+            torch.default_generator.manual_seed(seed)
+            self._state = self._current()
+
+    @staticmethod
+    def _current() -> tuple:
+        return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    @staticmethod
+    def _set(state: tuple) -> None:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        outside = self._current()
+        try:
+            yield
+        finally:
+            self._set(outside)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Draw from this stream inside; outside, nothing has changed."""
+        with self._restored():
+            self._set(self._state)
+            try:
+                yield
+            finally:
+                self._state = self._current()
+
+
+class SeedEveryStep(HookBase):
+    """Makes every random draw of a step a function of seed, iteration and rank.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def before_step(self) -> None:
+        """Seed Python, NumPy and torch, GPUs included."""
+        seed = mixed_seed(self._seed, self.trainer.iter, comm.get_rank())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+def use_deterministic_algorithms() -> None:
+    """Make torch's operations repeat to the bit, on a GPU too."""
+    # cuBLAS reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True)

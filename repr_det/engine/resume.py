@@ -1,0 +1,136 @@
+"""What a resumed run records is what the run would have recorded that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from detectron2.engine import HookBase, hooks
+from detectron2.utils.events import EventStorage, EventWriter
+
+logger = logging.getLogger(f"detectron2.{__name__}")
+
+_WINDOW = 20
+"""Iterations over which Detectron2's writers smooth."""
+
+
+class RecordKeeper(HookBase):
+    """Keeps the record of a run whole over a resumption. Register it last.
+
+    A checkpoint carries the scalars of the smoothing windows. On resumption, lines of
+    ``metrics.json`` that were written after the checkpoint are dropped, and what was due after the
+    checkpoint in the same iteration is done: an evaluation that is not recorded, and the writers.
+
+    Args:
+        metrics: path of ``metrics.json``.
+    """
+
+    def __init__(self, metrics: Path) -> None:
+        self._metrics = metrics
+        self._state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scalars of the last window, and up to which iteration they were written."""
+        storage = getattr(self.trainer, "storage", None)
+        if storage is None:
+            return {}
+        scalars = {}
+        for name, history in storage.histories().items():
+            values = [
+                [value, iteration]
+                for value, iteration in history.values()
+                if iteration > storage.iter - _WINDOW
+            ] or [list(history.values()[-1])]
+            scalars[name] = {"values": values, "smooth": storage.smoothing_hints()[name]}
+        written = max((writer._last_write for writer in self._writers()), default=-1)
+        return {"scalars": scalars, "written": written}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Keep the state for the start of training, when there is a storage to restore."""
+        self._state = state
+
+    def before_train(self) -> None:
+        """Restore the storage and bring the record to where the checkpoint was written."""
+        if not self._state or self.trainer.start_iter == 0:
+            return
+        storage, done = self.trainer.storage, self.trainer.start_iter - 1
+        for name, entry in self._state["scalars"].items():
+            for value, iteration in entry["values"]:
+                storage.put_scalar(
+                    name, value, smoothing_hint=entry["smooth"], cur_iter=int(iteration)
+                )
+        for writer in self._writers():
+            writer._last_write = self._state["written"]
+        dropped = (
+            _drop_lines_after(self._metrics, self._state["written"]) if self._writers() else []
+        )
+        self._finish_iteration(storage, done, dropped)
+        self._state = {}
+
+    def _writers(self) -> list[EventWriter]:
+        """The writers that remember up to which iteration they have written."""
+        found = [h for h in self.trainer._hooks if isinstance(h, hooks.PeriodicWriter)]
+        writers = [writer for hook in found for writer in hook._writers]
+        return [w for w in writers if isinstance(getattr(w, "_last_write", None), int)]
+
+    def _finish_iteration(
+        self, storage: EventStorage, iteration: int, dropped: list[dict[str, Any]]
+    ) -> None:
+        """Do what came after the checkpointer in the iteration that wrote the checkpoint."""
+        self.trainer.iter = storage.iter = iteration
+        for hook in self.trainer._hooks:
+            if isinstance(hook, hooks.EvalHook):
+                self._evaluate(hook, storage, iteration, dropped)
+            elif isinstance(hook, hooks.PeriodicWriter):
+                hook.after_step()
+        self.trainer.iter = storage.iter = self.trainer.start_iter
+
+    def _evaluate(
+        self,
+        hook: hooks.EvalHook,
+        storage: EventStorage,
+        iteration: int,
+        dropped: list[dict[str, Any]],
+    ) -> None:
+        due = hook._period > 0 and (iteration + 1) % hook._period == 0
+        if not due or iteration + 1 == self.trainer.max_iter:
+            return
+        known = set(storage.latest())
+        recorded: dict[str, float] = {}
+        for line in dropped:
+            if line["iteration"] == iteration:
+                recorded |= {k: v for k, v in line.items() if k not in known and k != "iteration"}
+        if not recorded:
+            logger.info(f"The evaluation of iteration {iteration} was not recorded; it runs now.")
+            hook.after_step()
+            return
+        storage.put_scalars(**recorded, smoothing_hint=False)
+
+
+def _drop_lines_after(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """Cut the lines of later iterations, and a half-written one, off the end of a file in place.
+
+    Returns:
+        The lines that were dropped and could be read.
+    """
+    if not path.is_file():
+        return []
+    keep, dropped = 0, []
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                break
+            if not raw.endswith(b"\n"):
+                break
+            if line["iteration"] > iteration:
+                dropped.append(line)
+            elif not dropped:
+                keep += len(raw)
+    # In place: the writer has the file open to append.
+    os.truncate(path, keep)
+    return dropped
