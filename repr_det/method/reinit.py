@@ -190,15 +190,20 @@ def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
 def lengths_of(choice: Reinit, previous: Tensor, survivors: Tensor) -> Tensor:
     """Length of each new filter.
 
+    Survivors of zero length do not count (with ``outgoing=0`` one that read nothing but returned
+    filters is zero). Where the chosen length is unknown or zero, the other one is taken.
+
     Args:
         choice: ``norm`` and ``scale`` are used.
         previous: shape (p, d).
-        survivors: shape (s, d); where there is none, the previous lengths are used.
+        survivors: shape (s, d).
 
     Returns:
         shape (p, 1), float64.
     """
-    lengths = previous.double().norm(dim=1, keepdim=True)
-    if choice.norm == "survivors" and len(survivors):
-        lengths = survivors.double().norm(dim=1).mean().expand_as(lengths)
+    lengths, others = row_lengths(previous), row_lengths(survivors)
+    others = others[others > 0]
+    if len(others):
+        replaced = lengths == 0 if choice.norm == "previous" else torch.ones_like(lengths).bool()
+        lengths = torch.where(replaced, others.mean(), lengths)
     return choice.scale * lengths

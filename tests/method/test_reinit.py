@@ -211,6 +211,14 @@ def test_lengths():
     assert lengths_of(Reinit(), previous, survivors[:0]).tolist() == [[5], [2]]
 
 
+def test_no_new_filter_is_zero_where_a_length_is_known():
+    previous = torch.tensor([[3.0, 4], [0, 0]])
+    survivors = torch.tensor([[1.0, 0], [0, 0], [0, 5]])
+    assert lengths_of(Reinit(), previous, survivors).tolist() == [[3], [3]]
+    assert lengths_of(Reinit(norm="previous"), previous, survivors).tolist() == [[5], [3]]
+    assert lengths_of(Reinit(), previous, torch.zeros(2, 2)).tolist() == [[5], [0]]
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
