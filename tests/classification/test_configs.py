@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.modeling import build_model
 
-from repr_det import RePrSchedule
+from repr_det import RePr, RePrSchedule
 from repr_det.classification import add_classification_config, build_classifier, resolve_epochs
 from repr_det.engine.config import get_cfg
 
@@ -55,8 +56,24 @@ def test_standard_twin_differs_in_nothing_but_repr(path):
     assert standard.dump() == with_repr.dump()
 
 
-def test_the_authors_setting_has_their_379_epochs():
-    cfg = load(next(path for path in CONFIGS if path.stem == "cifar10_c3_32_authors"))
+@pytest.fixture
+def authors():
+    return load(next(path for path in CONFIGS if path.stem == "cifar10_c3_32_authors"))
+
+
+def test_the_authors_rank_the_first_layer_too(authors):
+    model = build_model(authors)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = RePr(model, optimizer, RePrSchedule(1, 1, 1), include=list(authors.REPR.INCLUDE))
+    assert [tuple(layer.weight.shape) for layer in method.layers] == [
+        (32, 3, 5, 5),
+        (32, 32, 5, 5),
+        (32, 32, 5, 5),
+    ]
+
+
+def test_the_authors_setting_has_their_379_epochs(authors):
+    cfg = authors
     epoch = 45_000 / 64
     assert pytest.approx(379 * epoch, abs=1) == cfg.SOLVER.MAX_ITER
     sub = cfg.REPR.N * cfg.REPR.S2

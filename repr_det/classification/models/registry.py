@@ -75,9 +75,18 @@ def _close_names(name: str) -> list[str]:
 
 
 class DropoutLinear(nn.Linear):
-    """A linear layer with dropout on its input; its parameters keep the linear layer's names."""
+    """A linear layer with dropout on its input.
 
-    dropout: float = 0.0
+    Args:
+        linear: the layer whose parameters it takes over, under the same names.
+        dropout: probability of dropout.
+    """
+
+    def __init__(self, linear: nn.Linear, dropout: float) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, linear.bias is not None)
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., in_features)`` to ``(..., out_features)``."""
@@ -96,16 +105,15 @@ def add_dropout(network: nn.Module, probability: float) -> None:
     """
     if not 0 <= probability < 1:
         raise ValueError(f"Dropout is {probability}; give a probability of at least 0 and below 1.")
-    linear = [module for module in network.modules() if type(module) is nn.Linear]
+    linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     if not linear:
         raise ValueError(
             f"{type(network).__name__} has no linear layer to put dropout in front of: "
             "train it with dropout 0."
         )
-    # Layer and parameters stay the same objects with the same names: checkpoints and exports are
-    # those of the network without dropout.
-    linear[-1].__class__ = DropoutLinear
-    linear[-1].dropout = probability
+    parent, _, name = linear[-1].rpartition(".")
+    old = network.get_submodule(linear[-1])
+    setattr(network.get_submodule(parent), name, DropoutLinear(old, probability))
 
 
 def build_classifier(
