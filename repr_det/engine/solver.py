@@ -108,6 +108,5 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
             solver.WARMUP_FACTOR,
             min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
             solver.WARMUP_METHOD,
-            solver.RESCALE_INTERVAL,
         )
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
