@@ -26,7 +26,7 @@ import torch
 import torchvision
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.utils import comm
+from iopath.common.file_io import file_lock
 from torch import Tensor
 
 HELD_OUT_SUFFIX = "_heldout"
@@ -276,27 +276,30 @@ def _cifar_arrays(
 
 
 def _download(release: CifarRelease, folder: Path) -> Path:
-    """Download the official release below ``folder``, in one process, whole or not at all."""
-    error = None
-    if comm.get_local_rank() == 0:
-        timeout = socket.getdefaulttimeout()
+    """Download the official release below ``folder``: whole or not at all, by one process."""
+    target = folder / release.reader.base_folder
+    timeout = socket.getdefaulttimeout()
+    # The lock lies in the system's folder: without a network nothing is written below ours.
+    with file_lock(str(Path(tempfile.gettempdir(), f"repr_det_{release.name}"))):
+        if target.is_dir():
+            return folder
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         try:
             with tempfile.TemporaryDirectory() as aside:
                 release.reader(aside, download=True)
                 folder.mkdir(parents=True, exist_ok=True)
-                shutil.move(Path(aside, release.reader.base_folder), folder)
-        except (OSError, RuntimeError) as failure:
-            error = failure
+                # A copy first, since a rename is atomic only within one file system.
+                partial = target.with_name(f".{target.name}.partial")
+                shutil.copytree(Path(aside, target.name), partial, dirs_exist_ok=True)
+                partial.rename(target)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{release.name} was not found as {folder / release.name}.npz or in {target}, and "
+                f"could not be downloaded ({type(error).__name__}): put it there, or set "
+                "DETECTRON2_DATASETS to the folder that holds it."
+            ) from error
         finally:
             socket.setdefaulttimeout(timeout)
-    comm.synchronize()
-    if not (folder / release.reader.base_folder).is_dir():
-        raise FileNotFoundError(
-            f"{release.name} was not found as {folder / release.name}.npz or in "
-            f"{folder / release.reader.base_folder}, and could not be downloaded: put it there, or "
-            "set DETECTRON2_DATASETS to the folder that holds it."
-        ) from error
     return folder
 
 

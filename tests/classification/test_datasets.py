@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,33 @@ def test_missing_cifar_says_what_where_and_how(tmp_path):
     for part in ("cifar10.npz", "cifar-10-batches-py", str(tmp_path), "DETECTRON2_DATASETS"):
         assert part in message
     assert message.count(". ") == 0 and not tmp_path.exists()
+
+
+def test_downloaded_release_is_put_in_its_place(tmp_path, small_cifar, monkeypatch):
+    """The download itself is replaced by writing what it would have unpacked."""
+    reader = CIFAR10.reader
+    batch = pickle.dumps(
+        {
+            "data": small_cifar["x_train"].transpose(0, 3, 1, 2).reshape(30, -1),
+            "labels": small_cifar["y_train"].tolist(),
+        }
+    )
+    meta = pickle.dumps({"label_names": list(CIFAR10.classes)})
+    monkeypatch.setattr(reader, "train_list", [["batch", hashlib.md5(batch).hexdigest()]])
+    monkeypatch.setattr(reader, "test_list", [])
+    monkeypatch.setattr(reader, "meta", {**reader.meta, "md5": hashlib.md5(meta).hexdigest()})
+
+    def unpack(url, root, **_):
+        folder = Path(root, "cifar-10-batches-py")
+        folder.mkdir()
+        (folder / "batch").write_bytes(batch)
+        (folder / reader.meta["filename"]).write_bytes(meta)
+
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unpack)
+    root = tmp_path / "data"
+    data = read_cifar(CIFAR10, "train", root)
+    assert data.labels.tolist() == small_cifar["y_train"].tolist()
+    assert [path.name for path in (root / "cifar10").iterdir()] == ["cifar-10-batches-py"]
 
 
 def test_truncated_npz(tmp_path, small_cifar):
