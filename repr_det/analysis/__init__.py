@@ -1,0 +1,1 @@
+"""What runs looked like and what they showed."""

@@ -1,0 +1,82 @@
+"""How well criteria agree with the greedy oracle (paper, section 5)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from repr_det import RePr, RePrSchedule
+from repr_det.analysis.statistics import pearson, spearman
+from repr_det.classification.datasets import held_out_name
+from repr_det.classification.trainer import ClassificationTrainer
+from repr_det.engine.batches import training_loss
+from repr_det.method.criteria import CRITERIA, Data
+from repr_det.method.data_criteria import BATCHES
+
+EVERYWHERE = "all layers"
+IMAGES = 5000
+
+Correlations = dict[str, dict[str, dict[str, float | None]]]
+
+
+def held_out_batches(trainer: ClassificationTrainer) -> Iterator[dict[str, Tensor]]:
+    """:data:`IMAGES` held-out training images, in as many batches as a criterion looks at."""
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.TEST.IMS_PER_BATCH = IMAGES // BATCHES
+    loader = trainer.build_test_loader(cfg, held_out_name(cfg.DATASETS.TRAIN[0]))
+    return itertools.islice(iter(loader), BATCHES)
+
+
+def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
+    """Correlations of every criterion's scores with the greedy oracle's, on a trained network.
+
+    Args:
+        trainer: with the network, and held-out images in its config.
+
+    Returns:
+        By criterion, then by layer or :data:`EVERYWHERE`: ``"rank"``, Spearman's correlation, and
+        ``"value"``, Pearson's; None where scores are constant.
+    """
+    method = RePr(
+        trainer.model,
+        trainer.optimizer,
+        RePrSchedule(1, 1, 1),
+        batches=lambda: held_out_batches(trainer),
+        loss=training_loss,
+    )
+    trainer.model.train()
+    scores = {
+        name: criterion(
+            method.layers,
+            Data(
+                trainer.model,
+                lambda: held_out_batches(trainer),
+                training_loss,
+                torch.Generator().manual_seed(trainer.cfg.REPR.SEED),
+            ),
+        )
+        for name, criterion in CRITERIA.items()
+    }
+    return {
+        name: {
+            place: {
+                "rank": spearman(_listed(found, layers), _listed(scores["oracle"], layers)),
+                "value": pearson(_listed(found, layers), _listed(scores["oracle"], layers)),
+            }
+            for place, layers in _places([layer.name for layer in method.layers])
+        }
+        for name, found in scores.items()
+        if name != "oracle"
+    }
+
+
+def _places(names: list[str]) -> list[tuple[str, list[str]]]:
+    return [(EVERYWHERE, names), *((name, [name]) for name in names)]
+
+
+def _listed(scores: dict[str, Tensor], names: list[str]) -> list[float]:
+    return torch.cat([scores[name].double().cpu() for name in names]).tolist()

@@ -1,0 +1,579 @@
+"""Run what a table still lacks, and record every run as one JSON file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from detectron2.config import CfgNode
+from detectron2.engine import HookBase
+from detectron2.engine.hooks import PeriodicCheckpointer
+from detectron2.utils.env import seed_all_rng
+from tqdm import tqdm
+
+from repr_det.analysis.correlation import oracle_correlations
+from repr_det.analysis.summary import run_accuracy, table_in_markdown
+from repr_det.analysis.tables import Row, Table
+from repr_det.classification.datasets import load_images
+from repr_det.classification.epochs import resolve_epochs
+from repr_det.classification.trainer import check_data
+from repr_det.engine.config import config_path
+from repr_det.engine.trainer import has_run
+from repr_det.tasks import get_cfg, trainer_for
+
+FULL, QUICK = "full", "quick"
+QUICK_SHARE = 0.1
+"""The shortened runs have this share of all lengths in epochs."""
+
+DEFAULT_OUTPUT = Path("output/reproduce")
+
+CHECKPOINT = "model_final.pth"
+
+_NO_SETTINGS = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.WEIGHTS")
+"""Keys that say where a run was and not what it was."""
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A row with a seed: what is to be trained, and where it lies.
+
+    Attributes:
+        table: the whole table.
+        row: of the table.
+        seed: of weights, data order, new filters and random ranking.
+        scale: :data:`FULL` or :data:`QUICK`.
+        output: folder of all tables.
+        cfg: the config.
+        resolved: the config with every length in iterations.
+        images: size of the training set.
+    """
+
+    table: Table
+    row: Row
+    seed: int
+    scale: str
+    output: Path
+    cfg: CfgNode
+    resolved: CfgNode
+    images: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's ``OUTPUT_DIR``."""
+        return Path(self.cfg.OUTPUT_DIR)
+
+    @property
+    def record_path(self) -> Path:
+        """The run's record."""
+        return self.folder.with_suffix(".json")
+
+    @property
+    def checkpoint(self) -> Path:
+        """The trained network."""
+        return self.folder / CHECKPOINT
+
+    @property
+    def max_iter(self) -> int:
+        """Length in iterations."""
+        return self.resolved.SOLVER.MAX_ITER
+
+
+def table_folder(output: Path, table: Table, scale: str) -> Path:
+    """Where a table's runs, records and Markdown lie."""
+    return output / (table.name if scale == FULL else f"{table.name}-{scale}")
+
+
+def run_folder(output: Path, table: Table, row: str, seed: int, scale: str) -> Path:
+    """``OUTPUT_DIR`` of a run."""
+    return table_folder(output, table, scale) / row / f"seed_{seed}"
+
+
+def row_cfg(row: Row, seed: int) -> CfgNode:
+    """The config of a row for a seed."""
+    cfg = get_cfg()
+    cfg.merge_from_file(config_path(row.config))
+    cfg.merge_from_list(list(row.overrides))
+    # Standard training takes no notice of the second: initial weights and data order of a seed are
+    # those of RePr, and runs with one seed are pairs.
+    cfg.SEED = cfg.REPR.SEED = seed
+    return cfg
+
+
+def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
+    """What a row and a seed ask for; reads the data.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: a mistake in config or data, or data not found.
+    """
+    cfg = row_cfg(row, seed)
+    if row.teacher:
+        teacher = run_folder(output, table, row.teacher, seed, scale)
+        cfg.DISTILL.WEIGHTS = str(teacher / CHECKPOINT)
+    cfg.OUTPUT_DIR = str(run_folder(output, table, row.name, seed, scale))
+    if scale == QUICK:
+        cfg = shortened(cfg, table.quick_images)
+    check_data(cfg)
+    images = _training_images(cfg)
+    return Run(table, row, seed, scale, output, cfg, resolve_epochs(cfg, images), images)
+
+
+def shortened(cfg: CfgNode, images: int) -> CfgNode:
+    """A config with fewer training images, and every length a tenth of its epochs.
+
+    The images that are left out become held-out ones, so they are the same for all seeds and rows.
+    Evaluates at the end only.
+
+    Args:
+        cfg: lengths in epochs; not changed.
+        images: at most so many training images.
+
+    Returns:
+        Lengths in iterations.
+    """
+    cfg = cfg.clone()
+    held_out, cfg.DATASETS.HELD_OUT = cfg.DATASETS.HELD_OUT, 0
+    cfg.DATASETS.HELD_OUT = max(held_out, _training_images(cfg) - images)
+    _scale_epochs(cfg, QUICK_SHARE)
+    if cfg.REPR.UNIT == "epoch":
+        cfg.REPR.S1 *= QUICK_SHARE
+        cfg.REPR.S2 *= QUICK_SHARE
+    cfg.TEST.EVAL_EPOCHS = cfg.TEST.EVAL_PERIOD = 0
+    return resolve_epochs(cfg, _training_images(cfg))
+
+
+def _training_images(cfg: CfgNode) -> int:
+    return len(load_images(cfg, cfg.DATASETS.TRAIN[0]))
+
+
+def _scale_epochs(node: CfgNode, share: float) -> None:
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            _scale_epochs(value, share)
+        elif key.endswith("_EPOCHS"):
+            scaled = tuple(v * share for v in value) if isinstance(value, tuple) else value * share
+            node[key] = scaled
+
+
+def _settings(cfg: CfgNode) -> dict[str, Any]:
+    """A config as plain data, as a dump of it reads."""
+    return yaml.safe_load(cfg.dump())
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Values of the new settings that differ from the old ones, by dotted key.
+
+    Keys that only one of them has do not count: versions differ in what can be set.
+    """
+    before, after = _flat(old), _flat(new)
+    return {
+        key: value
+        for key, value in after.items()
+        if key in before and before[key] != value and key not in _NO_SETTINGS
+    }
+
+
+def _check_settings(found: dict[str, Any], wanted: CfgNode, where: Path) -> None:
+    """Refuse to take a run for another one.
+
+    Raises:
+        ValueError: names the settings that differ.
+    """
+    other = _differences(found, _settings(wanted))
+    if other:
+        keys = ", ".join(f"{key} (wanted {value})" for key, value in list(other.items())[:4])
+        raise ValueError(
+            f"{where} is of a run with other settings, {keys}: move it away, or give another "
+            "--output."
+        )
+
+
+def _portable(run: Run, cfg: CfgNode) -> CfgNode:
+    """The config with the paths that it would have below the default output folder."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    for node, key in ((cfg, "OUTPUT_DIR"), (cfg.DISTILL, "WEIGHTS")):
+        path = Path(node[key])
+        if path.is_relative_to(run.output):
+            node[key] = (DEFAULT_OUTPUT / path.relative_to(run.output)).as_posix()
+    return cfg
+
+
+def _overrides(run: Run) -> list[str]:
+    """KEY, VALUE, ... that make the run's config from its config file."""
+    base = get_cfg()
+    base.merge_from_file(config_path(run.row.config))
+    portable = _settings(_portable(run, run.cfg))
+    flat = _flat(portable)
+    changed = _differences(_settings(base), portable)
+    for key in ("OUTPUT_DIR", *(("DISTILL.WEIGHTS",) if run.row.teacher else ())):
+        changed[key] = flat[key]
+    return [part for key, value in changed.items() for part in (key, str(value))]
+
+
+def _header(run: Run) -> Record:
+    """The part of a record that is known before the run."""
+    overrides = _overrides(run)
+    command = ["tools/train_net.py", "--config", run.row.config, *overrides]
+    return {
+        "table": run.table.name,
+        "row": run.row.name,
+        "scale": run.scale,
+        "seed": run.seed,
+        "command": shlex.join(command),
+        "config": run.row.config,
+        "overrides": overrides,
+        "settings": _settings(_portable(run, run.resolved)),
+        "training_images": run.images,
+    }
+
+
+def _environment(device: str) -> Record:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name, distributions in (
+        ("detectron2", ("detectron2", "sal-detectron2")),
+        ("repr_det", ("repr-det",)),
+    ):
+        versions[name] = next(filter(None, map(_version, distributions)), None)
+    return {"versions": versions, "device": _device_name(device)}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [ln for ln in info.read_text().splitlines() if ln.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return f"{name}, {torch.get_num_threads()} thread(s)"
+
+
+def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
+    """Scalars of ``metrics.json`` by iteration.
+
+    What a resumed run wrote again replaces what was written before.
+    """
+    by_iteration: dict[int, dict[str, float]] = {}
+    path = folder / "metrics.json"
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            scalars = json.loads(line)
+        except json.JSONDecodeError:  # a line that a kill cut off
+            continue
+        by_iteration.setdefault(scalars["iteration"], {}).update(scalars)
+    return by_iteration
+
+
+def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """What a run evaluated, by dataset.
+
+    Returns:
+        For each evaluation the iterations and epochs done, ``top1``, ``top5`` and ``loss``, and
+        ``train_top1``: accuracy on the training batches of the epoch before it, a mean of medians
+        over 20 iterations.
+    """
+    metrics = read_metrics(folder)
+    names = list(run.cfg.DATASETS.TEST)
+    epoch = run.images / run.cfg.SOLVER.IMS_PER_BATCH
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    for name, entries in found.items():
+        prefix = "accuracy" if len(names) == 1 else f"{name}/accuracy"
+        by_done = {
+            # The evaluation after training is written with the iteration behind the last.
+            min(iteration + 1, run.max_iter): scalars
+            for iteration, scalars in sorted(metrics.items())
+            if f"{prefix}/top1" in scalars
+        }
+        for done, scalars in by_done.items():
+            entry = {"iteration": done, "epoch": round(done / epoch, 2)}
+            for key in ("top1", "top5", "loss"):
+                value = scalars[f"{prefix}/{key}"]
+                entry[key] = value if math.isfinite(value) else None
+            training = [
+                scalars["train/top1"]
+                for iteration, scalars in metrics.items()
+                if done - epoch <= iteration < done and "train/top1" in scalars
+            ]
+            if training:
+                entry["train_top1"] = round(sum(training) / len(training), 3)
+            entries.append(entry)
+    return found
+
+
+class RunClock(HookBase):
+    """Advances a progress bar and adds up a run's time over its interruptions.
+
+    Time is kept in the checkpoint; work that was lost with an interruption does not count.
+
+    Args:
+        bar: advanced by one an iteration.
+    """
+
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
+        self._wall = -time.perf_counter()
+        self._cpu = -time.process_time()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Wall-clock time, and time of all processor threads."""
+        return {
+            "wall_seconds": round(time.perf_counter() + self._wall, 1),
+            "cpu_seconds": round(time.process_time() + self._cpu, 1),
+        }
+
+    def after_step(self) -> None:
+        """One more iteration."""
+        self._bar.update()
+        for name in ("accuracy/top1", f"{self.trainer.cfg.DATASETS.TEST[-1]}/accuracy/top1"):
+            if name in self.trainer.storage.latest():
+                value, _ = self.trainer.storage.latest()[name]
+                self._bar.set_postfix_str(f"top-1 {value:.2f} %", refresh=False)
+
+    def state_dict(self) -> dict[str, float]:
+        """Time until now."""
+        return self.seconds
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Add the time before the interruption."""
+        self._wall += state["wall_seconds"]
+        self._cpu += state["cpu_seconds"]
+
+
+@contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Detectron2's log lines go to a file instead of the console."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    before = [(log.level, log.propagate, log.handlers) for log in loggers]
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s"))
+    for log in loggers:
+        log.setLevel(logging.INFO)
+        log.propagate, log.handlers = False, [handler]
+    try:
+        yield
+    finally:
+        handler.close()
+        for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
+            log.setLevel(level)
+            log.propagate, log.handlers = propagate, handlers
+
+
+def execute(run: Run, bar: tqdm) -> Record:
+    """Train a run, going on from its last checkpoint if there is one, and make its record.
+
+    A loss that is not finite ends the run; the record says so under ``"diverged"``.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    folder, cfg = run.folder, run.cfg.clone()
+    cfg.freeze()
+    if has_run(cfg.OUTPUT_DIR):
+        found = yaml.safe_load((folder / "config.yaml").read_text())
+        _check_settings(found, cfg, folder)
+    elif folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cfg.dump())
+    record = _header(run) | _environment(cfg.MODEL.DEVICE)
+    with _logged_to(folder / "log.txt"):
+        clock = RunClock(bar)
+        seed_all_rng(cfg.SEED)
+        trainer = trainer_for(cfg)(cfg)
+        trainer.register_hooks([clock])
+        for hook in trainer._hooks:
+            if isinstance(hook, PeriodicCheckpointer):
+                hook.max_to_keep = 2
+        trainer.resume_or_load(resume=True)
+        bar.update(trainer.start_iter)
+        try:
+            trainer.train()
+        except FloatingPointError as error:
+            record["diverged"] = str(error)
+        if run.table.correlates and "diverged" not in record:
+            record["correlations"] = oracle_correlations(trainer)
+    return record | clock.seconds | {"evaluations": read_evaluations(run, folder)}
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
+    os.replace(aside, path)
+
+
+def read_records(table: Table, scale: str, output: Path) -> list[Record]:
+    """What is recorded of a table's rows, all seeds."""
+    folder = table_folder(output, table, scale)
+    return [
+        json.loads(path.read_text())
+        for row in table.rows
+        for path in sorted((folder / row.name).glob("seed_*.json"))
+    ]
+
+
+def _recorded(run: Run) -> bool:
+    """Whether a run is recorded, here or with the same settings in another table.
+
+    What another table recorded is copied, unless the trained network itself is needed.
+    """
+    if run.record_path.is_file():
+        found = json.loads(run.record_path.read_text())["settings"]
+        _check_settings(found, run.resolved, run.record_path)
+        return True
+    if run.table.correlates:
+        return False
+    wanted = _settings(run.resolved)
+    for path in sorted(run.output.glob(f"*/*/{run.record_path.name}")):
+        record = json.loads(path.read_text())
+        if record["scale"] == run.scale and not _differences(record["settings"], wanted):
+            write_record(run.record_path, record | _header(run))
+            return True
+    return False
+
+
+def _missing(runs: Sequence[Run]) -> list[Run]:
+    """What is to be trained: what is not recorded, and the teachers of it that are not there."""
+    missing = [run for run in runs if not _recorded(run)]
+    needed = {run.cfg.DISTILL.WEIGHTS for run in missing if run.row.teacher}
+    paths = {run.record_path for run in missing} | {
+        run.record_path
+        for run in runs
+        if str(run.checkpoint) in needed and not run.checkpoint.is_file()
+    }
+    return [run for run in runs if run.record_path in paths]
+
+
+def write_table(table: Table, scale: str, output: Path) -> str:
+    """Write ``table.md`` from what is recorded; returns its text."""
+    text = table_in_markdown(table, scale == QUICK, read_records(table, scale, output))
+    path = table_folder(output, table, scale) / "table.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return text
+
+
+def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> str:
+    """Train and record what is missing of a table, and write the table.
+
+    May be stopped at any moment; called again, it goes on with the run that was stopped. The table
+    is written anew after every run.
+
+    Args:
+        table: which.
+        seeds: one run of each row for each of them.
+        scale: :data:`FULL` or :data:`QUICK`.
+        output: folder of all tables.
+
+    Returns:
+        The table in Markdown.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: before anything is trained, a mistake in config or
+            data, data that is not there, or records of other settings.
+    """
+    runs = [plan(table, row, seed, scale, output) for seed in seeds for row in table.rows]
+    missing = _missing(runs)
+    quiet = 0.5 if sys.stderr.isatty() else 30.0
+    total = sum(run.max_iter for run in missing)
+    with tqdm(total=total, unit="it", mininterval=quiet, disable=not missing) as bar:
+        for number, run in enumerate(missing, 1):
+            bar.set_description(f"run {number}/{len(missing)} {run.row.name} seed {run.seed}")
+            bar.set_postfix_str("", refresh=False)
+            record = execute(run, bar)
+            write_record(run.record_path, record)
+            write_table(table, scale, output)
+            accuracy = run_accuracy(record)
+            outcome = "diverged" if accuracy is None else f"top-1 {accuracy:.2f} %"
+            bar.write(
+                f"{table.name} {run.row.name} seed {run.seed}: {outcome}, "
+                f"{record['wall_seconds']:.0f} s",
+                file=sys.stderr,
+            )
+    return write_table(table, scale, output)
+
+
+def import_run(
+    source: Path, table: Table, row: Row, scale: str = FULL, output: Path = DEFAULT_OUTPUT
+) -> Record:
+    """Record a run of ``tools/train_net.py`` as one of a table.
+
+    Wall-clock time is that of the training steps alone, from ``metrics.json``; versions and device
+    are those of the process that imports.
+
+    Args:
+        source: its ``OUTPUT_DIR``.
+        table: that the row is of.
+        row: what it is a run of; the seed is the run's own.
+        scale: of the row that it must equal.
+        output: folder of all tables.
+
+    Raises:
+        FileNotFoundError: no run there.
+        ValueError: it has other settings than the row, or is not finished.
+    """
+    config = source / "config.yaml"
+    if not config.is_file():
+        raise FileNotFoundError(
+            f"{config} does not exist: give the OUTPUT_DIR of a run of tools/train_net.py."
+        )
+    found = yaml.safe_load(config.read_text())
+    run = plan(table, row, found["SEED"], scale, output)
+    _check_settings(found, run.cfg, source)
+    evaluations = read_evaluations(run, source)
+    done = max((e["iteration"] for es in evaluations.values() for e in es), default=0)
+    if done < run.max_iter:
+        raise ValueError(
+            f"{source} was evaluated up to iteration {done} of {run.max_iter}: import it when it "
+            "is finished."
+        )
+    metrics = read_metrics(source)
+    timed = sorted(iteration for iteration, scalars in metrics.items() if "time" in scalars)
+    wall = sum(
+        metrics[iteration]["time"] * (iteration - before)
+        for before, iteration in zip([-1, *timed], timed, strict=False)
+    )
+    record = (
+        _header(run)
+        | _environment(run.cfg.MODEL.DEVICE)
+        | {"wall_seconds": round(wall, 1), "cpu_seconds": None, "evaluations": evaluations}
+    )
+    write_record(run.record_path, record)
+    write_table(table, scale, output)
+    return record

@@ -1,0 +1,75 @@
+"""The command line of tools/reproduce.py on a table of tiny runs."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from repr_det.analysis import runs
+from tests.analysis.settings import small_table
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool(tmp_path, monkeypatch):
+    """The tool, with one table named small; returns exit status and what was printed."""
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "reproduce.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(module.TABLES, "small", small_table(tmp_path))
+    return module
+
+
+def test_trains_shows_and_writes(tool, tmp_path, capsys):
+    output = str(tmp_path / "output")
+    arguments = ["small", "--rows", "repr", "--output", output]
+    assert tool.main([*arguments, "--seeds", "2"]) == 0
+    trained = capsys.readouterr().out
+    assert "| RePr | 74 | " in trained and " | 2 | +4 | " in trained
+    assert (tmp_path / "output" / "small" / "table.md").read_text() + "\n" == trained
+    assert tool.main([*arguments, "--show"]) == 0
+    assert capsys.readouterr().out == trained
+
+
+def test_imports(tool, tmp_path, capsys):
+    output = str(tmp_path / "output")
+    assert tool.main(["small", "--rows", "repr", "--seeds", "1", "--output", output]) == 0
+    folder = tmp_path / "output" / "small" / "repr"
+    (folder / "seed_0.json").unlink()
+    arguments = ["small", "--import-run", str(folder / "seed_0"), "--output", output]
+    assert tool.main([*arguments, "--rows", "repr"]) == 0
+    assert (folder / "seed_0.json").is_file()
+    assert "(one seed: no interval)" in capsys.readouterr().out
+    assert tool.main(arguments) == 2
+    assert "--import-run needs --rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seeds", "0"], "reproduce.py: error: --seeds is 0; give at least 1."),
+        (["--rows", "nothing"], "reproduce.py: error: Table small has no row 'nothing'"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(tool, tmp_path, capsys, arguments, sentence):
+    assert tool.main(["small", *arguments, "--output", str(tmp_path / "output")]) == 2
+    assert capsys.readouterr().err.startswith(sentence)
+    assert not (tmp_path / "output").exists()
+
+
+def test_stopped_by_the_keyboard(tool, tmp_path, capsys, monkeypatch):
+    def stop(clock):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.RunClock, "after_step", stop)
+    assert tool.main(["small", "--output", str(tmp_path / "output")]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_unknown_table(tool, capsys):
+    with pytest.raises(SystemExit):
+        tool.main(["tables"])
+    assert "invalid choice: 'tables'" in capsys.readouterr().err

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+"""Print a table of the paper with its numbers and ours side by side.
+
+tools/reproduce.py criteria --scale quick          minutes: everything runs, but no result
+tools/reproduce.py criteria --seeds 5              trains what is missing, records it, prints it
+tools/reproduce.py criteria --show --output benchmarks/results      prints what is recorded there
+tools/reproduce.py criteria --rows ortho --import-run output/mine   records a run of train_net.py
+
+It may be stopped at any moment; the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from repr_det.analysis.runs import (
+    DEFAULT_OUTPUT,
+    FULL,
+    QUICK,
+    import_run,
+    reproduce,
+    write_table,
+)
+from repr_det.analysis.tables import TABLES, only
+from repr_det.engine.command_line import USER_ERRORS
+
+SEEDS = {FULL: 3, QUICK: 1}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("table", choices=TABLES, metavar="TABLE", help=", ".join(TABLES))
+    parser.add_argument(
+        "--seeds", type=int, metavar="K", help="seeds 0 to K - 1; by default 3, quick 1"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=(QUICK, FULL),
+        default=FULL,
+        help="full (default): the paper's lengths; quick: few images and a tenth of the epochs",
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="only these rows and what they are compared with, for example 'cifar10-*'",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=DEFAULT_OUTPUT,
+        help=f"folder of runs, records and tables, by default {DEFAULT_OUTPUT}",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--show", action="store_true", help="train nothing, print what is recorded")
+    what.add_argument(
+        "--import-run",
+        type=Path,
+        metavar="DIR",
+        help="record a finished run of tools/train_net.py as the one row that --rows names",
+    )
+    args = parser.parse_args(arguments)
+    seeds = SEEDS[args.scale] if args.seeds is None else args.seeds
+    try:
+        if seeds < 1:
+            raise ValueError(f"--seeds is {seeds}; give at least 1.")
+        table = TABLES[args.table]
+        if args.import_run:
+            if len(args.rows) != 1:
+                raise ValueError("--import-run needs --rows with the one row that the run is of.")
+            import_run(args.import_run, table, table.row(args.rows[0]), args.scale, args.output)
+            args.show = True
+        else:
+            table = only(table, args.rows)
+        if args.show:
+            text = write_table(table, args.scale, args.output)
+        else:
+            text = reproduce(table, range(seeds), args.scale, args.output)
+    except USER_ERRORS as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        print(f"reproduce.py: error: {message}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped; the same command goes on where it stopped.", file=sys.stderr)
+        return 130
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
