@@ -12,7 +12,7 @@ ENVIRONMENT = .venv/.installed
 
 # Import names, one for every package that setup.py and its extra `dev` ask for.
 NEEDED = torch torchvision detectron2 cv2 fvcore iopath matplotlib numpy pycocotools tensorboard \
-         tqdm hypothesis pytest ruff scipy setuptools wheel
+         tqdm hypothesis pytest xdist ruff scipy setuptools wheel
 
 ifeq ($(origin PYTHON),command line)
 ENVIRONMENT = check
@@ -27,10 +27,10 @@ demo: $(ENVIRONMENT)
 	$(RUN) tools/demo.py --output output/demo
 
 test: lint
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
 
 test-all: lint
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check

@@ -34,6 +34,7 @@ setup(
         "dev": [
             "hypothesis>=6.80",
             "pytest>=8.0",
+            "pytest-xdist>=3.5",
             # One minor version, because the formatter's style may change with the next.
             "ruff>=0.17,<0.18",
             "scipy>=1.9",

@@ -7,6 +7,7 @@ import argparse
 from detectron2.config import CfgNode
 
 from repr_det.classification.config import add_classification_config
+from repr_det.classification.datasets import use_image_folder
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.detection.datasets import take_num_classes, use_coco_data
 from repr_det.detection.trainer import DetectionTrainer
@@ -28,6 +29,9 @@ def configure(args: argparse.Namespace) -> CfgNode:
         if data is not None:
             use_coco_data(cfg, split, *data)
             take_num_classes(cfg, data[1], args.opts)
+    for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
+        if folder is not None:
+            use_image_folder(cfg, split, *folder, args.opts)
     return cfg
 
 

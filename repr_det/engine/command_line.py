@@ -43,6 +43,12 @@ def argument_parser() -> argparse.ArgumentParser:
             metavar=("NAME", "JSON", "IMAGES"),
             help=f"a COCO-format dataset to {split} on: a name, annotation file and image folder",
         )
+        parser.add_argument(
+            f"--{split}-folder",
+            nargs=2,
+            metavar=("NAME", "FOLDER"),
+            help=f"images in one folder a class to {split} a classifier on: a name and the folder",
+        )
     return parser
 
 
@@ -74,7 +80,7 @@ def run(arguments: list[str] | None, configure: Configure, trainer_for: TrainerF
     """
     args = argument_parser().parse_args(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        _join_torchrun()
+        join_torchrun()
         _in_process(args, configure, trainer_for)
         return
     launch(
@@ -87,7 +93,8 @@ def run(arguments: list[str] | None, configure: Configure, trainer_for: TrainerF
     )
 
 
-def _join_torchrun() -> None:
+def join_torchrun() -> None:
+    """Join the process group of the processes that ``torchrun`` has started."""
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -1,0 +1,76 @@
+"""Promise 4: every rank agrees, to the bit; and one that dies takes the others with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = str(ROOT / "tests/engine/ranks.py")
+
+
+def start(output, *arguments, through=(), timeout=300):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DETECTRON2_DATASETS": str(output.parent / "data"),
+        "REPR_DET_CACHE": str(output.parent / "cache"),
+    }
+    return subprocess.run(
+        [sys.executable, *through, SCRIPT, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def assert_ranks_agree(output, processes):
+    seen = [json.loads((output / f"rank{r}.json").read_text()) for r in range(processes)]
+    phases = [entry["phase"] for entry in seen[0]]
+    assert phases == [["full", 0], ["sub", 0], ["full", 1], ["sub", 1], ["full", 2], ["full", 2]]
+    assert all(other == seen[0] for other in seen[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "processes"),
+    [
+        ("classification", 2),
+        ("detection", 2),
+        pytest.param("classification", 4, marks=pytest.mark.slow),
+        pytest.param("detection", 4, marks=pytest.mark.slow),
+    ],
+)
+def test_ranks_agree(tmp_path, task, processes):
+    output = tmp_path / "out"
+    done = start(output, task, output, processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_ranks_agree(output, processes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classification", "detection"])
+def test_torchrun(tmp_path, task):
+    output = tmp_path / "out"
+    through = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    done = start(output, task, output, 0, through=through)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_ranks_agree(output, 2)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_run_which_then_resumes(tmp_path):
+    output = tmp_path / "out"
+    killed = start(output, "detection", output, 2, 1, 7, timeout=120)
+    assert killed.returncode != 0
+    assert (output / "last_checkpoint").read_text() == "model_0000005.pth"
+    resumed = start(output, "detection", output, 2)
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
