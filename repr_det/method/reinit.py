@@ -167,7 +167,8 @@ def _by_coverage(old: Tensor, kept: Tensor, count: int) -> Tensor:
     coverage, directions = _ascending(kept[:, read])
     free = int((coverage <= 1e-10).sum())
     eye = torch.eye(len(read), dtype=directions.dtype, device=kept.device)
-    embedded = eye[:, read] @ directions
+    embedded = eye.new_zeros(len(read), directions.shape[1])
+    embedded[read] = directions
     space = torch.cat([eye[:, ~read], embedded[:, :free]], dim=1)
     if space.shape[1] > count:
         inside = old.double() @ space.double()
