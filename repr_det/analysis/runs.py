@@ -171,9 +171,11 @@ def _scale_epochs(node: CfgNode, share: float) -> None:
             node[key] = scaled
 
 
-def _settings(cfg: CfgNode) -> dict[str, Any]:
-    """A config as plain data, as a dump of it reads."""
-    return yaml.safe_load(cfg.dump())
+def _settings(cfg: Any) -> Any:
+    """A config as plain data, equal to what a dump of it reads as."""
+    if isinstance(cfg, dict):
+        return {key: _settings(value) for key, value in cfg.items()}
+    return [_settings(value) for value in cfg] if isinstance(cfg, tuple | list) else cfg
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -8,6 +8,7 @@ import shlex
 
 import pytest
 import torch
+import yaml
 from detectron2.engine import default_setup
 from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
@@ -152,6 +153,12 @@ def test_the_recorded_command_makes_the_same_config(table, output):
         assert folder.format(row.name) == cfg.OUTPUT_DIR
         weights = folder.format(row.teacher) + "/model_final.pth" if row.teacher else ""
         assert weights == cfg.DISTILL.WEIGHTS
+
+
+def test_settings_are_those_of_a_dump(table, output):
+    for row in table.rows:
+        cfg = plan(table, row, 2, QUICK, output).cfg
+        assert runs._settings(cfg) == yaml.safe_load(cfg.dump())
 
 
 def test_pairs_share_initial_weights_and_data(table, output):
