@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -234,7 +235,7 @@ def _overrides(run: Run) -> list[str]:
     portable = _settings(_portable(run, run.cfg))
     flat = _flat(portable)
     changed = _differences(_settings(base), portable)
-    for key in ("OUTPUT_DIR", *(("DISTILL.WEIGHTS",) if run.row.teacher else ())):
+    for key in ("SEED", *(("DISTILL.WEIGHTS",) if run.row.teacher else ()), "OUTPUT_DIR"):
         changed[key] = flat[key]
     return [part for key, value in changed.items() for part in (key, str(value))]
 
@@ -257,20 +258,17 @@ def _header(run: Run) -> Record:
 
 
 def _environment(device: str) -> Record:
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name, distributions in (
-        ("detectron2", ("detectron2", "sal-detectron2")),
-        ("repr_det", ("repr-det",)),
-    ):
-        versions[name] = next(filter(None, map(_version, distributions)), None)
-    return {"versions": versions, "device": _device_name(device)}
-
-
-def _version(distribution: str) -> str | None:
     try:
-        return importlib.metadata.version(distribution)
+        own = importlib.metadata.version("repr-det")
     except importlib.metadata.PackageNotFoundError:
-        return None
+        own = "not installed"
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+        "repr_det": own,
+    }
+    return {"versions": versions, "device": _device_name(device)}
 
 
 def _device_name(device: str) -> str:
