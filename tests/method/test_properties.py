@@ -158,7 +158,7 @@ def test_invariants_hold_at_every_step(
     save_at = data.draw(st.integers(0, length - 1), label="saved before iteration")
     load_at = data.draw(st.integers(save_at, length - 1), label="killed before iteration")
     saved, i, killed = None, 0, False
-    straight = {}
+    straight, gone = {}, {}
     while i < length:
         if i == save_at and saved is None:
             saved = through_a_file(model, trainer, method)
@@ -172,10 +172,10 @@ def test_invariants_hold_at_every_step(
         masks = method.pruned
         for change in method.step(i):
             if change.kind == "drop":
-                gone = old
+                gone[change.cycle] = old
             else:
                 for layer in method.layers:
-                    check_returned(layer, gone[layer.name], masks[layer.name])
+                    check_returned(layer, gone[change.cycle][layer.name], masks[layer.name])
         check(method, schedule, i, ratio, limit, None)
         masks = method.pruned
         train(model, trainer, i)
