@@ -468,8 +468,8 @@ class RePr:
             for link, old in zip(layer.norms, self._before[layer.name]["norms"], strict=True):
                 channels = link.channels_of(returned[layer.name])
                 for (mean, var), (old_mean, old_var) in zip(
-                    link.running_statistics(), old["statistics"], strict=True
-                ):
+                    link.running_statistics(), old["statistics"], strict=False
+                ):  # none were kept of statistics that train
                     mean[channels] = old_mean.to(mean.device)
                     var[channels] = old_var.to(var.device)
 
@@ -576,6 +576,8 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
                 "statistics": [
                     [mean[channels].clone(), var[channels].clone()]
                     for mean, var in link.running_statistics()
+                    # Statistics that train differ from rank to rank, and start anew anyway.
+                    if link.constant_statistics
                 ]
             }
         )
