@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from detectron2.data.detection_utils import SizeMismatchError
+
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 NUM_CLASSES_KEYS = {
     "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES",),
@@ -24,8 +28,8 @@ def num_classes_key(cfg: CfgNode) -> str:
     return keys[0]
 
 
-def read_categories(annotations: str) -> list[str]:
-    """Names of the categories of a COCO annotation file, by ascending id.
+def read_coco(annotations: str) -> dict[str, Any]:
+    """The content of a COCO annotation file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,9 +37,15 @@ def read_categories(annotations: str) -> list[str]:
     """
     try:
         content = json.loads(Path(annotations).read_text())
-        categories = sorted(content["categories"], key=lambda c: c["id"])
-        content["images"], content["annotations"]
-        return [c["name"] for c in categories]
+        for part, keys in (
+            ("images", ("id", "file_name", "width", "height")),
+            ("annotations", ("id", "image_id", "category_id", "bbox")),
+            ("categories", ("id", "name")),
+        ):
+            for entry in content[part]:
+                for key in keys:
+                    entry[key]
+        return content
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Annotation file {annotations} does not exist: give the path of a COCO-format JSON."
@@ -45,6 +55,85 @@ def read_categories(annotations: str) -> list[str]:
             f"{annotations} is not a COCO annotation file ({type(error).__name__}: {error}): it "
             f"needs images, annotations and categories."
         ) from error
+
+
+def category_names(content: dict[str, Any]) -> list[str]:
+    """Names of the categories of COCO's JSON, by ascending id."""
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+
+
+def check_annotations(annotations: str, content: dict[str, Any]) -> None:
+    """Refuse annotations that cannot be trained or evaluated on; warn of boxes that do not count.
+
+    Args:
+        annotations: path of the file, to be named.
+        content: of the file.
+
+    Raises:
+        ValueError: no images, no annotations, or ids that point nowhere.
+    """
+    images = {image["id"]: image for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    if not images or not content["annotations"]:
+        what = "annotations" if images else "images"
+        raise ValueError(f"{annotations} holds no {what}: give a file that does.")
+    useless = []
+    for entry in content["annotations"]:
+        for key, known in (("image_id", images), ("category_id", categories)):
+            if entry[key] not in known:
+                raise ValueError(
+                    f"{annotations}: annotation {entry['id']} has {key} {entry[key]}, which the "
+                    f"file does not define: correct or remove it."
+                )
+        image = images[entry["image_id"]]
+        x, y, width, height = entry["bbox"]
+        right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
+        if right <= max(x, 0) or bottom <= max(y, 0):
+            useless.append(entry["id"])
+    if useless:
+        logger.warning(
+            f"{annotations}: {len(useless)} boxes have no area inside their image and do not "
+            f"count, for example annotation {useless[0]}."
+        )
+    empty = len(images) - len({entry["image_id"] for entry in content["annotations"]})
+    if empty:
+        logger.warning(
+            f"{annotations}: {empty} of {len(images)} images have no annotations; training leaves "
+            f"them out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False."
+        )
+
+
+class NamedImages:
+    """A dataset mapper that says which image could not be read.
+
+    Args:
+        mapper: Detectron2's.
+        skip: return None for such an image, for which the loader takes another, and count it.
+
+    Raises:
+        ValueError: when called with an image that cannot be read, unless they are skipped.
+    """
+
+    def __init__(self, mapper: Callable[[dict], dict], *, skip: bool) -> None:
+        self._mapper, self._skip, self._skipped = mapper, skip, 0
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
+        """Map a record of the dataset to a training example."""
+        try:
+            return self._mapper(record)
+        except (OSError, SyntaxError, SizeMismatchError) as error:
+            reason = str(error).splitlines()[0]
+            if not self._skip:
+                raise ValueError(
+                    f"Image {record['file_name']} cannot be read ({reason}): replace it, take it "
+                    f"out of the annotations, or set INPUT.SKIP_BAD_IMAGES True."
+                ) from error
+            self._skipped += 1
+            logger.warning(
+                f"Image {record['file_name']} cannot be read ({reason}) and is skipped, "
+                f"{self._skipped} so far in this process."
+            )
+            return None
 
 
 def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images: str) -> None:
@@ -58,9 +147,10 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
         images: its image folder.
 
     Raises:
-        FileNotFoundError, ValueError: files that do not exist or are not COCO's; a name in use.
+        FileNotFoundError, ValueError: files that do not exist, are not COCO's or contradict
+            themselves; a name in use.
     """
-    read_categories(annotations)
+    check_annotations(annotations, read_coco(annotations))
     if not Path(images).is_dir():
         raise FileNotFoundError(f"Image folder {images} does not exist: give the folder of {name}.")
     known = MetadataCatalog.get(name)
@@ -75,7 +165,7 @@ def take_num_classes(cfg: CfgNode, annotations: str, overrides: Sequence[str]) -
     """Set the number of classes to that of an annotation file, unless an override gives it."""
     key = num_classes_key(cfg)
     if key not in overrides:
-        cfg.merge_from_list([key, len(read_categories(annotations))])
+        cfg.merge_from_list([key, len(category_names(read_coco(annotations)))])
 
 
 def check_datasets(cfg: CfgNode) -> None:

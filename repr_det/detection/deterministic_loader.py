@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, get_detection_dataset_dicts
+from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -22,7 +22,7 @@ Key = tuple[int, int]
 class _SeededDataset(Dataset):
     """Maps a key to a training example; the same key gives the same example anywhere."""
 
-    def __init__(self, records: Any, mapper: Callable[[dict], dict]) -> None:
+    def __init__(self, records: Any, mapper: Callable[[dict], dict | None]) -> None:
         self._records, self._mapper = records, mapper
 
     def __len__(self) -> int:
@@ -31,7 +31,13 @@ class _SeededDataset(Dataset):
     def __getitem__(self, key: Key) -> dict:
         index, seed = key
         with RandomStream(seed).active():
-            return self._mapper(copy.deepcopy(self._records[index]))
+            # A mapper returns None for an image that is to be skipped; the next one stands in.
+            for other in range(len(self._records)):
+                record = self._records[(index + other) % len(self._records)]
+                example = self._mapper(copy.deepcopy(record))
+                if example is not None:
+                    return example
+        raise ValueError("None of the training images can be read: see the warnings above.")
 
 
 class BatchPlan(Sampler):
@@ -120,8 +126,14 @@ class DeterministicLoader:
         )
 
 
-def build_deterministic_loader(cfg: CfgNode) -> DeterministicLoader:
+def build_deterministic_loader(
+    cfg: CfgNode, mapper: Callable[[dict], dict | None]
+) -> DeterministicLoader:
     """The deterministic counterpart of Detectron2's training loader.
+
+    Args:
+        cfg: a config with ``DETERMINISTIC``.
+        mapper: makes a training example of a record, or None to skip it.
 
     Raises:
         ValueError: a sampler other than TrainingSampler; a batch that ranks cannot share evenly.
@@ -154,5 +166,5 @@ def build_deterministic_loader(cfg: CfgNode) -> DeterministicLoader:
         rank=comm.get_rank(),
         world_size=world_size,
     )
-    dataset = _SeededDataset(DatasetFromList(records, copy=False), DatasetMapper(cfg, True))
+    dataset = _SeededDataset(DatasetFromList(records, copy=False), mapper)
     return DeterministicLoader(dataset, plan, cfg.DATALOADER.NUM_WORKERS)

@@ -6,10 +6,10 @@ import os
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_train_loader
+from detectron2.data import DatasetMapper, build_detection_train_loader
 from detectron2.evaluation import COCOEvaluator
 
-from repr_det.detection.datasets import check_datasets, check_num_classes
+from repr_det.detection.datasets import NamedImages, check_datasets, check_num_classes
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.shapes import register_shapes
 from repr_det.engine.trainer import RePrTrainer
@@ -34,10 +34,11 @@ class DetectionTrainer(RePrTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader, or with ``cfg.DETERMINISTIC`` its counterpart."""
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=cfg.INPUT.SKIP_BAD_IMAGES)
         if cfg.DETERMINISTIC:
-            loader = build_deterministic_loader(cfg)
+            loader = build_deterministic_loader(cfg, mapper)
         else:
-            loader = build_detection_train_loader(cfg)
+            loader = build_detection_train_loader(cfg, mapper=mapper)
         # Only now does the catalog know the classes of a dataset that was just read.
         check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
         return loader

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
+from pathlib import Path
 
+import cv2
+import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 
 from repr_det.detection.datasets import (
+    NamedImages,
+    category_names,
     check_datasets,
     check_num_classes,
-    read_categories,
+    read_coco,
     take_num_classes,
     use_coco_data,
 )
@@ -23,9 +29,20 @@ def coco(tmp_path):
     (tmp_path / "images").mkdir()
     path = tmp_path / "train.json"
     names = {7: "bolt", 2: "nut", 40: "washer"}
-    categories = [{"id": i, "name": name} for i, name in names.items()]
-    path.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "annotations": [{"id": 5, "image_id": 1, "category_id": 7, "bbox": [1, 2, 10, 10]}],
+        "categories": [{"id": i, "name": name} for i, name in names.items()],
+    }
+    path.write_text(json.dumps(content))
     return str(path), str(tmp_path / "images")
+
+
+def changed(path, change):
+    """The same file with something else in it."""
+    content = json.loads(Path(path).read_text())
+    change(content)
+    Path(path).write_text(json.dumps(content))
 
 
 @pytest.fixture
@@ -44,7 +61,7 @@ def name(request):
 
 
 def test_categories_by_id(coco):
-    assert read_categories(coco[0]) == ["nut", "bolt", "washer"]
+    assert category_names(read_coco(coco[0])) == ["nut", "bolt", "washer"]
 
 
 @pytest.mark.parametrize(
@@ -54,12 +71,80 @@ def test_not_coco(tmp_path, content):
     path = tmp_path / "bad.json"
     path.write_text(content, encoding="latin-1")
     with pytest.raises(ValueError, match="bad.json is not a COCO annotation file"):
-        read_categories(str(path))
+        read_coco(str(path))
 
 
 def test_no_annotation_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.json does not exist: give the path"):
-        read_categories(str(tmp_path / "no.json"))
+        read_coco(str(tmp_path / "no.json"))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda c: c["images"].clear(), r"train.json holds no images"),
+        (lambda c: c["annotations"].clear(), r"train.json holds no annotations"),
+        (
+            lambda c: c["annotations"][0].update(category_id=3),
+            r"train.json: annotation 5 has category_id 3, which the file does not define",
+        ),
+        (
+            lambda c: c["annotations"][0].update(image_id=9),
+            r"train.json: annotation 5 has image_id 9, which the file does not define",
+        ),
+        (lambda c: c["annotations"][0].pop("bbox"), r"train.json is not a COCO annotation file"),
+        (lambda c: c.pop("categories"), r"train.json is not a COCO annotation file"),
+    ],
+)
+def test_contradictions(cfg, coco, name, change, sentence):
+    changed(coco[0], change)
+    with pytest.raises(ValueError, match=sentence):
+        use_coco_data(cfg, "TRAIN", name, *coco)
+    assert name not in DatasetCatalog.list()
+
+
+@pytest.mark.parametrize("bbox", [[1, 2, 0, 5], [1, 2, 5, 0], [50, 2, 5, 5], [1, -9, 5, 5]])
+def test_boxes_that_do_not_count_are_warned_of(cfg, coco, name, caplog, bbox):
+    logging.getLogger("detectron2").propagate = True
+    other = {"id": 6, "image_id": 1, "category_id": 2, "bbox": bbox}
+    changed(coco[0], lambda c: c["annotations"].append(other))
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    assert "1 boxes have no area inside their image" in caplog.text
+    assert "annotation 6" in caplog.text
+
+
+def test_images_without_annotations_are_warned_of(cfg, coco, name, caplog):
+    logging.getLogger("detectron2").propagate = True
+    extra = {"id": 2, "file_name": "2.png", "width": 4, "height": 4}
+    changed(coco[0], lambda c: c["images"].append(extra))
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    assert "1 of 2 images have no annotations" in caplog.text
+
+
+class TestUnreadableImages:
+    @pytest.fixture(params=["missing", "truncated", "text", "other size"])
+    def record(self, request, tmp_path):
+        path = tmp_path / "photo.jpg"
+        if request.param != "missing":
+            cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (60, 80, 3)))
+        if request.param == "truncated":
+            path.write_bytes(path.read_bytes()[:500])
+        if request.param == "text":
+            path.write_text("not an image")
+        size = (60, 81) if request.param == "other size" else (60, 80)
+        return {"file_name": str(path), "height": size[0], "width": size[1], "annotations": []}
+
+    def test_is_named(self, cfg, record):
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=False)
+        with pytest.raises(ValueError, match=r"Image .*photo.jpg cannot be read .*SKIP_BAD_IMAGES"):
+            mapper(record)
+
+    def test_is_skipped_and_counted(self, cfg, record, caplog):
+        logging.getLogger("detectron2").propagate = True
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True)
+        assert mapper(dict(record)) is None
+        assert mapper(dict(record)) is None
+        assert "2 so far" in caplog.text
 
 
 def test_use_and_number_of_classes(cfg, coco, name):
