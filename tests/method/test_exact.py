@@ -52,7 +52,7 @@ def side_by_side(name, optimizer, dtype, clip=None, warm_up=3):
 
     reference = smaller(model, lambda m: m(batch(0, dtype)[0]))
     state = _state_of_kept(model, trainer, reference)
-    reference_trainer = OPTIMIZERS[optimizer](reference.parameters())
+    reference_trainer = OPTIMIZERS[optimizer](list(state))
     for parameter, values in state.items():
         reference_trainer.state[parameter].update(values)
     losses = [], []

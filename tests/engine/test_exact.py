@@ -1,0 +1,52 @@
+"""Promise 1 where Detectron2 has a hand in the step: its clipping, mixed precision."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from detectron2.config import get_cfg
+from detectron2.solver.build import maybe_add_gradient_clipping
+
+from tests.method import test_exact
+from tests.method.nets import loss
+
+
+def clipping(kind, form):
+    """An optimizer with Detectron2's clipping, built as a class or put onto an instance."""
+    cfg = get_cfg()
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = kind
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = {"norm": 0.05, "value": 0.01}[kind]
+    options = {"lr": 0.02, "momentum": 0.9, "weight_decay": 1e-2}
+
+    def build(parameters):
+        if form == "class":
+            return maybe_add_gradient_clipping(cfg, torch.optim.SGD)(parameters, **options)
+        return maybe_add_gradient_clipping(cfg, torch.optim.SGD(parameters, **options))
+
+    return build
+
+
+@pytest.mark.parametrize("form", ["class", "instance"])
+@pytest.mark.parametrize("kind", ["norm", "value"])
+@pytest.mark.parametrize("name", ["residual", "residual-bias"])
+def test_detectron2_clipping_sees_the_smaller_network(monkeypatch, name, kind, form):
+    monkeypatch.setitem(test_exact.OPTIMIZERS, "clipped", clipping(kind, form))
+    model, reference, losses, _ = test_exact.side_by_side(name, "clipped", torch.float64)
+    test_exact.assert_same(model, reference, losses, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["chain", "residual"])
+def test_bfloat16_on_a_cpu(monkeypatch, name):
+    """The forward pass in 8 bits of mantissa: a smaller matrix is summed in another order."""
+
+    def autocast_loss(model, data):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return loss(model, data)
+
+    monkeypatch.setattr(test_exact, "loss", autocast_loss)
+    _, _, losses, method = test_exact.side_by_side(name, "momentum", torch.float32)
+    # One unit in the last place of bfloat16; 0 where both sums are rounded alike, as measured here.
+    torch.testing.assert_close(losses[0], losses[1], rtol=2**-8, atol=2**-8)
+    for layer in method.layers:
+        assert layer.matrix()[method.pruned[layer.name]].abs().sum() == 0
