@@ -52,6 +52,7 @@ class RePrHook(HookBase):
         self._trainer: TrainerBase | None = None
         self._has_state = False
         self._eval_period = 0
+        self._num_pruned = 0  # kept, since counting costs more than the rest of a step
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
@@ -108,6 +109,7 @@ class RePrHook(HookBase):
         """Check what only the start of training shows, and look for evaluations to follow."""
         self.schedule.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
+        self._num_pruned = self.method.num_pruned
         zero = self.method.zero_filters()
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
@@ -136,6 +138,7 @@ class RePrHook(HookBase):
         if self.schedule.phase(iteration).name == SUB and self.method.phase == FULL:
             self._record_overlap()
         for change in self.method.step(iteration):
+            self._num_pruned = self.method.num_pruned
             logger.info(_one_line(change))
             for line in _layer_lines(change):
                 logger.info(line)
@@ -145,7 +148,7 @@ class RePrHook(HookBase):
             **{
                 "repr/phase": float(self.method.phase == SUB),
                 "repr/cycle": self.method.cycle,
-                "repr/num_pruned": self.method.num_pruned,
+                "repr/num_pruned": self._num_pruned,
             },
             smoothing_hint=False,
         )
