@@ -74,7 +74,7 @@ def _accuracies(table: Table, records: Sequence[Record]) -> str:
         if row.standard:
             gain = paired_difference(accuracies, by_row[row.standard])
         cells = [row.label, _number(row.paper), ours, seeds, _paper_gain(table, row), _gain(gain)]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |"))
+        lines.append(_line(cells))
     caption = (
         f"Ours: the mean of a run's last {LAST} evaluations (the last one where there are fewer); "
         "then mean ± standard deviation over seeds. Gain: accuracy minus that of standard "
@@ -90,8 +90,8 @@ def _correlations(table: Table, records: Sequence[Record]) -> str:
     kinds = [(kind, place) for kind in ("rank", "value") for place in places]
     titles = [f"{kind.capitalize()}, {place}" for kind, place in kinds]
     lines = [
-        f"| | Paper's rank | Paper's value | {' | '.join(titles)} |",
-        f"|---|---|---|{'---|' * len(titles)}",
+        _line(["", "Paper's rank", "Paper's value", *titles]),
+        "|---" * (3 + len(titles)) + "|",
     ]
     for criterion in found[0] if found else ():
         paper = [_number(v) for v in table.paper_correlations.get(criterion, (None, None))]
@@ -100,12 +100,17 @@ def _correlations(table: Table, records: Sequence[Record]) -> str:
             values = [run[criterion][place][kind] for run in found]
             constant = any(value is None for value in values)
             ours.append("constant" if constant else _spread(estimate(values)))
-        lines.append(f"| {' | '.join([criterion, *paper, *ours])} |".replace("|  |", "| |"))
+        lines.append(_line([criterion, *paper, *ours]))
+    seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
     caption = (
-        f"Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over "
-        f"{len(found)} seed(s). The paper's Ortho stands beside the score as it prints it."
+        f"Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over {seeds}. "
+        "The paper's Ortho stands beside the score as it prints it."
     )
     return "\n".join([*lines, "", " ".join([caption, *table.notes]), ""])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 
 def _number(value: float | None) -> str:

@@ -88,6 +88,10 @@ def test_correlations():
     table = replace(
         TABLE, rows=ROWS[:1], correlates=True, paper_correlations={"ortho": (0.58, 0.38)}
     )
+    other = correlated(0, 0.5, 0.25)
+    other["correlations"]["weights"] = other["correlations"].pop("ortho")
+    (row,) = (ln for ln in table_in_markdown(table, False, [other]).splitlines() if "weights" in ln)
+    assert row == "| weights | | | 0.50 | constant | 0.25 | 0.50 |"
     text = table_in_markdown(table, False, [correlated(0, 0.5, 0.25), correlated(1, 0.7, 0.25)])
     assert (
         text
@@ -99,7 +103,7 @@ Value, layer1 |
 |---|---|---|---|---|---|---|
 | ortho | 0.58 | 0.38 | 0.60 ± 0.14 | constant | 0.25 ± 0.00 | 0.50 ± 0.00 |
 
-Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over 2 seed(s). The \
+Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over 2 seeds. The \
 paper's Ortho stands beside the score as it prints it. A note.
 """
     )
