@@ -13,10 +13,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# Where they differ from the distribution's name.
 IMPORTED_NAMES = {
-    "pytest-xdist": "xdist",
+    "Pillow": "PIL",
+    "PyYAML": "yaml",
     "opencv-python": "cv2",
-}  # where they differ from the distribution's name
+    "pytest-xdist": "xdist",
+}
 # SHA-256 of https://www.apache.org/licenses/LICENSE-2.0.txt
 APACHE_2_0 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 
