@@ -1,0 +1,403 @@
+"""AP of resampled images, against pycocotools itself on datasets that hold images repeatedly."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from repr_det.analysis.coco_bootstrap import (
+    BBOX,
+    METRICS,
+    SEGM,
+    ClassMatches,
+    Matches,
+    average_precision,
+    common_iou_types,
+    match,
+    paired_bootstrap,
+    read_results,
+    read_truth,
+    resample_counts,
+)
+
+SIZE = 200
+CLASSES = {3: "never seen", 5: "sheep", 8: "wolf", 11: "only crowds", 12: "never found"}
+
+
+def rectangle(box):
+    x, y, w, h = box
+    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
+
+
+def rle(box):
+    found = coco_mask.frPyObjects(rectangle(box), SIZE, SIZE)[0]
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
+def make_truth(images=12, seed=0):
+    """Objects of all sizes, crowds among them, and images without any."""
+    generator = np.random.default_rng(seed)
+    annotations = []
+    for image in range(images):
+        for _ in range(generator.integers(0, 5)):
+            w, h = generator.choice([12, 30, 32, 60, 110], size=2) + generator.integers(0, 8, 2)
+            x, y = generator.integers(0, SIZE - 120, 2)
+            category = int(generator.choice([5, 8, 11, 12], p=[0.5, 0.3, 0.1, 0.1]))
+            crowd = int(category == 11 or generator.random() < 0.1)
+            box = [float(v) for v in (x, y, w, h)]
+            segmentation = rle(box) if crowd else rectangle(box)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image * 7 + 2,
+                    "category_id": category,
+                    "bbox": box,
+                    "area": float(w * h),
+                    "iscrowd": crowd,
+                    "segmentation": segmentation,
+                }
+            )
+    return {
+        "images": [
+            {"id": image * 7 + 2, "file_name": f"{image}.png", "width": SIZE, "height": SIZE}
+            for image in reversed(range(images))
+        ],
+        "annotations": annotations,
+        "categories": [{"id": number, "name": name} for number, name in CLASSES.items()],
+    }
+
+
+def make_results(truth, seed, digits=6, noise=0.05):
+    """Moved, doubled and invented detections; with one digit nearly all scores are ties."""
+    generator = np.random.default_rng(seed)
+    places = [
+        (entry["image_id"], entry["category_id"], entry["bbox"], 1.0)
+        for entry in truth["annotations"]
+        if entry["category_id"] != 12
+        for _ in range(generator.integers(0, 4))
+    ]
+    for image in truth["images"]:
+        for _ in range(generator.integers(0, 6)):
+            box = [*generator.uniform(0, 90, 2), *generator.uniform(10, 110, 2)]
+            places.append((image["id"], int(generator.choice([5, 8, 11])), box, 0.5))
+    results = []
+    for image, category, (x, y, w, h), best in places:
+        dx, dy, dw, dh = generator.normal(0, noise, 4)
+        box = [x + dx * w, y + dy * h, w * np.exp(dw), h * np.exp(dh)]
+        results.append(
+            {
+                "image_id": image,
+                "category_id": category,
+                "bbox": [float(v) for v in box],
+                "score": round(float(generator.uniform(0, best)), digits),
+                "segmentation": rle(box),
+            }
+        )
+    return results
+
+
+def indexed(content):
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def read(tmp_path, content):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(content))
+    return read_truth(path)
+
+
+def direct(content, results, iou_type):
+    """(1 + classes, METRICS) from pycocotools; NaN for its -1."""
+    truth = indexed(copy.deepcopy(content))
+    unused = "bbox" if iou_type == SEGM else "segmentation"
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = truth.loadRes([{k: v for k, v in r.items() if k != unused} for r in results])
+        evaluation = COCOeval(truth, found, iou_type)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    rows = [evaluation.stats[:6]]
+    precision = evaluation.eval["precision"][..., -1]
+    for number in range(len(content["categories"])):
+        own = precision[:, :, number]
+        kinds = [own[..., 0], own[0, :, 0], own[5, :, 0], *np.moveaxis(own[..., 1:], -1, 0)]
+        rows.append([kind.mean() for kind in kinds])
+    rows = np.array(rows)
+    return np.where(rows == -1, np.nan, rows)
+
+
+def repeated(content, results, counts):
+    """The dataset and results with images as often as counted, as new images in their order."""
+    images, annotations, detections = [], [], []
+    old = sorted(content["images"], key=lambda image: image["id"])
+    for image, times in zip(old, counts, strict=True):
+        for _ in range(times):
+            number = len(images) + 1
+            images.append({**image, "id": number})
+            annotations += [
+                {**entry, "image_id": number}
+                for entry in content["annotations"]
+                if entry["image_id"] == image["id"]
+            ]
+            detections += [
+                {**found, "image_id": number}
+                for found in results
+                if found["image_id"] == image["id"]
+            ]
+    annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
+    return {**content, "images": images, "annotations": annotations}, detections
+
+
+def with_overall(values):
+    """A row of means over the classes in front of (R, classes, METRICS)."""
+    overall = np.ma.masked_invalid(values).mean(axis=1, keepdims=True).filled(np.nan)
+    return np.concatenate([overall, values], axis=1)
+
+
+@pytest.mark.parametrize("digits", [6, 1])
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_ap_is_that_of_pycocotools(tmp_path, iou_type, digits):
+    content = make_truth(30)
+    results = make_results(content, 1, digits)
+    found = match(read(tmp_path, content), results, iou_type)
+    ours = with_overall(average_precision(found, np.ones((1, 30), dtype=np.int32)))[0]
+    theirs = direct(content, results, iou_type)
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
+    # The data reaches what is special: absent classes, and classes that nobody found.
+    assert np.isnan(ours[1]).all() and np.isnan(ours[4]).all() and ours[5, 0] == 0
+    assert 0.1 < ours[0, 0] < 0.9 and (ours[0, 3:] > 0).all()
+
+
+def test_masks_are_sized_by_their_own_area(tmp_path):
+    content = make_truth(30)
+    for entry in content["annotations"]:
+        entry["area"] = float(coco_mask.area(rle(entry["bbox"])))
+    results = make_results(content, 1)
+    found = match(read(tmp_path, content), results, SEGM)
+    for result in results:
+        result["bbox"] = [0, 0, 1, 1]
+    again = match(read(tmp_path, content), results, SEGM)
+    once = np.ones((1, 30), dtype=np.int32)
+    np.testing.assert_array_equal(average_precision(found, once), average_precision(again, once))
+
+
+@pytest.mark.parametrize(("iou_type", "digits"), [(BBOX, 6), (BBOX, 1), (SEGM, 1)])
+def test_resamples_are_those_of_repeated_datasets(tmp_path, iou_type, digits):
+    content = make_truth(12, seed=3)
+    results = make_results(content, 4, digits)
+    counts = resample_counts(12, 15, seed=5)
+    found = match(read(tmp_path, content), results, iou_type)
+    ours = with_overall(average_precision(found, counts))
+    theirs = [direct(*repeated(content, results, row), iou_type) for row in counts]
+    np.testing.assert_allclose(ours, np.array(theirs), rtol=0, atol=1e-12)
+
+
+def test_blocks_do_not_matter(tmp_path, monkeypatch):
+    content = make_truth(12)
+    found = match(read(tmp_path, content), make_results(content, 4), BBOX)
+    counts = resample_counts(12, 40, seed=0)
+    whole = average_precision(found, counts)
+    monkeypatch.setattr("repr_det.analysis.coco_bootstrap._BLOCK", 100)
+    np.testing.assert_array_equal(average_precision(found, counts), whole)
+
+
+def test_more_detections_than_pycocotools_counts(tmp_path):
+    content = make_truth(2, seed=3)
+    box = content["annotations"][0]["bbox"]
+    image, category = (content["annotations"][0][key] for key in ("image_id", "category_id"))
+    results = [
+        {"image_id": image, "category_id": category, "bbox": box, "score": 0.5 - n / 1000}
+        for n in range(150)
+    ]
+    results[0]["bbox"] = [0, 0, 1, 1]
+    found = match(read(tmp_path, content), results, BBOX)
+    assert len(found.classes[CLASSES[category]].images) == 100
+    ours = average_precision(found, np.ones((1, 2), dtype=np.int32))
+    np.testing.assert_allclose(with_overall(ours)[0], direct(content, results, BBOX), atol=1e-12)
+
+
+def test_every_image_is_drawn_as_often_as_chance_says():
+    counts = resample_counts(50, 400, seed=1)
+    assert (counts.sum(axis=1) == 50).all()
+    # The number of draws of an image is binomial with n = 20,000 and p = 1/50; five deviations.
+    assert np.abs(counts.sum(axis=0) - 400).max() < 5 * np.sqrt(400 * 0.98)
+    np.testing.assert_array_equal(counts, resample_counts(50, 400, seed=1))
+    assert (counts != resample_counts(50, 400, seed=2)).any()
+
+
+def test_comparison_is_that_of_direct_evaluations(tmp_path):
+    content = make_truth(8, seed=3)
+    sides = [
+        [make_results(content, seed, noise=noise) for seed in seeds]
+        for noise, seeds in ((0.2, (1, 2)), (0.05, (3,)))
+    ]
+    truth = read(tmp_path, content)
+    matches = [[match(truth, results, BBOX) for results in side] for side in sides]
+    comparison = paired_bootstrap(*matches, resamples=12, seed=7)
+    counts = [np.ones(8, dtype=int), *resample_counts(8, 12, seed=7)]
+    first, second = (
+        np.mean(
+            [[direct(*repeated(content, runs, row), BBOX) for row in counts] for runs in side],
+            axis=0,
+        )
+        for side in sides
+    )
+    tables = [comparison.overall, *comparison.classes.values()]
+    assert list(comparison.classes) == list(CLASSES.values())
+    for number, table in enumerate(tables):
+        for column, metric in enumerate(METRICS):
+            found = table[metric]
+            a, b = first[:, number, column], second[:, number, column]
+            if np.isnan(a[0]):
+                assert found == (None,) * 6
+                continue
+            drawn = (b - a)[1:]
+            drawn = drawn[~np.isnan(drawn)]
+            expected = [a[0], b[0], b[0] - a[0], *np.percentile(drawn, [2.5, 97.5])]
+            np.testing.assert_allclose(found[:5], expected, rtol=0, atol=1e-12)
+            assert found.better == np.mean(drawn > 1e-12)
+    assert comparison.overall["AP"].difference > 0.05
+
+
+def test_a_side_against_itself(tmp_path):
+    content = make_truth(12)
+    found = match(read(tmp_path, content), make_results(content, 4), BBOX)
+    same = paired_bootstrap([found], [found, found], resamples=50).overall["AP"]
+    assert same.first == same.second > 0
+    assert same[2:] == (0, 0, 0, 0)
+
+
+def test_no_detections_at_all(tmp_path):
+    content = make_truth(12)
+    truth = read(tmp_path, content)
+    nothing, some = match(truth, [], SEGM), match(truth, make_results(content, 4), SEGM)
+    found = paired_bootstrap([nothing], [some], resamples=10).overall["AP"]
+    assert found.first == 0 < found.second == found.difference and found.better == 1
+
+
+def population(images, generator, rates, extra):
+    """A side that finds an object with a probability, beside false positives, as matches."""
+    number = len(images)
+    found = generator.random(number) < rates
+    false = generator.integers(0, images.max() + 1, int(extra * number))
+    where = np.concatenate([images[found], false])
+    hit = np.arange(len(where)) < found.sum()
+    scores = np.where(hit, generator.beta(3, 2, len(where)), generator.beta(2, 3, len(where)))
+    order = np.lexsort((where, -scores))
+    # Only one IoU threshold and one range of area are filled, to save time.
+    positives, falses = np.zeros((2, 4, 10, len(where)), dtype=bool)
+    positives[0, 0], falses[0, 0] = hit[order], ~hit[order]
+    objects = (images, *(images[:0] for _ in range(3)))
+    some = ClassMatches(where[order], scores[order], positives, falses, objects)
+    return Matches(tuple(range(int(images.max()) + 1)), {"thing": some})
+
+
+def draw(generator, count):
+    """Two sides on the same images, a third of whose objects are hard for both."""
+    images = np.repeat(np.arange(count), generator.integers(1, 4, count))
+    hard = (generator.random(count) < 1 / 3)[images]
+    return [
+        population(images, generator, np.where(hard, rate / 2, rate), extra)
+        for rate, extra in ((0.7, 0.5), (0.8, 0.4))
+    ]
+
+
+def test_intervals_cover_the_true_difference():
+    generator = np.random.default_rng(11)
+    once = np.ones((1, 100_000), dtype=np.int32)
+    large = [average_precision(side, once)[0, 0, 1] for side in draw(generator, 100_000)]
+    truth = large[1] - large[0]
+    trials, covered, better = 200, 0, []
+    for seed in range(trials):
+        first, second = draw(generator, 80)
+        found = paired_bootstrap([first], [second], resamples=200, seed=seed).overall["AP50"]
+        covered += found.low <= truth <= found.high
+        better.append(found.better)
+    # Where the coverage is 95 %, all but one in 10,000 of such tests find 177 to 199 of 200
+    # (exact binomial quantiles).
+    assert 177 <= covered <= 199
+    assert truth > 0.05 and np.mean(better) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"image_id": 1}, "is for image 1, which the annotations do not have"),
+        ({"category_id": 1}, "is of category 1, which the annotations do not have"),
+        ({"score": float("nan")}, "has the score nan"),
+        ({"score": None}, "lacks what a detection has"),
+        ({"bbox": [1, 2, 3]}, "instead of x, y, width, height"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "instead of x, y, width, height"),
+        ({"segmentation": {"size": [1, 2], "counts": "abc"}}, "unlike its image"),
+        ({"segmentation": {"size": [SIZE, SIZE], "counts": [1]}}, "not compressed RLE"),
+        ({"segmentation": rectangle([0, 0, 5, 5])}, "lacks what a detection has"),
+    ],
+)
+def test_results_that_do_not_fit(tmp_path, change, sentence):
+    content = make_truth()
+    results = make_results(content, 1)
+    results[2].update(change)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=sentence) as error:
+        read_results(path, read(tmp_path, content))
+    assert f"{path}: detection 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content["annotations"][3].pop("area"), "annotation 4 has no area"),
+        (lambda content: content["categories"][0].update(name="wolf"), "two categories 'wolf'"),
+        (lambda content: content["images"].pop(), "image_id"),
+    ],
+)
+def test_annotations_that_do_not_fit(tmp_path, change, sentence):
+    content = make_truth()
+    change(content)
+    with pytest.raises(ValueError, match=sentence):
+        read(tmp_path, content)
+
+
+def test_crowds_may_be_left_out(tmp_path):
+    content = make_truth()
+    for entry in content["annotations"]:
+        entry.pop("iscrowd")
+    assert match(read(tmp_path, content), make_results(content, 1), BBOX).classes
+
+
+def test_only_what_all_results_hold_is_compared(tmp_path):
+    content = make_truth()
+    both = make_results(content, 1)
+    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in both]
+    assert common_iou_types([[both], [both, both]]) == (BBOX, SEGM)
+    assert common_iou_types([[both], [both, boxes]]) == (BBOX,)
+    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
+        match(read(tmp_path, content), boxes, SEGM)
+    content["annotations"][0].pop("segmentation")
+    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):
+        match(read(tmp_path, content), both, SEGM)
+
+
+def test_sides_that_cannot_be_compared(tmp_path):
+    content = make_truth()
+    found = match(read(tmp_path, content), make_results(content, 1), BBOX)
+    other = Matches(found.image_ids[1:], found.classes)
+    with pytest.raises(ValueError, match="different images or classes"):
+        paired_bootstrap([found], [found, other])
+    with pytest.raises(ValueError, match="side without runs"):
+        paired_bootstrap([found], [])
+    with pytest.raises(ValueError, match="0 resamples"):
+        paired_bootstrap([found], [found], resamples=0)
