@@ -1,0 +1,165 @@
+"""The command line of tools/compare_coco.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def tool():
+    """The tool as a module."""
+    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_coco.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def box(image, category, x, score=None, number=None):
+    """A square of 40 pixels as an object or as a detection."""
+    points = [[x, 10, x + 40, 10, x + 40, 50, x, 50]]
+    entry = {"image_id": image, "category_id": category, "bbox": [x, 10, 40, 40]}
+    if score is not None:
+        return {**entry, "score": score}
+    return {**entry, "id": number, "area": 1600, "iscrowd": 0, "segmentation": points}
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Annotations of 20 images with a cat each; A finds 5, B, a run folder, 15, C 10 of them."""
+    content = {
+        "images": [
+            {"id": n, "file_name": f"{n}.png", "width": 100, "height": 100} for n in range(1, 21)
+        ],
+        "annotations": [box(n, 1, 30, number=n) for n in range(1, 21)],
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (tmp_path / "b" / "inference").mkdir(parents=True)
+    paths = {
+        "truth": tmp_path / "truth.json",
+        "a": tmp_path / "a.json",
+        "b": tmp_path / "b" / "inference" / "coco_instances_results.json",
+        "c": tmp_path / "c.json",
+    }
+    paths["truth"].write_text(json.dumps(content))
+    for name, number in (("a", 5), ("b", 15), ("c", 10)):
+        paths[name].write_text(json.dumps([box(n, 1, 30, 0.9) for n in range(1, number + 1)]))
+    paths["b"] = tmp_path / "b"
+    return {name: str(path) for name, path in paths.items()}
+
+
+def expected(found, images=20):
+    """AP without false positives: the share of the 101 recall levels that are reached."""
+    return 100 * sum(level * images <= 100 * found for level in range(101)) / 101
+
+
+def test_a_run_folder_against_a_file(tool, files, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [files["truth"], files["a"], files["b"], "--resamples", "100", "--json", str(out)]
+    assert tool.main(arguments) == 0
+    printed = capsys.readouterr()
+    record = json.loads(out.read_text())
+    ap = record["bbox"]["overall"]["AP"]
+    assert ap["first"] == pytest.approx(expected(5), abs=1e-9)
+    assert ap["second"] == pytest.approx(expected(15), abs=1e-9)
+    assert ap["difference"] == pytest.approx(expected(15) - expected(5), abs=1e-9)
+    # B finds what A finds and more, so it is better in every resample that holds more.
+    assert 20 < ap["low"] < ap["difference"] < ap["high"] < 80 and ap["better"] == 100
+    assert record["bbox"]["classes"]["cat"]["APm"] == ap
+    assert set(record["bbox"]["classes"]["dog"]["AP"].values()) == {None}
+    assert "segm" not in record and record["images"] == 20 and record["resamples"] == 100
+    lines = printed.out.splitlines()
+    assert lines[0].split("|")[1].strip() == "Boxes"
+    row = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert row[:4] == ["AP", "25.74", "75.25", "+49.50"] and row[5] == "100.0"
+    assert row[4] == f"{ap['low']:+.2f} {ap['high']:+.2f}"
+    assert len({len(line) for line in lines[:10]}) == 1
+    assert "Resampling second, run 1" in printed.err
+
+
+def test_a_side_of_several_runs_is_their_mean(tool, files, tmp_path):
+    out = tmp_path / "out.json"
+    arguments = [files["truth"], f"{files['a']},{files['b']}", files["c"], "--iou-type", "bbox"]
+    assert tool.main([*arguments, "--resamples", "10", "--seed", "3", "--json", str(out)]) == 0
+    ap = json.loads(out.read_text())["bbox"]["overall"]["AP"]
+    assert ap["first"] == pytest.approx((expected(5) + expected(15)) / 2, abs=1e-9)
+    assert ap["second"] == pytest.approx(expected(10), abs=1e-9)
+
+
+def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
+    from pycocotools import mask
+
+    for name in ("a", "c"):
+        results = json.loads(Path(files[name]).read_text())
+        for result in results:
+            x = result["bbox"][0]
+            shape = [[x, 10, x + 40, 10, x + 40, 50, x, 50]]
+            rle = mask.frPyObjects(shape, 100, 100)[0]
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+        Path(files[name]).write_text(json.dumps(results))
+    arguments = [files["truth"], files["a"], files["c"], "--resamples", "10"]
+    assert tool.main(arguments) == 0
+    both = capsys.readouterr().out
+    assert tool.main([*arguments, "--iou-type", "segm"]) == 0
+    masks = capsys.readouterr().out
+    assert "| Boxes" in both and "| Masks" in both
+    assert "| Boxes" not in masks and "| Masks" in masks
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "sentence"),
+    [
+        (None, ("--resamples", "0"), "--resamples is 0; give at least 1."),
+        (None, ("--seed", "-1"), "--seed is -1; give 0 or more."),
+        (None, ("--json", "nowhere/out.json"), "Folder nowhere of --json does not exist"),
+        (None, ("--iou-type", "segm"), "IoU type segm needs segmentation everywhere"),
+        (lambda a: a.unlink(), (), "do not exist: give a COCO results file or a run folder."),
+        (lambda a: (a.unlink(), a.mkdir()), (), "holds no inference/coco_instances_results.json"),
+        (lambda a: a.write_text("hello"), (), "is not JSON: give a COCO results file."),
+        (lambda a: a.write_text('{"images": []}'), (), "is not a COCO results file"),
+        (lambda a: a.write_text("[3]"), (), "detection 0 lacks what a detection has"),
+        (
+            lambda a: a.write_text(json.dumps([box(21, 1, 30, 0.9)])),
+            (),
+            "detection 0 is for image 21, which the annotations do not have",
+        ),
+        (
+            lambda a: a.write_text(json.dumps([box(1, 3, 30, 0.9)])),
+            (),
+            "detection 0 is of category 3, which the annotations do not have",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(
+    tool, files, tmp_path, monkeypatch, capsys, change, options, sentence
+):
+    monkeypatch.chdir(tmp_path)
+    if change:
+        change(Path(files["a"]))
+    assert tool.main([files["truth"], files["a"], files["b"], *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("compare_coco.py: error: ") and error.count("\n") == 1
+    assert sentence in error
+
+
+@pytest.mark.parametrize("swap", [True, False])
+def test_annotations_that_are_none(tool, files, capsys, swap):
+    truth = files["a"] if swap else "nowhere.json"
+    assert tool.main([truth, files["a"], files["b"]]) == 2
+    error = capsys.readouterr().err
+    assert ("is not a COCO annotation file" if swap else "nowhere.json does not exist") in error
+
+
+def test_boxes_against_masks(tool, files, capsys):
+    results = json.loads(Path(files["a"]).read_text())
+    for result in results:
+        del result["bbox"]
+        result["segmentation"] = {"size": [100, 100], "counts": "abc"}
+    Path(files["a"]).write_text(json.dumps(results))
+    assert tool.main([files["truth"], files["a"], files["b"]]) == 2
+    assert "Some results hold only boxes and some only masks" in capsys.readouterr().err
