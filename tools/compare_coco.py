@@ -117,7 +117,8 @@ def _compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     caption = (
         f"In per cent. First: {_runs(paths[0])}; second: {_runs(paths[1])}. Interval: 95 %, "
         f"{args.resamples:,} paired resamples of {len(truth.imgs):,} images. Second better: share "
-        "of resamples in which it is strictly better."
+        "of resamples in which it is strictly better. Do not trust the interval of a class with "
+        "objects in a few images only: resamples of them show too little."
     )
     return record, "\n\n".join([*parts, caption])
 
@@ -140,16 +141,17 @@ def _in_per_cent(table: dict[str, Difference]) -> dict[str, dict[str, float | No
 def _table(title: str, found: Comparison) -> str:
     rows = list(found.overall.items())
     rows += [(f"AP, {name}", table["AP"]) for name, table in found.classes.items()]
-    width = max(len(title), *(len(name) for name, _ in rows))
-    header = ("First", "Second", "Difference", "95 % interval", "Second better")
+    cells = [[title, "First", "Second", "Difference", "95 % interval", "Second better"]]
+    cells += [[name, *_cells(row)] for name, row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = [
-        f"| {title:<{width}} | {' | '.join(header)} |",
-        f"|{'-' * (width + 2)}|{'|'.join('-' * (len(cell) + 1) + ':' for cell in header)}|",
+        f"| {line[0]:<{widths[0]}} | "
+        + " | ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
+        + " |"
+        for line in cells
     ]
-    for name, row in rows:
-        cells = zip(_cells(row), header, strict=True)
-        lines.append(f"| {name:<{width}} | {' | '.join(c.rjust(len(h)) for c, h in cells)} |")
-    return "\n".join(lines)
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 def _cells(row: Difference) -> list[str]:
