@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from repr_det.classification.config import add_classification_config
 from repr_det.classification.datasets import use_image_folder
 from repr_det.classification.trainer import ClassificationTrainer
-from repr_det.detection.datasets import take_num_classes, use_coco_data
+from repr_det.detection.datasets import check_same_categories, take_num_classes, use_coco_data
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine import config
 from repr_det.engine.command_line import merge_arguments
@@ -28,7 +28,10 @@ def configure(args: argparse.Namespace) -> CfgNode:
     for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
         if data is not None:
             use_coco_data(cfg, split, *data)
-            take_num_classes(cfg, data[1], args.opts)
+    if args.train_data and args.test_data:
+        check_same_categories(args.train_data[1], args.test_data[1])
+    if named := args.train_data or args.test_data:
+        take_num_classes(cfg, named[1], args.opts)
     for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
         if folder is not None:
             use_image_folder(cfg, split, *folder, args.opts)

@@ -15,17 +15,13 @@ from detectron2.data.detection_utils import SizeMismatchError
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
-NUM_CLASSES_KEYS = {
-    "RetinaNet": ("MODEL.RETINANET.NUM_CLASSES",),
-    "FCOS": ("MODEL.RETINANET.NUM_CLASSES",),
-}
+NUM_CLASSES_KEYS = {"RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
 """Where an architecture reads its number of classes, if not from MODEL.ROI_HEADS.NUM_CLASSES."""
 
 
 def num_classes_key(cfg: CfgNode) -> str:
     """The config key from which the model reads its number of classes."""
-    keys = NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, ("MODEL.ROI_HEADS.NUM_CLASSES",))
-    return keys[0]
+    return NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, "MODEL.ROI_HEADS.NUM_CLASSES")
 
 
 def read_coco(annotations: str) -> dict[str, Any]:
@@ -45,6 +41,8 @@ def read_coco(annotations: str) -> dict[str, Any]:
             for entry in content[part]:
                 for key in keys:
                     entry[key]
+                if part == "annotations" and len(entry["bbox"]) != 4:
+                    raise TypeError(f"annotation {entry['id']} has a box of other than 4 numbers")
         return content
     except FileNotFoundError:
         raise FileNotFoundError(
@@ -159,6 +157,20 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
     elif known.get("json_file") != annotations or known.get("image_root") != images:
         raise ValueError(f"A dataset called {name} is registered already: give it another name.")
     cfg.DATASETS[split] = (name,)
+
+
+def check_same_categories(train: str, test: str) -> None:
+    """Refuse two annotation files of different categories: labels would not mean the same.
+
+    Raises:
+        ValueError: names or their order by id differ.
+    """
+    names = [category_names(read_coco(path)) for path in (train, test)]
+    if names[0] != names[1]:
+        raise ValueError(
+            f"{test} has other categories than {train} ({len(names[1])} and {len(names[0])}, or "
+            f"other names): give both the same categories."
+        )
 
 
 def take_num_classes(cfg: CfgNode, annotations: str, overrides: Sequence[str]) -> None:

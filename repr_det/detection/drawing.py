@@ -269,35 +269,38 @@ def plot_run(metrics_json: str | Path, out_png: str | Path) -> Path:
             f"{metrics_json} holds no total_loss: is it metrics.json of a training run?"
         )
     blue, orange, green = ([c / 255 for c in COLOURS[k]] for k in (0, 5, 2))
-    figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    with rc_context({"font.size": 14}):
-        above, below = figure.subplots(2, 1, sharex=True)
-    above.plot(*metrics["total_loss"], color=blue, linewidth=2)
-    above.set(ylabel="training loss", ylim=(0, None))
-    for name, label, colour, marker in (
-        ("bbox/AP50", "AP50", orange, "o"),
-        ("bbox/AP", "AP", green, "s"),
-    ):
-        if name in metrics:
-            below.plot(*metrics[name], color=colour, marker=marker, linewidth=2, label=label)
-    last = max(iterations[-1] for iterations, _ in metrics.values())
-    below.set(xlabel="iteration", ylabel="held-out AP (%)", xlim=(0, 1.02 * last), ylim=(0, 100))
-    if below.lines:
-        below.legend(loc="upper left")
     spans = sub_network_spans(*metrics["repr/phase"]) if "repr/phase" in metrics else []
     drops = learning_rate_drops(*metrics["lr"]) if "lr" in metrics else []
-    for axes in (above, below):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
+    last = max(iterations[-1] for iterations, _ in metrics.values())
+    with rc_context({"font.size": 14, "lines.linewidth": 2}):
+        figure = Figure(figsize=(7, 6), layout="constrained")
+        FigureCanvasAgg(figure)
+        above, below = figure.subplots(2, 1, sharex=True)
+        for axes in (above, below):
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+            for start, end in spans:
+                shade = axes.axvspan(start, end, color="0.85", zorder=0, linewidth=0)
+            for drop in drops:
+                line = axes.axvline(drop, color="0.4", linestyle=":")
+        above.plot(*metrics["total_loss"], color=blue)
+        above.set(ylabel="training loss", ylim=(0, None))
+        for name, label, colour, marker in (
+            ("bbox/AP50", "AP50", orange, "o"),
+            ("bbox/AP", "AP", green, "s"),
+        ):
+            if name in metrics:
+                below.plot(*metrics[name], color=colour, marker=marker, label=label)
+        below.set(xlabel="iteration", ylabel="held-out AP (%)", ylim=(0, 100))
+        below.set_xlim(0, 1.02 * last)
+        if below.get_legend_handles_labels()[0]:
+            below.legend(loc="upper left")
         for start, end in spans:
-            axes.axvspan(start, end, color="0.85", zorder=0, linewidth=0)
-        for drop in drops:
-            axes.axvline(drop, color="0.4", linestyle=":")
-    over = {"xycoords": ("data", "axes fraction"), "ha": "center", "va": "bottom"}
-    for start, end in spans:
-        above.annotate("S2", ((start + end) / 2, 1.01), color="0.35", **over)
-    for drop in drops:
-        above.annotate("lr drop", (drop, 1.01), color="0.35", rotation=45, **over)
+            place = ((start + end) / 2, 1.01)
+            above.annotate("S2", place, xycoords=("data", "axes fraction"), ha="center")
+        marks = {"S2: filters dropped": shade} if spans else {}
+        marks |= {"learning rate drops": line} if drops else {}
+        if marks:
+            above.legend(marks.values(), marks.keys(), loc="lower left")
     figure.savefig(out_png, dpi=150)
     return Path(out_png)

@@ -29,7 +29,7 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 OVERSAMPLING = 4
 """Masks are drawn at this many times the resolution of the image, along each side."""
@@ -41,8 +41,9 @@ SUBSETS = {"10pct": 0.10, "25pct": 0.25}
 """Suffix of a registered dataset -> the fraction of the training images that it holds."""
 
 _SPLITS = ("train", "val")
-_RADIUS = (0.12, 0.24)  # of an object, as a share of the image's side
-_HIDDEN = (0.15, 0.60)  # least and most that a partly hidden object loses of its area
+_RADIUS = (0.14, 0.25)  # of an object, as a share of the image's side
+_TURN = np.pi / 6  # most that an object is turned, either way
+_HIDDEN = (0.15, 0.50)  # least and most that a partly hidden object loses of its area
 _HIDE = 0.4  # how often a new object is placed so that it hides part of an earlier one
 _TRIES = 40  # places tried for one object before another is tried instead
 _GIVE_UPS = 50  # objects of one image for which no place may be found
@@ -65,7 +66,7 @@ class ShapesSpec:
     size: int = 96
     train: int = 1200
     val: int = 200
-    objects: tuple[int, int] = (5, 8)
+    objects: tuple[int, int] = (5, 7)
     jpeg_quality: int = 95
 
 
@@ -94,7 +95,8 @@ def _on_circle(angles: np.ndarray, radii: np.ndarray | float = 1.0) -> np.ndarra
 
 
 def _regular(corners: int) -> np.ndarray:
-    return _on_circle(2 * np.pi * np.arange(corners) / corners)
+    """An upright polygon: its lowest edge is level."""
+    return _on_circle(np.pi / 2 + 2 * np.pi * (np.arange(corners) + 0.5) / corners)
 
 
 def _disc(rng: np.random.Generator) -> list[np.ndarray]:
@@ -114,12 +116,12 @@ def _square(rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def _star(rng: np.random.Generator) -> list[np.ndarray]:
-    radii = np.tile([1.0, rng.uniform(0.38, 0.5)], 5)
-    return [_on_circle(2 * np.pi * np.arange(10) / 10, radii)]
+    radii = np.tile([1.0, rng.uniform(0.36, 0.44)], 5)
+    return [_on_circle(2 * np.pi * np.arange(10) / 10 - np.pi / 2, radii)]
 
 
 def _cross(rng: np.random.Generator) -> list[np.ndarray]:
-    arm = rng.uniform(0.22, 0.34)
+    arm = rng.uniform(0.2, 0.28)
     quarter = np.array([[1.0, -arm], [1.0, arm], [arm, arm]])
     turns = [_rotation(k * np.pi / 2) for k in range(4)]
     return [np.concatenate([quarter @ turn.T for turn in turns]) / np.hypot(1.0, arm)]
@@ -156,10 +158,10 @@ def _random_pose(
     """
     radius = size * np.exp(rng.uniform(*np.log(_RADIUS)))
     squash = np.diag([1.0, rng.uniform(0.8, 1.0)])
-    spin, tilt = (_rotation(angle) for angle in rng.uniform(0, 2 * np.pi, size=2))
+    spin, tilt = _rotation(rng.uniform(-_TURN, _TURN)), _rotation(rng.uniform(0, np.pi))
     centre = rng.uniform(0, size, size=2) if near is None else rng.normal(near, radius)
     centre = centre.clip(0.6 * radius, size - 0.6 * radius)
-    pose = radius * OVERSAMPLING * (tilt @ squash @ spin).T
+    pose = radius * OVERSAMPLING * (tilt @ squash @ tilt.T @ spin).T
     points = [np.round(o @ pose + centre * OVERSAMPLING).astype(np.int32) for o in outlines]
     corner = np.maximum(points[0].min(axis=0), 0)
     width, height = np.minimum(points[0].max(axis=0) + 1, size * OVERSAMPLING) - corner
@@ -251,7 +253,7 @@ def _colours(rng: np.random.Generator, against: np.ndarray) -> np.ndarray:
     """Two vivid colours of about one hue, (2, 3), both well apart from the colour ``against``."""
     while True:
         hues = rng.random() + rng.normal(0, 0.02, size=2)
-        rest = rng.uniform(0.65, 1, size=2) + rng.uniform(-0.15, 0.15, size=(2, 2))
+        rest = rng.uniform(0.65, 1, size=2) + rng.uniform(-0.12, 0.12, size=(2, 2))
         rest = rest.clip(0, 1)  # saturation and value
         pair = 255 * np.array([hsv_to_rgb(h % 1, *sv) for h, sv in zip(hues, rest, strict=True)])
         if np.linalg.norm(pair - against, axis=1).min() > 90:
@@ -498,6 +500,3 @@ def register_shapes(spec: ShapesSpec = ShapesSpec(), prefix: str = "shapes") -> 
             thing_classes=list(CLASSES),
             thing_dataset_id_to_contiguous_id={k + 1: k for k in range(len(CLASSES))},
         )
-
-
-register_shapes()

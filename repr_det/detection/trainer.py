@@ -6,7 +6,11 @@ import os
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper, build_detection_train_loader
+from detectron2.data import (
+    DatasetMapper,
+    build_detection_test_loader,
+    build_detection_train_loader,
+)
 from detectron2.evaluation import COCOEvaluator
 
 from repr_det.detection.datasets import NamedImages, check_datasets, check_num_classes
@@ -27,9 +31,14 @@ class DetectionTrainer(RePrTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        self.check(cfg)
+        super().__init__(cfg)
+
+    @classmethod
+    def check(cls, cfg: CfgNode) -> None:
+        """Refuse datasets that are not there; registers the built-in one."""
         register_shapes()
         check_datasets(cfg)
-        super().__init__(cfg)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
@@ -42,6 +51,12 @@ class DetectionTrainer(RePrTrainer):
         # Only now does the catalog know the classes of a dataset that was just read.
         check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
         return loader
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        """Detectron2's test loader; an image that cannot be read is named."""
+        mapper = NamedImages(DatasetMapper(cfg, is_train=False), skip=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:

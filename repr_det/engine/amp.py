@@ -70,7 +70,6 @@ class MixedPrecisionTrainer(SimpleTrainer):
             total = losses if isinstance(losses, torch.Tensor) else sum(losses.values())
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()
-        self.after_backward()
         self._write_metrics(
             {"total_loss": total} if isinstance(losses, torch.Tensor) else losses, data_time
         )
@@ -82,6 +81,8 @@ class MixedPrecisionTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`."""
+        """Restore :meth:`state_dict`; a run without a loss scale starts with a fresh one."""
         super().load_state_dict(state_dict)
-        self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
+        scale = state_dict.get("grad_scaler")
+        if self.grad_scaler.is_enabled() and scale:
+            self.grad_scaler.load_state_dict(scale)

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.common import AspectRatioGroupedDataset, _MapIterableDataset
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -18,13 +18,15 @@ def _loader_of_its_own(loader: Any) -> Any:
     """A loader over the same data, from its beginning, that shares no state with the given one."""
     if isinstance(loader, AspectRatioGroupedDataset):
         return AspectRatioGroupedDataset(_loader_of_its_own(loader.dataset), loader.batch_size)
+    if isinstance(loader, _MapIterableDataset):
+        return type(loader)(_loader_of_its_own(loader._dataset), loader._map_func)
     if isinstance(loader, DataLoader):
         if isinstance(loader.dataset, IterableDataset):
             order = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         elif loader.batch_size is None:
-            order = {"batch_size": None, "sampler": loader.sampler}
+            order = {"batch_size": None, "sampler": copy.deepcopy(loader.sampler)}
         else:
-            order = {"batch_sampler": loader.batch_sampler}
+            order = {"batch_sampler": copy.deepcopy(loader.batch_sampler)}
         return DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
     own = copy.copy(loader)
     if hasattr(own, "set_iteration"):

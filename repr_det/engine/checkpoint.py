@@ -115,8 +115,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: Any) -> Any:
         keys = set(self.model.state_dict())
         incompatible = super()._load_model(checkpoint)
-        wrong = [item[0] for item in incompatible.incorrect_shapes]
-        missing = [*incompatible.missing_keys, *wrong]
+        missing = incompatible.missing_keys  # entries of another shape among them
         if missing and (self._resuming or len(missing) >= len(keys)):
             raise ValueError(
                 f"The checkpoint is of another architecture ({len(missing)} of {len(keys)} entries "

@@ -17,12 +17,11 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import RePrTrainer, check_weights
-
-logger = logging.getLogger(f"detectron2.{__name__}")
 
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
 """What checks raise for mistakes in config, arguments and data: told in one sentence."""
@@ -83,14 +82,19 @@ def run(arguments: list[str] | None, configure: Configure, trainer_for: TrainerF
         join_torchrun()
         _in_process(args, configure, trainer_for)
         return
-    launch(
-        _in_process,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args, configure, trainer_for),
-    )
+    try:
+        launch(
+            _in_process,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args, configure, trainer_for),
+        )
+    except ProcessExitedException as error:
+        if error.exit_code != 2:
+            raise
+        sys.exit(2)  # the process itself has said why
 
 
 def join_torchrun() -> None:
@@ -107,6 +111,7 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         cfg = configure(args)
         cfg.freeze()
         trainer_class = trainer_for(cfg)
+        trainer_class.check(cfg)
         with _undone_on_error(Path(cfg.OUTPUT_DIR)):
             default_setup(cfg, args)
             if not args.eval_only:
@@ -128,19 +133,22 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
 
 @contextmanager
 def _told_in_one_sentence() -> Iterator[None]:
-    """Turn a user's mistake into its sentence and exit status 2; the traceback goes to the log."""
+    """Turn a user's mistake into its sentence, told by the main process, and exit status 2."""
     try:
         yield
     except USER_ERRORS as error:
-        logger.debug("What was wrong:", exc_info=True)
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        if comm.is_main_process():
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
 @contextmanager
 def _undone_on_error(folder: Path) -> Iterator[None]:
-    """Leave an output folder as it was if setting up fails."""
+    """Leave an output folder as it was if setting up fails; only the main process writes there."""
+    if not comm.is_main_process():
+        yield
+        return
     config = folder / "config.yaml"
     before = {path: None for path in folder.glob("*")}
     if config.is_file():

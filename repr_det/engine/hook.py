@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
-from detectron2.engine.hooks import EvalHook
+from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, TrainerBase
 from detectron2.utils import comm
 
@@ -52,14 +52,24 @@ class RePrHook(HookBase):
         self._trainer: TrainerBase | None = None
         self._has_state = False
         self._eval_period = 0
+        self._after_writers = False
         self._num_pruned = 0  # kept, since counting costs more than the rest of a step
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
-        """The hook that ``cfg.REPR`` describes, S1 and S2 in iterations; None if not enabled."""
+        """The hook that ``cfg.REPR`` describes, S1 and S2 in iterations; None if not enabled.
+
+        Raises:
+            ValueError: values out of range, or a unit that is not iterations.
+        """
         if not cfg.REPR.ENABLED:
             return None
         keys = cfg.REPR
+        if keys.UNIT != "iteration":
+            raise ValueError(
+                f"REPR.UNIT is {keys.UNIT!r}, which this task cannot turn into iterations: "
+                f"give S1 and S2 in iterations and REPR.UNIT iteration."
+            )
         return cls(
             RePrSchedule(keys.S1, keys.S2, keys.N),
             prune_ratio=keys.PRUNE_RATIO,
@@ -94,7 +104,9 @@ class RePrHook(HookBase):
         if hasattr(trainer, "max_iter"):
             self.schedule.check_fits(trainer.max_iter)
         seed = self._arguments.get("seed", 0) + comm.get_rank()
-        defaults = {"batches": own_batches(trainer.data_loader, seed), "loss": training_loss}
+        defaults: dict[str, Any] = {"loss": training_loss}
+        if hasattr(trainer, "data_loader"):
+            defaults["batches"] = own_batches(trainer.data_loader, seed)
         self.method = RePr(
             trainer.model, trainer.optimizer, self.schedule, **{**defaults, **self._arguments}
         )
@@ -110,14 +122,16 @@ class RePrHook(HookBase):
         self.schedule.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
-        zero = self.method.zero_filters()
+        zero = self.method.count_zero_filters()
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
             logger.warning(
                 f"RePr: the starting weights hold {sum(zero.values())} filters of zero norm; they "
                 f"are dropped first: {names}{', ...' if len(zero) > 5 else ''}."
             )
-        periods = [h._period for h in self.trainer._hooks if isinstance(h, EvalHook)]
+        hooks = self.trainer._hooks
+        self._after_writers = any(isinstance(h, PeriodicWriter) for h in hooks[: hooks.index(self)])
+        periods = [h._period for h in hooks if isinstance(h, EvalHook)]
         self._eval_period = periods[0] if periods else 0
 
     def check_resumed(self, start_iter: int) -> None:
@@ -154,10 +168,16 @@ class RePrHook(HookBase):
         )
 
     def after_step(self) -> None:
-        """Record the overlap where an evaluation is due."""
+        """Record the overlap where an evaluation is due, and at the end.
+
+        Under the next iteration where the writers, done with this one, come before this hook.
+        """
         done = self.trainer.iter + 1
-        if self._eval_period and done % self._eval_period == 0:
+        due = self._eval_period and done % self._eval_period == 0
+        if due or done == self.trainer.max_iter:
+            self.trainer.storage.iter = done if self._after_writers else self.trainer.iter
             self._record_overlap()
+            self.trainer.storage.iter = self.trainer.iter
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state."""

@@ -9,9 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.engine import HookBase, hooks
+from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
+
+from repr_det.method.filters import named_modules
 
 logger = logging.getLogger(f"detectron2.{__name__}")
+
+_NOT_RESULTS = {"iteration", "eta_seconds"}
+"""Entries of a line of metrics.json that writers add."""
 
 _WINDOW = 20
 """Iterations over which Detectron2's writers smooth."""
@@ -30,6 +37,7 @@ class RecordKeeper(HookBase):
 
     def __init__(self, metrics: Path) -> None:
         self._metrics = metrics
+        self._begin = 0
         self._state: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -46,7 +54,7 @@ class RecordKeeper(HookBase):
             ] or [list(history.values()[-1])]
             scalars[name] = {"values": values, "smooth": storage.smoothing_hints()[name]}
         written = max((writer._last_write for writer in self._writers()), default=-1)
-        return {"scalars": scalars, "written": written}
+        return {"scalars": scalars, "written": written, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Keep the state for the start of training, when there is a storage to restore."""
@@ -55,7 +63,10 @@ class RecordKeeper(HookBase):
     def before_train(self) -> None:
         """Restore the storage and bring the record to where the checkpoint was written."""
         if not self._state or self.trainer.start_iter == 0:
+            # An earlier run in the same folder may have left lines of its own.
+            self._begin = self._metrics.stat().st_size if self._metrics.is_file() else 0
             return
+        self._begin = self._state["begin"]
         storage, done = self.trainer.storage, self.trainer.start_iter - 1
         for name, entry in self._state["scalars"].items():
             for value, iteration in entry["values"]:
@@ -64,9 +75,11 @@ class RecordKeeper(HookBase):
                 )
         for writer in self._writers():
             writer._last_write = self._state["written"]
-        dropped = (
-            _drop_lines_after(self._metrics, self._state["written"]) if self._writers() else []
-        )
+        dropped = []
+        if self._writers():
+            dropped = _drop_lines_after(self._metrics, self._state["written"], self._begin)
+        # One process has the record; all must agree on what is left to be done.
+        dropped = comm.all_gather(dropped)[0]
         self._finish_iteration(storage, done, dropped)
         self._state = {}
 
@@ -98,11 +111,11 @@ class RecordKeeper(HookBase):
         due = hook._period > 0 and (iteration + 1) % hook._period == 0
         if not due or iteration + 1 == self.trainer.max_iter:
             return
-        known = set(storage.latest())
+        at_checkpoint = {k for k, (_, at) in storage.latest().items() if at == iteration}
         recorded: dict[str, float] = {}
         for line in dropped:
             if line["iteration"] == iteration:
-                recorded |= {k: v for k, v in line.items() if k not in known and k != "iteration"}
+                recorded |= {k: v for k, v in line.items() if k not in at_checkpoint | _NOT_RESULTS}
         if not recorded:
             logger.info(f"The evaluation of iteration {iteration} was not recorded; it runs now.")
             hook.after_step()
@@ -110,16 +123,22 @@ class RecordKeeper(HookBase):
         storage.put_scalars(**recorded, smoothing_hint=False)
 
 
-def _drop_lines_after(path: Path, iteration: int) -> list[dict[str, Any]]:
+def _drop_lines_after(path: Path, iteration: int, begin: int) -> list[dict[str, Any]]:
     """Cut the lines of later iterations, and a half-written one, off the end of a file in place.
+
+    Args:
+        path: of ``metrics.json``.
+        iteration: the last one that stays.
+        begin: where in the file this run's lines begin, in bytes.
 
     Returns:
         The lines that were dropped and could be read.
     """
     if not path.is_file():
         return []
-    keep, dropped = 0, []
+    keep, dropped = begin, []
     with open(path, "rb") as file:
+        file.seek(begin)
         for raw in file:
             try:
                 line = json.loads(raw)
@@ -134,3 +153,20 @@ def _drop_lines_after(path: Path, iteration: int) -> list[dict[str, Any]]:
     # In place: the writer has the file open to append.
     os.truncate(path, keep)
     return dropped
+
+
+class LossNormalizer(HookBase):
+    """Saves the running loss normaliser of RetinaNet and FCOS, a number that no buffer holds."""
+
+    def state_dict(self) -> dict[str, float]:
+        """The normaliser by the name of its module."""
+        return {name: float(m.loss_normalizer) for name, m in self._modules()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Set the normaliser of each module."""
+        for name, module in self._modules():
+            module.loss_normalizer = state[name]
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        modules = named_modules(self.trainer.model)
+        return [(name, m) for name, m in modules if hasattr(m, "loss_normalizer")]

@@ -23,7 +23,7 @@ from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.engine.randomness import SeedEveryStep, use_deterministic_algorithms
-from repr_det.engine.resume import RecordKeeper
+from repr_det.engine.resume import LossNormalizer, RecordKeeper
 from repr_det.method.schedule import SUB
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -48,11 +48,6 @@ class RePrTrainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = _scaled_to(cfg, comm.get_world_size())
-        if cfg.REPR.UNIT != "iteration":
-            raise ValueError(
-                f"REPR.UNIT is {cfg.REPR.UNIT!r}, which this task cannot turn into iterations: "
-                f"give S1 and S2 in iterations and REPR.UNIT iteration."
-            )
         device = torch.device(cfg.MODEL.DEVICE).type
         precision = None
         if cfg.SOLVER.AMP.ENABLED:
@@ -63,6 +58,11 @@ class RePrTrainer(DefaultTrainer):
         if cfg.DETERMINISTIC:
             if cfg.SEED < 0:
                 raise ValueError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
+            if cfg.TEST.PRECISE_BN.ENABLED:
+                raise ValueError(
+                    "TEST.PRECISE_BN reads batches whose order depends on the past, which "
+                    "DETERMINISTIC excludes: turn one of them off."
+                )
             use_deterministic_algorithms()
 
         model = self.build_model(cfg)
@@ -85,6 +85,14 @@ class RePrTrainer(DefaultTrainer):
         self._repr_hook = hook
         self.register_hooks(self.build_hooks())
 
+    @classmethod
+    def check(cls, cfg: CfgNode) -> None:
+        """Refuse a config whose data cannot be trained or evaluated on; a task overrides this.
+
+        Raises:
+            ValueError, FileNotFoundError: what is wrong.
+        """
+
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, with RePr's before those that save, evaluate and write."""
         built = super().build_hooks()
@@ -97,6 +105,7 @@ class RePrTrainer(DefaultTrainer):
             built.insert(before, self._repr_hook)
         if self.cfg.DETERMINISTIC:
             built.insert(0, SeedEveryStep(self.cfg.SEED))
+        built.append(LossNormalizer())
         built.append(RecordKeeper(Path(self.cfg.OUTPUT_DIR) / "metrics.json"))
         return built
 

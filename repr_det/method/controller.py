@@ -203,6 +203,11 @@ class RePr:
     def _rebound(self, copy: nn.Module) -> tuple[list[FilterLayer], list[Reader]]:
         """The same layers and readers in a copy of the model."""
         modules = dict(named_modules(copy))
+        if missing := {layer.name for layer in self.layers} - set(modules):
+            raise ValueError(
+                f"RePr: a copy of the model has no layer {min(missing)}; copies must be built as "
+                f"the model is."
+            )
         layers = [
             FilterLayer(
                 layer.name,
@@ -245,7 +250,7 @@ class RePr:
                     link.channels if chosen is None else link.channels_of(chosen[layer.name]),
                 )
 
-    def zero_filters(self) -> dict[str, int]:
+    def count_zero_filters(self) -> dict[str, int]:
         """Number of filters of zero norm by layer name, layers without any left out."""
         counts = {
             layer.name: int((layer.matrix().norm(dim=1) == 0).sum())

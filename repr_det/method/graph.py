@@ -42,7 +42,7 @@ _SAME = {
     "aten::hardtanh", "aten::hardtanh_", "aten::hardswish", "aten::hardswish_", "aten::prelu",
     "aten::_prelu_kernel", "aten::rrelu_with_noise", "aten::neg", "aten::abs",
     "aten::native_dropout", "aten::clone", "aten::contiguous", "aten::detach", "aten::alias",
-    "aten::lift_fresh", "aten::_to_copy", "aten::copy", "aten::max_pool2d_with_indices",
+    "aten::lift_fresh", "aten::_to_copy", "aten::max_pool2d_with_indices",
     "aten::max_pool3d_with_indices", "aten::avg_pool2d", "aten::avg_pool3d", "aten::max_pool2d",
     "aten::_adaptive_avg_pool2d", "aten::_adaptive_avg_pool3d", "aten::adaptive_max_pool2d",
     "aten::mkldnn_adaptive_avg_pool2d", "aten::upsample_nearest2d", "aten::upsample_bilinear2d",
@@ -326,7 +326,7 @@ class _Tracer(TorchDispatchMode):
             return self._sum(x, args[1])
         if op in ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
             return self._index_put(x, args[1], args[2])
-        if op == "aten::copy_":
+        if op in ("aten::copy", "aten::copy_"):
             return self._tag(args[1])
         if op in ("aten::mul", "aten::mul_", "aten::div", "aten::div_"):
             return self._product(op, x, args[1])
@@ -485,8 +485,18 @@ def _padded(tag: Tag, x: Tensor, pad: list[int], value: float | None) -> Tag | N
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what running a model changes: buffers, mode of each module, random state."""
+    """Undo on leaving what running a model changes.
+
+    Buffers, the mode of each module, numbers that modules keep as attributes (the loss normaliser
+    of RetinaNet), and the random state.
+    """
     modes = [(m, m.training) for m in model.modules()]
+    numbers = [
+        (m, key, value)
+        for m in model.modules()
+        for key, value in vars(m).items()
+        if isinstance(value, (int, float)) and key != "training"
+    ]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device for b in model.parameters()} | {b.device for b in model.buffers()}
     try:
@@ -495,6 +505,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        for module, key, value in numbers:
+            setattr(module, key, value)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

@@ -630,13 +630,13 @@ def test_criterion_that_returns_something_else_is_told():
 
 def test_zero_filters_are_counted():
     model, _, method = build()
-    assert method.zero_filters() == {}
+    assert method.count_zero_filters() == {}
     with torch.no_grad():
         model[3].weight[[1, 4]] = 0
-    assert method.zero_filters() == {"3": 2}
+    assert method.count_zero_filters() == {"3": 2}
     method.step(3)
     assert method.pruned["3"][[1, 4]].all()
-    assert method.zero_filters() == {}
+    assert method.count_zero_filters() == {}
 
 
 # --- norms that mix channels
