@@ -64,8 +64,8 @@ class ShapesSpec:
 
     seed: int = 0
     size: int = 96
-    train: int = 1200
-    val: int = 200
+    train: int = 1000
+    val: int = 150
     objects: tuple[int, int] = (5, 7)
     jpeg_quality: int = 95
 
