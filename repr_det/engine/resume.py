@@ -11,7 +11,6 @@ from typing import Any
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
-from torch import nn
 
 from repr_det.method.filters import named_modules
 
@@ -159,14 +158,15 @@ class LossNormalizer(HookBase):
     """Saves the running loss normaliser of RetinaNet and FCOS, a number that no buffer holds."""
 
     def state_dict(self) -> dict[str, float]:
-        """The normaliser by the name of its module."""
-        return {name: float(m.loss_normalizer) for name, m in self._modules()}
+        """The normaliser by the name of its module; empty before the first step."""
+        return {
+            name: float(module.loss_normalizer)
+            for name, module in named_modules(self.trainer.model)
+            if hasattr(module, "loss_normalizer")
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Set the normaliser of each module."""
-        for name, module in self._modules():
-            module.loss_normalizer = state[name]
-
-    def _modules(self) -> list[tuple[str, nn.Module]]:
-        modules = named_modules(self.trainer.model)
-        return [(name, m) for name, m in modules if hasattr(m, "loss_normalizer")]
+        """Set the normaliser of each module; a model that made no step yet has none of its own."""
+        for name, module in named_modules(self.trainer.model):
+            if name in state:
+                module.loss_normalizer = state[name]

@@ -109,6 +109,13 @@ class RePrTrainer(DefaultTrainer):
         built.append(RecordKeeper(Path(self.cfg.OUTPUT_DIR) / "metrics.json"))
         return built
 
+    def train(self) -> Any:
+        """Train as Detectron2 does."""
+        # TorchScript compiles a function anew once it has seen it run, which changes the rounding
+        # (RetinaNet's focal loss is scripted): how far it is would depend on when a run resumed.
+        with torch.jit.optimized_execution(not self.cfg.DETERMINISTIC):
+            return super().train()
+
     def after_train(self) -> None:
         """Detectron2's hooks after the last iteration."""
         # A run that is resumed when all iterations are done has counted one too many.

@@ -82,6 +82,18 @@ def detection(output: str):
     return cfg
 
 
+def retinanet(output: str):
+    """Its loss is divided by a running mean that is no buffer of the model."""
+    cfg = detection(output)
+    cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
+    cfg.MODEL.BACKBONE.NAME = "build_retinanet_resnet_fpn_backbone"
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.FPN.IN_FEATURES = ["res3", "res4", "res5"]
+    cfg.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    cfg.MODEL.RETINANET.NUM_CLASSES = 6
+    return cfg
+
+
 def classification(output: str):
     import numpy as np
 
@@ -111,9 +123,12 @@ def classification(output: str):
     return cfg
 
 
+TASKS = {"detection": detection, "retinanet": retinanet, "classification": classification}
+
+
 def main(task: str, output: str, moment: str = "", iteration: str = "-1") -> None:
     torch.set_num_threads(1)
-    cfg = {"detection": detection, "classification": classification}[task](output)
+    cfg = TASKS[task](output)
     cfg.DETERMINISTIC = True
     cfg.SEED = 3
     cfg.SOLVER.MAX_ITER = MAX_ITER

@@ -23,7 +23,7 @@ from detectron2.utils.env import seed_all_rng
 from repr_det.engine.command_line import join_torchrun
 from repr_det.engine.hook import RePrHook
 from repr_det.tasks import trainer_for
-from tests.engine.killed_run import classification, detection
+from tests.engine.killed_run import TASKS
 
 
 def digest(item: Any) -> str:
@@ -80,7 +80,7 @@ class Fingerprint(HookBase):
 
 def run(task: str, output: str, kill_rank: int, kill_at: int) -> None:
     torch.set_num_threads(1)
-    cfg = {"detection": detection, "classification": classification}[task](output)
+    cfg = TASKS[task](output)
     cfg.SEED = 5
     cfg.SOLVER.MAX_ITER = 12
     cfg.SOLVER.CHECKPOINT_PERIOD = 3

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -50,3 +55,16 @@ def test_bfloat16_on_a_cpu(monkeypatch, name):
     torch.testing.assert_close(losses[0], losses[1], rtol=2**-8, atol=2**-8)
     for layer in method.layers:
         assert layer.matrix()[method.pruned[layer.name]].abs().sum() == 0
+
+
+def test_sync_bn_over_gloo():
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, str(root / "tests/engine/sync_bn.py")],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -120,6 +120,15 @@ def test_killed_and_resumed(reference, moment, iteration):
 
 
 @pytest.mark.slow
+def test_retinanet_resumes_with_its_loss_normaliser(tmp_path):
+    expected, output = tmp_path / "reference", tmp_path / "killed"
+    finish("retinanet", expected)
+    assert start("retinanet", output, *MOMENTS[4]).returncode == -signal.SIGKILL
+    finish("retinanet", output)
+    assert_same_run(output, expected)
+
+
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over(reference):
     task, expected = reference
     output = expected.parent / "damaged"

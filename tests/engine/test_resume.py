@@ -102,17 +102,17 @@ def test_recorded_evaluations_are_not_repeated(tmp_path, iteration, repeated):
 
 
 def test_loss_normaliser_is_saved():
-    class Dense(nn.Module):
-        loss_normalizer = 100
+    """In a model that has made no step, as a resumed one has: Detectron2 makes it in the first."""
 
     class Detector(TrainerBase):
         def __init__(self):
             super().__init__()
-            self.model = nn.ModuleDict({"head": Dense()})
+            self.model = nn.ModuleDict({"head": nn.Module()})
 
     before, after = Detector(), Detector()
     before.register_hooks([LossNormalizer()])
     after.register_hooks([LossNormalizer()])
+    assert before._hooks[0].state_dict() == {}
     before.model["head"].loss_normalizer = 83.25
     after._hooks[0].load_state_dict(before._hooks[0].state_dict())
     assert after.model["head"].loss_normalizer == 83.25
