@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import logging
@@ -19,6 +20,8 @@ from repr_det import RePrHook, RePrSchedule
 from tests.detectors import needs_coco, plain_cfg
 
 pytestmark = needs_coco
+
+HAS_EXTENSION = importlib.util.find_spec("detectron2._C") is not None
 
 SCHEDULE = RePrSchedule(s1=2, s2=2, cycles=2)
 
@@ -114,6 +117,13 @@ def test_lazy_config_loop(tmp_path):
         "COCO-Detection/retinanet_R_50_FPN_1x",
         "Misc/cascade_mask_rcnn_R_50_FPN_1x",
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+        pytest.param(
+            "Misc/mask_rcnn_R_50_FPN_3x_dconv_c3-c5",
+            marks=pytest.mark.skipif(
+                not HAS_EXTENSION,
+                reason="deformable convs need Detectron2's compiled extension, which is missing",
+            ),
+        ),
     ],
 )
 def test_other_detectors(tmp_path, zoo):
