@@ -34,7 +34,7 @@ logger = logging.getLogger(f"detectron2.{__name__}")
 OVERSAMPLING = 4
 """Masks are drawn at this many times the resolution of the image, along each side."""
 
-FORMAT = 1
+FORMAT = 2
 """Part of the cache folder's name; to be raised whenever the drawing below changes."""
 
 SUBSETS = {"10pct": 0.10, "25pct": 0.25}
@@ -111,8 +111,11 @@ def _triangle(rng: np.random.Generator) -> list[np.ndarray]:
     return [_regular(3)]
 
 
-def _square(rng: np.random.Generator) -> list[np.ndarray]:
-    return [_regular(4)]
+def _corner(rng: np.random.Generator) -> list[np.ndarray]:
+    end, arm = np.sqrt(0.5), rng.uniform(0.4, 0.55)
+    inner = arm - end
+    across = [[-end, -end], [inner, -end], [inner, -inner], [end, -inner], [end, end], [-end, end]]
+    return [np.array(across)]
 
 
 def _star(rng: np.random.Generator) -> list[np.ndarray]:
@@ -131,7 +134,7 @@ _OUTLINES: dict[str, Callable[[np.random.Generator], list[np.ndarray]]] = {
     "disc": _disc,
     "ring": _ring,
     "triangle": _triangle,
-    "square": _square,
+    "corner": _corner,
     "star": _star,
     "cross": _cross,
 }
