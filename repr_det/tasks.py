@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 from detectron2.config import CfgNode
 
@@ -13,6 +15,7 @@ from repr_det.detection.datasets import check_same_categories, take_num_classes,
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine import config
 from repr_det.engine.command_line import merge_arguments
+from repr_det.engine.trained import merge_trained
 from repr_det.engine.trainer import RePrTrainer
 
 
@@ -35,6 +38,23 @@ def configure(args: argparse.Namespace) -> CfgNode:
     for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
         if folder is not None:
             use_image_folder(cfg, split, *folder, args.opts)
+    return cfg
+
+
+def trained_detector_cfg(
+    run: Path | None, config_file: str | None, overrides: Sequence[str]
+) -> CfgNode:
+    """The config of a trained detector; see :func:`repr_det.engine.trained.merge_trained`.
+
+    Raises:
+        ValueError: it is a classifier's.
+    """
+    cfg = get_cfg()
+    merge_trained(cfg, run, config_file, overrides)
+    if trainer_for(cfg) is not DetectionTrainer:
+        raise ValueError(
+            "This is a classifier, not a detector: evaluate it with tools/train_net.py --eval-only."
+        )
     return cfg
 
 

@@ -19,22 +19,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from repr_det.analysis.coco_bootstrap import (
-    BBOX,
-    SEGM,
-    Comparison,
-    Difference,
+from repr_det.analysis.coco_bootstrap import Comparison, Difference, match, paired_bootstrap
+from repr_det.analysis.markdown import aligned_table
+from repr_det.detection.coco_results import (
+    TITLES,
     check_iou_type,
     common_iou_types,
-    match,
-    paired_bootstrap,
     read_results,
     read_truth,
     results_path,
 )
-from repr_det.engine.command_line import USER_ERRORS
-
-TITLES = {BBOX: "Boxes", SEGM: "Masks"}
+from repr_det.engine.command_line import USER_ERRORS, check_folder_of, tell
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,8 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps(record, indent=2) + "\n")
     except USER_ERRORS as error:
-        print(f"compare_coco.py: error: {error}", file=sys.stderr)
-        return 2
+        return tell("compare_coco.py", error)
     except KeyboardInterrupt:
         print("Stopped; nothing was written.", file=sys.stderr)
         return 130
@@ -71,8 +65,7 @@ def _compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         raise ValueError(f"--resamples is {args.resamples}; give at least 1.")
     if args.seed < 0:
         raise ValueError(f"--seed is {args.seed}; give 0 or more.")
-    if args.json and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"Folder {args.json.parent} of --json does not exist: create it.")
+    check_folder_of("--json", args.json)
     paths = [
         [results_path(path) for path in side.split(",")]
         for side in (args.results_a, args.results_b)
@@ -143,15 +136,7 @@ def _table(title: str, found: Comparison) -> str:
     rows += [(f"AP, {name}", table["AP"]) for name, table in found.classes.items()]
     cells = [[title, "First", "Second", "Difference", "95 % interval", "Second better"]]
     cells += [[name, *_cells(row)] for name, row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [
-        f"| {line[0]:<{widths[0]}} | "
-        + " | ".join(f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:], strict=True))
-        + " |"
-        for line in cells
-    ]
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
+    return aligned_table(cells)
 
 
 def _cells(row: Difference) -> list[str]:

@@ -24,7 +24,7 @@ from repr_det.analysis.runs import (
     write_table,
 )
 from repr_det.analysis.tables import TABLES, only
-from repr_det.engine.command_line import USER_ERRORS
+from repr_det.engine.command_line import USER_ERRORS, tell
 
 SEEDS = {FULL: 3, QUICK: 1}
 
@@ -83,9 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             text = reproduce(table, range(seeds), args.scale, args.output)
     except USER_ERRORS as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
-        print(f"reproduce.py: error: {message}", file=sys.stderr)
-        return 2
+        return tell("reproduce.py", error)
     except KeyboardInterrupt:
         print("Stopped; the same command goes on where it stopped.", file=sys.stderr)
         return 130

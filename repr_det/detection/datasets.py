@@ -124,7 +124,7 @@ class NamedImages:
             if not self._skip:
                 raise ValueError(
                     f"Image {record['file_name']} cannot be read ({reason}): replace it, take it "
-                    f"out of the annotations, or set INPUT.SKIP_BAD_IMAGES True."
+                    f"out of the annotations, or, in training, set INPUT.SKIP_BAD_IMAGES True."
                 ) from error
             self._skipped += 1
             logger.warning(
@@ -181,28 +181,33 @@ def take_num_classes(cfg: CfgNode, annotations: str, overrides: Sequence[str]) -
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """Refuse datasets that are not there.
+    """Refuse a config whose datasets are not there; see :func:`check_dataset`."""
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        check_dataset(name)
+
+
+def check_dataset(name: str) -> None:
+    """Refuse a dataset that is not there.
 
     Raises:
         ValueError: a name that nobody registered.
         FileNotFoundError: annotations or images that do not exist.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        if name not in DatasetCatalog.list():
-            raise ValueError(
-                f"Dataset {name} is not registered: register it, or give --train-data and "
-                f"--test-data NAME JSON IMAGES."
+    if name not in DatasetCatalog.list():
+        raise ValueError(
+            f"Dataset {name} is not registered: register it, or give its files with --train-data "
+            f"or --test-data NAME JSON IMAGES."
+        )
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("drawn_on_first_use"):
+        return
+    for kind in ("json_file", "image_root"):
+        path = metadata.get(kind)
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(
+                f"Dataset {name} needs {Path(path).resolve()}, which does not exist: set "
+                f"DETECTRON2_DATASETS to the folder that holds coco/ (make demo needs no data)."
             )
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("drawn_on_first_use"):
-            continue
-        for kind in ("json_file", "image_root"):
-            path = metadata.get(kind)
-            if path is not None and not Path(path).exists():
-                raise FileNotFoundError(
-                    f"Dataset {name} needs {Path(path).resolve()}, which does not exist: set "
-                    f"DETECTRON2_DATASETS to the folder that holds coco/ (make demo needs no data)."
-                )
 
 
 def check_num_classes(cfg: CfgNode, dataset: str) -> None:

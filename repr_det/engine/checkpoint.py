@@ -23,7 +23,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     A damaged newest file is reported and the one before it used.
     """
 
-    _resuming = False
+    _whole = False
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` and then ``last_checkpoint``.
@@ -77,14 +77,22 @@ class SafeCheckpointer(DetectionCheckpointer):
             except ValueError as error:
                 logger.warning(f"{error} Going back to the checkpoint before it.")
                 continue
-            self._resuming = True
-            try:
-                return self.load(str(candidate))
-            finally:
-                self._resuming = False
+            return self.load_whole(str(candidate))
         raise ValueError(
             f"No checkpoint in {self.save_dir} can be read: start the run anew, without --resume."
         )
+
+    def load_whole(self, path: str) -> dict[str, Any]:
+        """Load a checkpoint that must hold every entry of the model, in its shape.
+
+        Raises:
+            ValueError: it cannot be read, or is of another architecture.
+        """
+        self._whole = True
+        try:
+            return self.load(path)
+        finally:
+            self._whole = False
 
     def _newest_first(self) -> Iterator[Path]:
         tagged = Path(self.get_checkpoint_file())
@@ -116,7 +124,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         keys = set(self.model.state_dict())
         incompatible = super()._load_model(checkpoint)
         missing = incompatible.missing_keys  # entries of another shape among them
-        if missing and (self._resuming or len(missing) >= len(keys)):
+        if missing and (self._whole or len(missing) >= len(keys)):
             raise ValueError(
                 f"The checkpoint is of another architecture ({len(missing)} of {len(keys)} entries "
                 f"are missing or of another shape, for example {missing[0]}): build the model that "

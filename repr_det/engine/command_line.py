@@ -7,12 +7,13 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
@@ -59,10 +60,40 @@ def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
         KeyError, ValueError: overrides that the config does not know or cannot take.
     """
     if args.config_file:
-        args.config_file = config_path(args.config_file)
-        cfg.merge_from_file(args.config_file)
+        args.config_file = merge_config_file(cfg, args.config_file)
+    merge_overrides(cfg, args.opts)
+
+
+def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
+    """Merge a config file into a config, in place; returns its path.
+
+    Args:
+        cfg: the config.
+        name: a path, or the bare name of a file in ``configs/``.
+        trusted: allow YAML that executes code, as Detectron2 does. A run's own config never needs
+            it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        KeyError, ValueError: it is not YAML, or the config does not know it or cannot take it.
+    """
+    path = config_path(name)
     try:
-        cfg.merge_from_list(args.opts)
+        cfg.merge_from_file(path, allow_unsafe=trusted)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Config {path} cannot be read ({reason}): correct it.") from error
+    return path
+
+
+def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
+    """Merge ``KEY VALUE`` pairs into a config, in place.
+
+    Raises:
+        KeyError, ValueError: what the config does not know or cannot take.
+    """
+    try:
+        cfg.merge_from_list(list(overrides))
     except AssertionError as error:
         raise ValueError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
 
@@ -131,15 +162,40 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
     trainer.train()
 
 
+def check_folder_of(option: str, path: Path | None) -> None:
+    """Refuse a file to be written where there is no folder for it; None is no file.
+
+    Raises:
+        FileNotFoundError: no such folder.
+    """
+    if path is not None and not path.parent.is_dir():
+        raise FileNotFoundError(f"Folder {path.parent} of {option} does not exist: create it.")
+
+
+def tell(program: str, error: Exception) -> int:
+    """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
+
+    Args:
+        program: the program's name.
+        error: one of :data:`USER_ERRORS`.
+    """
+    # The text of a KeyError would be its message in quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if message.startswith("Caught "):
+        # A loader's process sends its traceback, which ends with the error itself.
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    print(f"{program}: error: {message}", file=sys.stderr)
+    return 2
+
+
 @contextmanager
 def _told_in_one_sentence() -> Iterator[None]:
     """Turn a user's mistake into its sentence, told by the main process, and exit status 2."""
     try:
         yield
     except USER_ERRORS as error:
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
         if comm.is_main_process():
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+            tell(Path(sys.argv[0]).name, error)
         sys.exit(2)
 
 

@@ -2,140 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import io
-import json
-
 import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from repr_det.analysis.coco_bootstrap import (
-    BBOX,
-    METRICS,
-    SEGM,
     ClassMatches,
     Matches,
     average_precision,
-    common_iou_types,
     match,
     paired_bootstrap,
-    read_results,
-    read_truth,
     resample_counts,
 )
-
-SIZE = 200
-CLASSES = {3: "never seen", 5: "sheep", 8: "wolf", 11: "only crowds", 12: "never found"}
-
-
-def rectangle(box):
-    x, y, w, h = box
-    return [[x, y, x + w, y, x + w, y + h, x, y + h]]
-
-
-def rle(box):
-    found = coco_mask.frPyObjects(rectangle(box), SIZE, SIZE)[0]
-    return {"size": found["size"], "counts": found["counts"].decode()}
-
-
-def make_truth(images=12, seed=0):
-    """Objects of all sizes, crowds among them, and images without any."""
-    generator = np.random.default_rng(seed)
-    annotations = []
-    for image in range(images):
-        for _ in range(generator.integers(0, 5)):
-            w, h = generator.choice([12, 30, 32, 60, 110], size=2) + generator.integers(0, 8, 2)
-            x, y = generator.integers(0, SIZE - 120, 2)
-            category = int(generator.choice([5, 8, 11, 12], p=[0.5, 0.3, 0.1, 0.1]))
-            crowd = int(category == 11 or generator.random() < 0.1)
-            box = [float(v) for v in (x, y, w, h)]
-            segmentation = rle(box) if crowd else rectangle(box)
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": image * 7 + 2,
-                    "category_id": category,
-                    "bbox": box,
-                    "area": float(w * h),
-                    "iscrowd": crowd,
-                    "segmentation": segmentation,
-                }
-            )
-    return {
-        "images": [
-            {"id": image * 7 + 2, "file_name": f"{image}.png", "width": SIZE, "height": SIZE}
-            for image in reversed(range(images))
-        ],
-        "annotations": annotations,
-        "categories": [{"id": number, "name": name} for number, name in CLASSES.items()],
-    }
-
-
-def make_results(truth, seed, digits=6, noise=0.05):
-    """Moved, doubled and invented detections; with one digit nearly all scores are ties."""
-    generator = np.random.default_rng(seed)
-    places = [
-        (entry["image_id"], entry["category_id"], entry["bbox"], 1.0)
-        for entry in truth["annotations"]
-        if entry["category_id"] != 12
-        for _ in range(generator.integers(0, 4))
-    ]
-    for image in truth["images"]:
-        for _ in range(generator.integers(0, 6)):
-            box = [*generator.uniform(0, 90, 2), *generator.uniform(10, 110, 2)]
-            places.append((image["id"], int(generator.choice([5, 8, 11])), box, 0.5))
-    results = []
-    for image, category, (x, y, w, h), best in places:
-        dx, dy, dw, dh = generator.normal(0, noise, 4)
-        box = [x + dx * w, y + dy * h, w * np.exp(dw), h * np.exp(dh)]
-        results.append(
-            {
-                "image_id": image,
-                "category_id": category,
-                "bbox": [float(v) for v in box],
-                "score": round(float(generator.uniform(0, best)), digits),
-                "segmentation": rle(box),
-            }
-        )
-    return results
-
-
-def indexed(content):
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def read(tmp_path, content):
-    path = tmp_path / "truth.json"
-    path.write_text(json.dumps(content))
-    return read_truth(path)
-
-
-def direct(content, results, iou_type):
-    """(1 + classes, METRICS) from pycocotools; NaN for its -1."""
-    truth = indexed(copy.deepcopy(content))
-    unused = "bbox" if iou_type == SEGM else "segmentation"
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = truth.loadRes([{k: v for k, v in r.items() if k != unused} for r in results])
-        evaluation = COCOeval(truth, found, iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    rows = [evaluation.stats[:6]]
-    precision = evaluation.eval["precision"][..., -1]
-    for number in range(len(content["categories"])):
-        own = precision[:, :, number]
-        kinds = [own[..., 0], own[0, :, 0], own[5, :, 0], *np.moveaxis(own[..., 1:], -1, 0)]
-        rows.append([kind.mean() for kind in kinds])
-    rows = np.array(rows)
-    return np.where(rows == -1, np.nan, rows)
+from repr_det.detection.coco_results import BBOX, METRICS, SEGM
+from tests.coco_files import CLASSES, direct, make_results, make_truth, read, rle
 
 
 def repeated(content, results, counts):
@@ -329,66 +209,6 @@ def test_intervals_cover_the_true_difference():
     # (exact binomial quantiles).
     assert 177 <= covered <= 199
     assert truth > 0.05 and np.mean(better) > 0.9
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"image_id": 1}, "is for image 1, which the annotations do not have"),
-        ({"category_id": 1}, "is of category 1, which the annotations do not have"),
-        ({"score": float("nan")}, "has the score nan"),
-        ({"score": None}, "lacks what a detection has"),
-        ({"bbox": [1, 2, 3]}, "instead of x, y, width, height"),
-        ({"bbox": [1, 2, 3, float("inf")]}, "instead of x, y, width, height"),
-        ({"segmentation": {"size": [1, 2], "counts": "abc"}}, "unlike its image"),
-        ({"segmentation": {"size": [SIZE, SIZE], "counts": [1]}}, "not compressed RLE"),
-        ({"segmentation": rectangle([0, 0, 5, 5])}, "lacks what a detection has"),
-    ],
-)
-def test_results_that_do_not_fit(tmp_path, change, sentence):
-    content = make_truth()
-    results = make_results(content, 1)
-    results[2].update(change)
-    path = tmp_path / "results.json"
-    path.write_text(json.dumps(results))
-    with pytest.raises(ValueError, match=sentence) as error:
-        read_results(path, read(tmp_path, content))
-    assert f"{path}: detection 2" in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda content: content["annotations"][3].pop("area"), "annotation 4 has no area"),
-        (lambda content: content["categories"][0].update(name="wolf"), "two categories 'wolf'"),
-        (lambda content: content["images"].pop(), "image_id"),
-    ],
-)
-def test_annotations_that_do_not_fit(tmp_path, change, sentence):
-    content = make_truth()
-    change(content)
-    with pytest.raises(ValueError, match=sentence):
-        read(tmp_path, content)
-
-
-def test_crowds_may_be_left_out(tmp_path):
-    content = make_truth()
-    for entry in content["annotations"]:
-        entry.pop("iscrowd")
-    assert match(read(tmp_path, content), make_results(content, 1), BBOX).classes
-
-
-def test_only_what_all_results_hold_is_compared(tmp_path):
-    content = make_truth()
-    both = make_results(content, 1)
-    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in both]
-    assert common_iou_types([[both], [both, both]]) == (BBOX, SEGM)
-    assert common_iou_types([[both], [both, boxes]]) == (BBOX,)
-    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
-        match(read(tmp_path, content), boxes, SEGM)
-    content["annotations"][0].pop("segmentation")
-    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):
-        match(read(tmp_path, content), both, SEGM)
 
 
 def test_sides_that_cannot_be_compared(tmp_path):

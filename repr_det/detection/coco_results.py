@@ -1,0 +1,223 @@
+"""COCO's annotation and results files, and pycocotools' evaluation of one on the other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from repr_det.detection.datasets import check_annotations, read_coco
+
+BBOX, SEGM = "bbox", "segm"
+
+TITLES = {BBOX: "Boxes", SEGM: "Masks"}
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+"""As Detectron2 calls them."""
+
+IOU_75 = 5
+"""Where the IoU threshold 0.75 stands among pycocotools' 0.5, 0.55, ..., 0.95."""
+
+RESULTS = Path("inference", "coco_instances_results.json")
+"""Where a run folder holds the results of its last evaluation."""
+
+
+def read_truth(annotations: str | Path) -> COCO:
+    """Annotations to compare on.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not COCO's JSON, or without what the evaluation needs.
+    """
+    content = read_coco(str(annotations))
+    check_annotations(str(annotations), content)
+    names = [category["name"] for category in content["categories"]]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"{annotations} has two categories {min(twice)!r}: give them other names.")
+    for entry in content["annotations"]:
+        # Files of other tools often leave it out where there are no crowds.
+        entry.setdefault("iscrowd", 0)
+        if "area" not in entry:
+            raise ValueError(
+                f"{annotations}: annotation {entry['id']} has no area, by which COCO tells small "
+                "objects from large ones: write the area of its mask, or else of its box."
+            )
+    return _indexed(content)
+
+
+def results_path(path: str | Path) -> Path:
+    """The results file that is meant by a file or by a run folder.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if not (path / RESULTS).is_file():
+            raise FileNotFoundError(
+                f"Run folder {path} holds no {RESULTS}: evaluate the run on a COCO-format dataset "
+                "first, or give a results file."
+            )
+        return path / RESULTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Results {path} do not exist: give a COCO results file or a run folder."
+        )
+    return path
+
+
+def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
+    """Detections of a results file or run folder, checked against the annotations.
+
+    Args:
+        path: of COCO's results format, a list of ``image_id``, ``category_id``, ``score`` and
+            ``bbox`` (x, y, width, height in pixels) or ``segmentation`` (compressed RLE).
+        truth: the annotations.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not results, or results for other images or categories.
+    """
+    path = results_path(path)
+    try:
+        results = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise ValueError(f"{path} is not JSON: give a COCO results file.") from None
+    if not isinstance(results, list):
+        raise ValueError(
+            f"{path} is not a COCO results file: it must be a list of detections, not "
+            f"{'annotations' if 'annotations' in results else type(results).__name__}."
+        )
+    for index, result in enumerate(results):
+        try:
+            problem = _problem(result, truth)
+        except (KeyError, TypeError) as error:
+            problem = f"lacks what a detection has ({type(error).__name__}: {error})"
+        if problem:
+            raise ValueError(
+                f"{path}: detection {index} {problem}: give COCO results for these annotations."
+            )
+    return results
+
+
+def _problem(result: dict[str, Any], truth: COCO) -> str | None:
+    """What is wrong with a detection, if anything."""
+    if result["image_id"] not in truth.imgs:
+        return f"is for image {result['image_id']}, which the annotations do not have"
+    if result["category_id"] not in truth.cats:
+        return f"is of category {result['category_id']}, which the annotations do not have"
+    if not math.isfinite(result["score"]):
+        return f"has the score {result['score']}"
+    if "bbox" not in result and "segmentation" not in result:
+        return "has neither bbox nor segmentation"
+    if "bbox" in result:
+        box = result["bbox"]
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            return f"has the bbox {box} instead of x, y, width, height"
+    if "segmentation" in result:
+        image, mask = truth.imgs[result["image_id"]], result["segmentation"]
+        if mask["size"] != [image["height"], image["width"]]:
+            return f"has a mask of size {mask['size']}, unlike its image"
+        if not isinstance(mask["counts"], str):
+            return "has a mask that is not compressed RLE"
+    return None
+
+
+def common_iou_types(sides: Sequence[Sequence[Sequence[dict[str, Any]]]]) -> tuple[str, ...]:
+    """What all results of all sides can be evaluated for: boxes, masks or both."""
+    keys = {BBOX: "bbox", SEGM: "segmentation"}
+    return tuple(
+        iou_type
+        for iou_type, key in keys.items()
+        if all(key in result for side in sides for results in side for result in results)
+    )
+
+
+def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO) -> None:
+    """Refuse to evaluate boxes or masks that are not there.
+
+    Raises:
+        ValueError: a detection or an object without.
+    """
+    key = "bbox" if iou_type == BBOX else "segmentation"
+    for whose, entries in (
+        ("a detection", results),
+        ("an annotation", truth.dataset["annotations"]),
+    ):
+        missing = next((entry for entry in entries if key not in entry), None)
+        if missing is not None:
+            raise ValueError(
+                f"IoU type {iou_type} needs {key} everywhere, but {whose} of image "
+                f"{missing['image_id']} has none: take the other type, or other files."
+            )
+
+
+def _indexed(content: dict[str, Any]) -> COCO:
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _detections(truth: COCO, results: Sequence[dict[str, Any]], iou_type: str) -> COCO:
+    # A box beside a mask would decide whether the mask counts as small: Detectron2 drops it, too.
+    left_out = "bbox" if iou_type == SEGM else "segmentation"
+    results = [{k: v for k, v in result.items() if k != left_out} for result in results]
+    if not results:
+        return _indexed({**truth.dataset, "annotations": []})
+    with contextlib.redirect_stdout(io.StringIO()):
+        return truth.loadRes(results)
+
+
+def evaluated_classes(
+    truth: COCO,
+    results: Sequence[dict[str, Any]],
+    iou_type: str,
+    *,
+    label: str = "Evaluating",
+    progress: bool = False,
+) -> Iterator[tuple[str, COCOeval]]:
+    """Evaluate class by class, so that only what is needed stays in memory.
+
+    Args:
+        truth: from :func:`read_truth`.
+        results: from :func:`read_results`.
+        iou_type: ``"bbox"`` or ``"segm"``. As in Detectron2, masks are small or large by their own
+            area, not by that of a box beside them.
+        label: of the progress bar.
+        progress: show one.
+
+    Yields:
+        Name and evaluation of each class, in the order of category ids. It is one evaluation, which
+        the next class overwrites; ``evalImgs`` is empty for a class that nothing is of.
+
+    Raises:
+        ValueError: a detection or an object has no such box or mask.
+    """
+    check_iou_type(results, iou_type, truth)
+    found = _detections(truth, results, iou_type)
+    images_of = defaultdict(set)
+    for entry in (*truth.dataset["annotations"], *found.dataset["annotations"]):
+        images_of[entry["category_id"]].add(entry["image_id"])
+    evaluation = COCOeval(truth, found, iou_type)
+    for category in tqdm(sorted(truth.getCatIds()), label, unit="class", disable=not progress):
+        evaluation.params.catIds = [category]
+        evaluation.params.imgIds = sorted(images_of[category])
+        # Without images pycocotools would load all of them.
+        if evaluation.params.imgIds:
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation.evaluate()
+        else:
+            evaluation.evalImgs = []
+        yield truth.cats[category]["name"], evaluation

@@ -1,0 +1,222 @@
+"""COCO's metrics of any detector or results file on any COCO-format dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from numpy.typing import NDArray
+from pycocotools.coco import COCO
+from torch import nn
+from tqdm import tqdm
+
+from repr_det.detection.coco_results import (
+    BBOX,
+    IOU_75,
+    METRICS,
+    SEGM,
+    check_iou_type,
+    evaluated_classes,
+    read_results,
+    read_truth,
+    results_path,
+)
+from repr_det.detection.datasets import check_dataset, check_num_classes
+from repr_det.detection.shapes import register_shapes
+from repr_det.detection.trainer import DetectionTrainer
+from repr_det.engine.trained import load_trained
+
+Metrics = dict[str, float | None]
+"""By :data:`METRICS`, as shares of 1; None where no object counts."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics overall (mean over classes, as COCO's) and by class."""
+
+    overall: Metrics
+    classes: dict[str, Metrics]
+
+
+class Detections(NamedTuple):
+    """Detections, in COCO's format of results, and the dataset that they are on.
+
+    Attributes:
+        dataset: its name.
+        annotations: its file.
+        truth: what the file says.
+        source: results file or checkpoint that the detections are of.
+        results: of :func:`repr_det.detection.coco_results.read_results`'s form.
+    """
+
+    dataset: str
+    annotations: Path
+    truth: COCO
+    source: str
+    results: list[dict[str, Any]]
+
+
+def annotation_file(dataset: str) -> Path:
+    """The COCO-format annotations of a registered dataset; draws the built-in one if need be.
+
+    Raises:
+        FileNotFoundError: they, or the images, do not exist.
+        ValueError: nobody registered the dataset, or it is not COCO's.
+    """
+    register_shapes()
+    check_dataset(dataset)
+    metadata = MetadataCatalog.get(dataset)
+    if metadata.get("drawn_on_first_use"):
+        DatasetCatalog.get(dataset)
+    if metadata.get("json_file") is None:
+        raise ValueError(
+            f"Dataset {dataset} has no COCO-format annotation file: write its annotations as one."
+        )
+    return Path(metadata.json_file)
+
+
+def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str, ...]:
+    """What results and annotations can be compared by: boxes, masks or both.
+
+    Results without any detection are compared by boxes: nobody knows what they would have held.
+    """
+    entries = (*results, *truth.dataset["annotations"])
+    return tuple(
+        iou_type
+        for iou_type, key in ((BBOX, "bbox"), (SEGM, "segmentation"))
+        if all(key in entry for entry in entries) and (results or iou_type == BBOX)
+    )
+
+
+def evaluate(
+    truth: COCO,
+    results: Sequence[dict[str, Any]],
+    iou_type: str,
+    *,
+    label: str = "Evaluating",
+    progress: bool = False,
+) -> Evaluation:
+    """COCO's metrics by pycocotools, 100 detections an image; see :func:`evaluated_classes`."""
+    classes = {}
+    for name, evaluation in evaluated_classes(
+        truth, results, iou_type, label=label, progress=progress
+    ):
+        precision = None
+        if evaluation.evalImgs:
+            with contextlib.redirect_stdout(io.StringIO()):
+                evaluation.accumulate()
+            precision = evaluation.eval["precision"][:, :, 0, :, -1]
+        classes[name] = _metrics(precision)
+    overall = {metric: _mean([table[metric] for table in classes.values()]) for metric in METRICS}
+    return Evaluation(overall, classes)
+
+
+def _metrics(precision: NDArray[np.float64] | None) -> Metrics:
+    """From pycocotools' precision of one class, (IoU thresholds, recall levels, areas)."""
+    if precision is None:
+        return dict.fromkeys(METRICS)
+    everything, *sized = precision.transpose(2, 0, 1)
+    parts = (everything, everything[0], everything[IOU_75], *sized)
+    # pycocotools writes -1 where there are no objects.
+    return {
+        metric: None if part.flat[0] < 0 else float(part.mean())
+        for metric, part in zip(METRICS, parts, strict=True)
+    }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def read_detections(results: Path, annotations: Path, dataset: str) -> Detections:
+    """Detections of a results file or of a run folder that holds one.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`read_truth` and :func:`read_results`.
+    """
+    path = results_path(results)
+    truth = read_truth(annotations)
+    return Detections(dataset, annotations, truth, str(path), read_results(path, truth))
+
+
+def detect(
+    cfg: CfgNode, iou_type: str | None = None, *, progress: bool = False
+) -> Iterator[Detections]:
+    """Run a trained detector on every dataset that its config tests on.
+
+    Everything is checked before the first image.
+
+    Args:
+        cfg: of any Detectron2 model that answers with ``instances``.
+        iou_type: what the detections are to be evaluated by; None for what there is.
+        progress: show a bar for each dataset.
+
+    Raises:
+        FileNotFoundError, ValueError: datasets, annotations or weights that are not there or do not
+            fit one another; an image that cannot be read.
+    """
+    truths = {}
+    for dataset in cfg.DATASETS.TEST:
+        annotations = annotation_file(dataset)
+        truths[dataset] = annotations, read_truth(annotations)
+        if iou_type is not None:
+            check_iou_type([], iou_type, truths[dataset][1])
+    model = load_trained(cfg)
+    loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
+    for dataset in truths:
+        # Only now does the catalog know the classes of a dataset that was just read.
+        check_num_classes(cfg, dataset)
+    for dataset, (annotations, truth) in truths.items():
+        bar = tqdm(loaders[dataset], f"Detecting on {dataset}", unit="image", disable=not progress)
+        results = _detect(model, bar, category_ids(dataset))
+        yield Detections(dataset, annotations, truth, cfg.MODEL.WEIGHTS, results)
+
+
+def _detect(
+    model: nn.Module, batches: Iterable[list[dict[str, Any]]], of_dataset: Sequence[int]
+) -> list[dict[str, Any]]:
+    results = []
+    for inputs in batches:
+        with torch.no_grad():
+            outputs = model(inputs)
+        for image, output in zip(inputs, outputs, strict=True):
+            results += coco_entries(output, image["image_id"], of_dataset)
+    return results
+
+
+def coco_entries(
+    output: dict[str, Any], image_id: int, of_dataset: Sequence[int]
+) -> list[dict[str, Any]]:
+    """What a Detectron2 model answers for an image, as COCO's results.
+
+    Args:
+        output: of the model; its instances may be on any device.
+        image_id: of the image.
+        of_dataset: the category id of each contiguous class id.
+
+    Raises:
+        ValueError: the model does not answer with instances.
+    """
+    if "instances" not in output:
+        raise ValueError(
+            f"The model does not answer with instances but with {', '.join(output)}: give a "
+            f"detector."
+        )
+    entries = instances_to_coco_json(output["instances"].to("cpu"), image_id)
+    return [{**entry, "category_id": of_dataset[entry["category_id"]]} for entry in entries]
+
+
+def category_ids(dataset: str) -> list[int]:
+    """The category id of each contiguous class id of a COCO-format dataset that was read."""
+    contiguous = MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id
+    return sorted(contiguous, key=contiguous.__getitem__)

@@ -1,0 +1,82 @@
+"""A trained model by what a command line says of it: its config and its weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from torch import nn
+
+from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.command_line import merge_config_file, merge_overrides
+from repr_det.engine.trainer import check_weights, has_run
+
+
+def add_model_arguments(parser: argparse._ActionsContainer) -> None:
+    """Add ``--run`` and ``--config``, which :func:`merge_trained` takes; one of them is needed."""
+    parser.add_argument(
+        "--run", type=Path, metavar="DIR", help="a run's OUTPUT_DIR: its config, last checkpoint"
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="a config file or its name in configs/; with MODEL.WEIGHTS"
+    )
+
+
+def merge_trained(
+    cfg: CfgNode, run: Path | None, config_file: str | None, overrides: Sequence[str]
+) -> None:
+    """Merge into a config, in place, what describes a trained model.
+
+    Args:
+        cfg: defaults with the keys of the model's task.
+        run: ``OUTPUT_DIR`` of a run, whose config is taken with the weights of its last checkpoint.
+            It may have been made on another machine, so ``MODEL.DEVICE`` stays as it is.
+        config_file: a config file or a bare name in ``configs/``, where there is no run.
+        overrides: KEY, VALUE, ...; they win over both.
+
+    Raises:
+        FileNotFoundError: no such run or config file.
+        KeyError, ValueError: a config that cannot be read, or overrides that it does not know.
+    """
+    device = cfg.MODEL.DEVICE
+    if run is None:
+        merge_config_file(cfg, config_file)
+    else:
+        config = run / "config.yaml"
+        if not config.is_file() or not has_run(str(run)):
+            raise FileNotFoundError(
+                f"{run} holds no run ({config.name} and last_checkpoint): give the OUTPUT_DIR of "
+                f"one, or a config file and MODEL.WEIGHTS."
+            )
+        merge_config_file(cfg, str(config), trusted=False)
+        cfg.MODEL.DEVICE = device
+        cfg.MODEL.WEIGHTS = str(run / (run / "last_checkpoint").read_text().strip())
+    merge_overrides(cfg, overrides)
+
+
+def load_trained(cfg: CfgNode) -> nn.Module:
+    """Build the model of a config and load ``MODEL.WEIGHTS``, whole, without executing code.
+
+    Detectron2's and Caffe2's pickles (``.pkl``) can execute code.
+
+    Returns:
+        The model on ``MODEL.DEVICE``, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: weights that do not exist or cannot be downloaded.
+        ValueError: no weights or damaged ones, weights of another architecture, no such device.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: give MODEL.DEVICE cpu."
+        )
+    check_weights(cfg.MODEL.WEIGHTS)
+    model = build_model(cfg)
+    SafeCheckpointer(model).load_whole(cfg.MODEL.WEIGHTS)
+    return model.eval()

@@ -1,0 +1,76 @@
+"""Annotation and results files that do not fit, and what can be evaluated."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from repr_det.detection.coco_results import (
+    BBOX,
+    SEGM,
+    common_iou_types,
+    evaluated_classes,
+    read_results,
+)
+from tests.coco_files import SIZE, make_results, make_truth, read, rectangle
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"image_id": 1}, "is for image 1, which the annotations do not have"),
+        ({"category_id": 1}, "is of category 1, which the annotations do not have"),
+        ({"score": float("nan")}, "has the score nan"),
+        ({"score": None}, "lacks what a detection has"),
+        ({"bbox": [1, 2, 3]}, "instead of x, y, width, height"),
+        ({"bbox": [1, 2, 3, float("inf")]}, "instead of x, y, width, height"),
+        ({"segmentation": {"size": [1, 2], "counts": "abc"}}, "unlike its image"),
+        ({"segmentation": {"size": [SIZE, SIZE], "counts": [1]}}, "not compressed RLE"),
+        ({"segmentation": rectangle([0, 0, 5, 5])}, "lacks what a detection has"),
+    ],
+)
+def test_results_that_do_not_fit(tmp_path, change, sentence):
+    content = make_truth()
+    results = make_results(content, 1)
+    results[2].update(change)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=sentence) as error:
+        read_results(path, read(tmp_path, content))
+    assert f"{path}: detection 2" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda content: content["annotations"][3].pop("area"), "annotation 4 has no area"),
+        (lambda content: content["categories"][0].update(name="wolf"), "two categories 'wolf'"),
+        (lambda content: content["images"].pop(), "image_id"),
+    ],
+)
+def test_annotations_that_do_not_fit(tmp_path, change, sentence):
+    content = make_truth()
+    change(content)
+    with pytest.raises(ValueError, match=sentence):
+        read(tmp_path, content)
+
+
+def test_crowds_may_be_left_out(tmp_path):
+    content = make_truth()
+    for entry in content["annotations"]:
+        entry.pop("iscrowd")
+    assert list(evaluated_classes(read(tmp_path, content), make_results(content, 1), BBOX))
+
+
+def test_only_what_all_results_hold_is_compared(tmp_path):
+    content = make_truth()
+    both = make_results(content, 1)
+    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in both]
+    assert common_iou_types([[both], [both, both]]) == (BBOX, SEGM)
+    assert common_iou_types([[both], [both, boxes]]) == (BBOX,)
+    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
+        list(evaluated_classes(read(tmp_path, content), boxes, SEGM))
+    content["annotations"][0].pop("segmentation")
+    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):
+        list(evaluated_classes(read(tmp_path, content), both, SEGM))
