@@ -9,25 +9,44 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from repr_det.classification.config import add_classification_config
-from repr_det.classification.datasets import use_image_folder
+from repr_det.classification.datasets import add_folder_argument, use_image_folder
 from repr_det.classification.trainer import ClassificationTrainer
-from repr_det.detection.datasets import check_same_categories, take_num_classes, use_coco_data
+from repr_det.detection.config import add_detection_config
+from repr_det.detection.datasets import (
+    add_coco_argument,
+    check_same_categories,
+    take_num_classes,
+    use_coco_data,
+)
 from repr_det.detection.trainer import DetectionTrainer
-from repr_det.engine import config
-from repr_det.engine.command_line import merge_arguments
+from repr_det.engine import command_line, config
 from repr_det.engine.trained import merge_trained
 from repr_det.engine.trainer import RePrTrainer
 
 
 def get_cfg() -> CfgNode:
     """The default config with the keys of every task."""
-    return config.get_cfg(add_classification_config)
+    return config.get_cfg(add_detection_config, add_classification_config)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Train or evaluate as a command line says; see :func:`repr_det.engine.command_line.run`."""
+    command_line.run(argument_parser().parse_args(arguments), configure, trainer_for)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    """The arguments of training and evaluation, with datasets that no code has registered."""
+    parser = command_line.argument_parser()
+    for split in ("train", "test"):
+        add_coco_argument(parser, split)
+        add_folder_argument(parser, split)
+    return parser
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
     """The config that parsed arguments describe, datasets given by their files registered."""
     cfg = get_cfg()
-    merge_arguments(cfg, args)
+    command_line.merge_arguments(cfg, args)
     for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
         if data is not None:
             use_coco_data(cfg, split, *data)

@@ -5,38 +5,74 @@ tools/demo.py
 tools/demo.py --output output/standard REPR.ENABLED False
 """
 
+from __future__ import annotations
+
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from detectron2.engine import default_setup
 
 from repr_det.detection.drawing import draw_dataset_detections, plot_run, read_metrics
 from repr_det.detection.trainer import DetectionTrainer
-from repr_det.engine.config import config_path, get_cfg
+from repr_det.engine.command_line import (
+    merge_config_file,
+    merge_overrides,
+    told_in_one_sentence,
+    undone_on_error,
+)
+from repr_det.tasks import get_cfg
 
-LEFT_BY_A_RUN = ("*.pth", "last_checkpoint", "metrics.json", "events.out.tfevents.*", "*.png")
+LEFT_BY_A_RUN = (
+    "model_final.pth",
+    "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth",
+    "last_checkpoint",
+    "metrics.json",
+    "events.out.tfevents.*",
+    "run.png",
+    "detections.png",
+)
 
 
-def main() -> None:
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Take an earlier run out of a folder; put it back if the new one cannot be set up."""
+    earlier = [path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)]
+    if not earlier:
+        yield
+        return
+    with TemporaryDirectory(prefix=".earlier-", dir=folder) as aside:
+        for path in earlier:
+            path.rename(Path(aside) / path.name)
+        try:
+            yield
+        except BaseException:
+            for path in earlier:
+                (Path(aside) / path.name).replace(path)
+            raise
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("output/demo"), help="an earlier run in it is replaced"
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
-    cfg = get_cfg()
-    cfg.merge_from_file(config_path("demo_faster_rcnn.yaml"))
-    cfg.merge_from_list([*args.opts, "OUTPUT_DIR", str(args.output)])
-    cfg.freeze()
-    for pattern in LEFT_BY_A_RUN:
-        for path in args.output.glob(pattern):
-            path.unlink()
-
-    default_setup(cfg, args)
-    trainer = DetectionTrainer(cfg)
-    trainer.resume_or_load(resume=False)
+    with told_in_one_sentence():
+        cfg = get_cfg()
+        merge_config_file(cfg, "demo_faster_rcnn.yaml")
+        merge_overrides(cfg, [*args.opts, "OUTPUT_DIR", str(args.output)])
+        cfg.freeze()
+        DetectionTrainer.check(cfg)
+        with replaced(args.output), undone_on_error(args.output):
+            default_setup(cfg, args)
+            trainer = DetectionTrainer(cfg)
+            trainer.resume_or_load(resume=False)
     trainer.train()
 
     metrics = args.output / "metrics.json"

@@ -6,8 +6,7 @@ tools/train_net.py --config repr_faster_rcnn.yaml --resume
 tools/train_net.py --config repr_faster_rcnn.yaml --eval-only MODEL.WEIGHTS model_final.pth
 """
 
-from repr_det.engine.command_line import run
-from repr_det.tasks import configure, trainer_for
+from repr_det.tasks import run
 
 if __name__ == "__main__":
-    run(None, configure, trainer_for)
+    run()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -22,6 +23,14 @@ NUM_CLASSES_KEYS = {"RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
 def num_classes_key(cfg: CfgNode) -> str:
     """The config key from which the model reads its number of classes."""
     return NUM_CLASSES_KEYS.get(cfg.MODEL.META_ARCHITECTURE, "MODEL.ROI_HEADS.NUM_CLASSES")
+
+
+def num_classes(cfg: CfgNode) -> int:
+    """The model's number of classes."""
+    node: Any = cfg
+    for part in num_classes_key(cfg).split("."):
+        node = node[part]
+    return node
 
 
 def read_coco(annotations: str) -> dict[str, Any]:
@@ -134,6 +143,16 @@ class NamedImages:
             return None
 
 
+def add_coco_argument(parser: argparse._ActionsContainer, split: str) -> None:
+    """Add ``--train-data`` or ``--test-data``, the arguments of :func:`use_coco_data`."""
+    parser.add_argument(
+        f"--{split}-data",
+        nargs=3,
+        metavar=("NAME", "JSON", "IMAGES"),
+        help=f"a COCO-format dataset to {split} on: a name, annotation file and image folder",
+    )
+
+
 def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images: str) -> None:
     """Register a COCO-format dataset and make the config train or test on it, in place.
 
@@ -217,12 +236,9 @@ def check_num_classes(cfg: CfgNode, dataset: str) -> None:
         ValueError: they differ.
     """
     classes: Sequence[str] | None = MetadataCatalog.get(dataset).get("thing_classes")
-    key = num_classes_key(cfg)
-    node: Any = cfg
-    for part in key.split("."):
-        node = node[part]
-    if classes is not None and node != len(classes):
+    count = num_classes(cfg)
+    if classes is not None and count != len(classes):
         raise ValueError(
-            f"{key} is {node}, but dataset {dataset} has {len(classes)} classes: set it to "
-            f"{len(classes)}."
+            f"{num_classes_key(cfg)} is {count}, but dataset {dataset} has {len(classes)} "
+            f"classes: set it to {len(classes)}."
         )

@@ -23,7 +23,7 @@ class DetectionTrainer(RePrTrainer):
     """Detectron2's detection loaders and COCO evaluation, with RePr.
 
     Args:
-        cfg: a config from :func:`repr_det.engine.config.get_cfg`.
+        cfg: a config from :func:`repr_det.tasks.get_cfg`.
 
     Raises:
         FileNotFoundError, ValueError: datasets that are not there or do not fit the model, and

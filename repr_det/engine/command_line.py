@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,29 +28,18 @@ from repr_det.engine.trainer import RePrTrainer, check_weights
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
 """What checks raise for mistakes in config, arguments and data: told in one sentence."""
 
+GRACE_S = 10.0
+"""How long a process waits for the main process to tell a mistake that both have made."""
+
 TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
 Configure = Callable[[argparse.Namespace], CfgNode]
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments, and datasets that no code has registered."""
-    parser = default_argument_parser(
+    """Detectron2's arguments; a task adds its own."""
+    return default_argument_parser(
         epilog="Bare names of --config-file (or --config) are looked up in configs/."
     )
-    for split in ("train", "test"):
-        parser.add_argument(
-            f"--{split}-data",
-            nargs=3,
-            metavar=("NAME", "JSON", "IMAGES"),
-            help=f"a COCO-format dataset to {split} on: a name, annotation file and image folder",
-        )
-        parser.add_argument(
-            f"--{split}-folder",
-            nargs=2,
-            metavar=("NAME", "FOLDER"),
-            help=f"images in one folder a class to {split} a classifier on: a name and the folder",
-        )
-    return parser
 
 
 def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -80,7 +70,8 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
     path = config_path(name)
     try:
         cfg.merge_from_file(path, allow_unsafe=trusted)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+        # The last two where it is YAML but no mapping.
         reason = " ".join(str(error).split())
         raise ValueError(f"Config {path} cannot be read ({reason}): correct it.") from error
     return path
@@ -98,17 +89,16 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
         raise ValueError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
 
 
-def run(arguments: list[str] | None, configure: Configure, trainer_for: TrainerFor) -> None:
+def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
     """Train or evaluate as the command line says, in as many processes as it says.
 
     Also joins processes that ``torchrun`` has started.
 
     Args:
-        arguments: of the command line; None takes the program's own.
+        args: parsed by a parser from :func:`argument_parser`.
         configure: makes the whole config from the parsed arguments.
         trainer_for: picks the trainer for a config.
     """
-    args = argument_parser().parse_args(arguments)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         join_torchrun()
         _in_process(args, configure, trainer_for)
@@ -138,12 +128,12 @@ def join_torchrun() -> None:
 
 
 def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
-    with _told_in_one_sentence():
+    with told_in_one_sentence():
         cfg = configure(args)
         cfg.freeze()
         trainer_class = trainer_for(cfg)
         trainer_class.check(cfg)
-        with _undone_on_error(Path(cfg.OUTPUT_DIR)):
+        with undone_on_error(Path(cfg.OUTPUT_DIR)):
             default_setup(cfg, args)
             if not args.eval_only:
                 trainer = trainer_class(cfg)
@@ -189,18 +179,21 @@ def tell(program: str, error: Exception) -> int:
 
 
 @contextmanager
-def _told_in_one_sentence() -> Iterator[None]:
-    """Turn a user's mistake into its sentence, told by the main process, and exit status 2."""
+def told_in_one_sentence() -> Iterator[None]:
+    """Turn a user's mistake into its sentence, told by one process, and exit status 2."""
     try:
         yield
     except USER_ERRORS as error:
-        if comm.is_main_process():
-            tell(Path(sys.argv[0]).name, error)
+        if not comm.is_main_process():
+            # The first process to end takes the others with it, so the main process must come
+            # first; one that is still there after this has made a mistake of its own.
+            time.sleep(GRACE_S)
+        tell(Path(sys.argv[0]).name, error)
         sys.exit(2)
 
 
 @contextmanager
-def _undone_on_error(folder: Path) -> Iterator[None]:
+def undone_on_error(folder: Path) -> Iterator[None]:
     """Leave an output folder as it was if setting up fails; only the main process writes there."""
     if not comm.is_main_process():
         yield

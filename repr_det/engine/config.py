@@ -60,8 +60,6 @@ def _add_trainer_config(cfg: CfgNode) -> None:
     # Make sample order, augmentation and every random draw of a step a function of SEED, iteration
     # and rank, and torch's operations repeatable: a resumed run ends with the same bits.
     cfg.DETERMINISTIC = False
-    # Detection: go on without a training image that cannot be read, instead of stopping.
-    cfg.INPUT.SKIP_BAD_IMAGES = False
     # Precision of mixed-precision training: "auto" is float16 on a GPU and bfloat16 on a CPU.
     cfg.SOLVER.AMP.PRECISION = "auto"
 

@@ -37,7 +37,8 @@ class RePrTrainer(DefaultTrainer):
     and checks before anything is trained. A task adds its loaders and its evaluator.
 
     Args:
-        cfg: a config from :func:`repr_det.engine.config.get_cfg`, lengths in iterations.
+        cfg: a config from :func:`repr_det.engine.config.get_cfg` with the keys of the task,
+            lengths in iterations.
 
     Raises:
         ValueError: whatever cannot work with this config, in one sentence.

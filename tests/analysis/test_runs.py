@@ -17,8 +17,7 @@ from repr_det.analysis import runs
 from repr_det.analysis.runs import FULL, QUICK, import_run, plan, read_records, reproduce
 from repr_det.analysis.summary import run_accuracy
 from repr_det.analysis.tables import only
-from repr_det.engine.command_line import argument_parser
-from repr_det.tasks import configure, trainer_for
+from repr_det.tasks import argument_parser, configure, trainer_for
 from tests.analysis.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
 
 

@@ -20,7 +20,7 @@ from repr_det.detection.datasets import (
     take_num_classes,
     use_coco_data,
 )
-from repr_det.engine.config import get_cfg
+from repr_det.tasks import get_cfg
 
 
 @pytest.fixture

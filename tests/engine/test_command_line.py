@@ -7,8 +7,7 @@ import json
 import pytest
 import torch
 
-from repr_det.engine.command_line import run
-from repr_det.tasks import configure, get_cfg, trainer_for
+from repr_det.tasks import get_cfg, run
 from tests.detectors import needs_coco, shrink
 
 CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
@@ -37,7 +36,7 @@ def overrides(output_dir, **changes):
 
 
 def train(*arguments):
-    run(list(arguments), configure, trainer_for)
+    run(list(arguments))
 
 
 def refused(capsys, *arguments):

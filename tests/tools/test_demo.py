@@ -1,0 +1,57 @@
+"""What tools/demo.py does with an earlier run."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.tools.loading import load_tool
+
+OF_A_RUN = ("model_0000539.pth", "model_final.pth", "last_checkpoint", "metrics.json", "run.png")
+FOREIGN = ("holiday.png", "backbone.pth", "model_best.pth", "notes.txt")
+
+
+@pytest.fixture
+def tool():
+    return load_tool("demo")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with an earlier run and with other things."""
+    for name in (*OF_A_RUN, *FOREIGN):
+        (tmp_path / name).write_text(f"content of {name}")
+    return tmp_path
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        (("REPR.S1", "0"), "s1 is 0"),
+        (("REPR.NO_KEY", "1"), "NO_KEY"),
+        (("DATASETS.TEST", "('nobody',)"), "Dataset nobody is not registered"),
+    ],
+)
+def test_a_mistake_leaves_the_earlier_run(tool, folder, capsys, pair, sentence):
+    before = content(folder)
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["--output", str(folder), *pair])
+    assert stop.value.code == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if ": error: " in x]
+    assert sentence in line
+    after = content(folder)
+    after.pop("log.txt", None)
+    assert after == before
+
+
+def test_only_what_a_run_writes_is_replaced(tool, folder):
+    with tool.replaced(folder):
+        assert {path.name for path in folder.iterdir() if path.is_file()} == set(FOREIGN)
+        (folder / "metrics.json").write_text("new")
+    assert content(folder) == {
+        **{name: f"content of {name}" for name in FOREIGN},
+        "metrics.json": "new",
+    }
