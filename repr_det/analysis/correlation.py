@@ -13,6 +13,7 @@ from repr_det.analysis.statistics import pearson, spearman
 from repr_det.classification.datasets import held_out_name
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.batches import training_loss
+from repr_det.engine.hook import filter_progress
 from repr_det.method.criteria import CRITERIA, Data
 from repr_det.method.data_criteria import BATCHES
 
@@ -57,6 +58,7 @@ def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
                 lambda: held_out_batches(trainer),
                 training_loss,
                 torch.Generator().manual_seed(trainer.cfg.REPR.SEED),
+                filter_progress,
             ),
         )
         for name, criterion in CRITERIA.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, TrainerBase
 from detectron2.utils import comm
+from tqdm import tqdm
 
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.method.controller import PhaseChange, RePr
@@ -38,7 +39,8 @@ class RePrHook(HookBase):
     Args:
         schedule: when, in iterations.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
-            ``batches`` and ``loss`` default to the trainer's data and the model's losses.
+            ``batches`` and ``loss`` default to the trainer's data and the model's losses,
+            ``progress`` to a bar on the main process.
 
     Raises:
         ValueError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
@@ -104,7 +106,7 @@ class RePrHook(HookBase):
         if hasattr(trainer, "max_iter"):
             self.schedule.check_fits(trainer.max_iter)
         seed = self._arguments.get("seed", 0) + comm.get_rank()
-        defaults: dict[str, Any] = {"loss": training_loss}
+        defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
         if hasattr(trainer, "data_loader"):
             defaults["batches"] = own_batches(trainer.data_loader, seed)
         self.method = RePr(
@@ -197,6 +199,13 @@ class RePrHook(HookBase):
             value * surviving[name] for name, value in overlap.items()
         ) / sum(surviving.values())
         self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+
+
+def filter_progress(filters: Sequence[Any]) -> Iterable[Any]:
+    """A bar over filters that a criterion goes through, on the main process."""
+    return tqdm(
+        filters, "RePr oracle", unit="filter", leave=False, disable=not comm.is_main_process()
+    )
 
 
 def _one_line(change: PhaseChange) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -98,6 +98,8 @@ class RePr:
         copies: models kept in step (EMA of the weights): dropped and returned filters are handed
             over to them.
         reinit: what returned filters start with besides their direction.
+        progress: shows how far a slow criterion (``oracle``) is: takes the filters to go through
+            and returns what passes them on, ``tqdm`` for example.
 
     Raises:
         ValueError: an argument out of range, patterns that match nothing, an optimizer that cannot
@@ -119,6 +121,7 @@ class RePr:
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         copies: Sequence[nn.Module] = (),
         reinit: Reinit | None = None,
+        progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
     ) -> None:
         for name, value, closed in (
             ("prune_ratio", prune_ratio, False), ("max_layer_ratio", max_layer_ratio, True)
@@ -151,7 +154,7 @@ class RePr:
         )
         self._include, self._exclude = list(include or ()), list(exclude or ())
         self._model = unwrap(model)
-        self._batches, self._loss = batches, loss
+        self._batches, self._loss, self._progress = batches, loss, progress
 
         self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
         self.layers: list[FilterLayer] = self._find_layers()
@@ -325,7 +328,9 @@ class RePr:
         return torch.Generator().manual_seed((self.seed * 1_000_003 + cycle) * 2 + event)
 
     def _data(self, cycle: int) -> Data:
-        return Data(self._model, self._batches, self._loss, self._generator(cycle, 0))
+        return Data(
+            self._model, self._batches, self._loss, self._generator(cycle, 0), self._progress
+        )
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
         self._check_finite("rank")

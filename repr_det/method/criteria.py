@@ -8,7 +8,7 @@ function of one's own can stand in for any of them. Those that look at training 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,12 +26,14 @@ class Data(NamedTuple):
         batches: returns a fresh iterator of batches, or None.
         loss: ``loss(model, batch)`` returns a scalar, or None.
         generator: CPU source of random numbers, a function of seed and cycle.
+        progress: passes on what a criterion takes long to go through, and may show how far it is.
     """
 
     model: nn.Module
     batches: Callable[[], Iterator[Any]] | None
     loss: Callable[[nn.Module, Any], Tensor] | None
     generator: torch.Generator
+    progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
 
 
 Scores = dict[str, Tensor]

@@ -15,12 +15,11 @@ docstring says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from repr_det.method.filters import FilterLayer
@@ -135,13 +134,14 @@ def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:
     """Minus what the loss rises by when one filter alone is zeroed: the paper's greedy oracle.
 
     The paper counts the accuracy lost on held-out training images; the loss is what every task has.
-    It costs one forward pass a filter and batch. The loss is compared between layers as it is.
+    It costs one forward pass a filter and batch, told to ``data.progress``. The loss is compared
+    between layers as it is.
     """
     batches = list(_batches(data))
     zero_at_all = _total_loss(data, batches)
     scores = _zeros(layers)
     filters = [(layer, i) for layer in layers for i in range(layer.num_filters)]
-    for layer, i in _progress(filters):
+    for layer, i in data.progress(filters):
         with _zeroed(layer, i):
             scores[layer.name][i] = zero_at_all - _total_loss(data, batches)
     return scores
@@ -308,13 +308,3 @@ def _zeroed(layer: FilterLayer, index: int) -> Iterator[None]:
                 slot.write(value)
             for mean, value in means:
                 mean.copy_(value)
-
-
-def _progress(items: Sequence[Any]) -> Iterable[Any]:
-    """A progress bar on the first process, where tqdm is installed."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return items
-    first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    return tqdm(items, desc="RePr oracle", unit="filter", leave=False, disable=not first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import itertools
 import math
 
@@ -467,18 +466,19 @@ def test_oracle_gives_every_filter_the_same_random_draws():
     assert (scores[[0, 1, 3]] != 0).all()
 
 
-def test_oracle_needs_no_tqdm(monkeypatch):
-    original = builtins.__import__
-
-    def without_tqdm(name, *args, **kwargs):
-        if name == "tqdm":
-            raise ImportError(name)
-        return original(name, *args, **kwargs)
-
-    model, layers, data, _ = tiny()
+def test_oracle_tells_its_progress():
+    _, layers, data, _ = tiny()
     expected = data_criteria.oracle(layers, data)["conv"]
-    monkeypatch.setattr(builtins, "__import__", without_tqdm)
-    assert torch.equal(data_criteria.oracle(layers, data)["conv"], expected)
+    seen = []
+
+    def progress(filters):
+        for layer, index in filters:
+            seen.append((layer.name, index))
+            yield layer, index
+
+    told = data_criteria.oracle(layers, data._replace(progress=progress))["conv"]
+    assert torch.equal(told, expected)
+    assert seen == [("conv", index) for index in range(4)]
 
 
 @pytest.mark.parametrize("criterion", sorted(NEEDS_DATA))
