@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 import pytest
+import torch
 from detectron2 import model_zoo
 from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_plain_cfg
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import build_model
+
+from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.config import config_path
+from repr_det.tasks import get_cfg
 
 HAS_COCO = (
     Path(os.environ.get("DETECTRON2_DATASETS", "")) / "coco/annotations/instances_val2017.json"
@@ -57,3 +70,65 @@ def plain_cfg(output_dir: Path, zoo: str = "COCO-Detection/faster_rcnn_R_50_FPN_
     cfg = get_plain_cfg()
     cfg.merge_from_file(model_zoo.get_config_file(f"{zoo}.yaml"))
     return shrink(cfg, output_dir)
+
+
+class SmallRun(NamedTuple):
+    """An untrained Mask R-CNN as a run leaves it, and data on which it is right at times."""
+
+    folder: Path
+    cfg: CfgNode
+    annotations: Path
+    images: Path
+    truth: dict[str, Any]
+
+
+def make_run(folder: Path, classes: Sequence[str] = ("nut", "bolt", "washer")) -> SmallRun:
+    """Write a run, and a dataset whose objects are every second of its detections.
+
+    Category ids have gaps, and image ids are not in the order of file names.
+    """
+    images, output = folder / "images", folder / "run"
+    images.mkdir(parents=True)
+    output.mkdir()
+    cfg = get_cfg()
+    cfg.merge_from_file(config_path("repr_mask_rcnn_standard.yaml"))
+    shrink(cfg, output)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
+    cfg.MODEL.WEIGHTS = str(output / "model_final.pth")
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("small_run",)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    SafeCheckpointer(model, str(output)).save("model_final", iteration=0)
+    (output / "config.yaml").write_text(cfg.dump())
+    detector = DefaultPredictor(cfg)
+    rng = np.random.default_rng(0)
+    content = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": 10 * k + 3, "name": name} for k, name in enumerate(classes)],
+    }
+    for number, shape in enumerate([(48, 64), (64, 48), (60, 60)]):
+        pixels = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), shape[::-1])
+        name, image_id = f"{number}.png", 9 - number
+        cv2.imwrite(str(images / name), pixels)
+        height, width = shape
+        content["images"].append(
+            {"id": image_id, "file_name": name, "height": height, "width": width}
+        )
+        found = detector(pixels)["instances"]
+        for entry in instances_to_coco_json(found, image_id)[::2]:
+            x, y, w, h = entry["bbox"]
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": 10 * entry["category_id"] + 3,
+                    "bbox": entry["bbox"],
+                    "area": w * h,
+                    "iscrowd": 0,
+                    "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]],
+                }
+            )
+    annotations = folder / "annotations.json"
+    annotations.write_text(json.dumps(content))
+    return SmallRun(output, cfg, annotations, images, content)

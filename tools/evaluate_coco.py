@@ -22,7 +22,7 @@ from typing import Any
 
 from repr_det.analysis.markdown import aligned_table
 from repr_det.detection.coco_results import METRICS, TITLES
-from repr_det.detection.datasets import take_num_classes, use_coco_data
+from repr_det.detection.datasets import add_coco_argument, take_num_classes, use_coco_data
 from repr_det.detection.evaluation import (
     Detections,
     Evaluation,
@@ -50,12 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     on = parser.add_mutually_exclusive_group()
     on.add_argument("--dataset", metavar="NAME", help="a registered dataset")
-    on.add_argument(
-        "--test-data",
-        nargs=3,
-        metavar=("NAME", "JSON", "IMAGES"),
-        help="a COCO-format dataset: a name, annotation file and image folder",
-    )
+    add_coco_argument(on, "test")
     on.add_argument(
         "--annotations", type=Path, metavar="JSON", help="with --results: an annotation file"
     )
@@ -89,6 +84,11 @@ def _evaluate(args: argparse.Namespace) -> str:
         iou_types = (
             [args.iou_type] if args.iou_type else evaluable_types(found.results, found.truth)
         )
+        if not iou_types:
+            raise ValueError(
+                f"Detections and annotations of {found.dataset} share neither boxes nor masks: "
+                "give results or annotations with both."
+            )
         record: dict[str, Any] = {
             "source": found.source,
             "annotations": str(found.annotations),

@@ -14,6 +14,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Instances
 from numpy.typing import NDArray
 from pycocotools.coco import COCO
 from torch import nn
@@ -190,19 +191,12 @@ def _detect(
         with torch.no_grad():
             outputs = model(inputs)
         for image, output in zip(inputs, outputs, strict=True):
-            results += coco_entries(output, image["image_id"], of_dataset)
+            results += coco_entries(instances_of(output), image["image_id"], of_dataset)
     return results
 
 
-def coco_entries(
-    output: dict[str, Any], image_id: int, of_dataset: Sequence[int]
-) -> list[dict[str, Any]]:
-    """What a Detectron2 model answers for an image, as COCO's results.
-
-    Args:
-        output: of the model; its instances may be on any device.
-        image_id: of the image.
-        of_dataset: the category id of each contiguous class id.
+def instances_of(output: dict[str, Any]) -> Instances:
+    """What a Detectron2 model has detected on an image, on the CPU.
 
     Raises:
         ValueError: the model does not answer with instances.
@@ -212,11 +206,30 @@ def coco_entries(
             f"The model does not answer with instances but with {', '.join(output)}: give a "
             f"detector."
         )
-    entries = instances_to_coco_json(output["instances"].to("cpu"), image_id)
+    return output["instances"].to("cpu")
+
+
+def coco_entries(
+    instances: Instances, image_id: int, of_dataset: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections on an image as COCO's results.
+
+    Args:
+        instances: on the CPU. Detectron2 moves their keypoints by half a pixel, in place.
+        image_id: of the image.
+        of_dataset: the category id of each contiguous class id.
+    """
+    entries = instances_to_coco_json(instances, image_id)
     return [{**entry, "category_id": of_dataset[entry["category_id"]]} for entry in entries]
 
 
 def category_ids(dataset: str) -> list[int]:
-    """The category id of each contiguous class id of a COCO-format dataset that was read."""
-    contiguous = MetadataCatalog.get(dataset).thing_dataset_id_to_contiguous_id
+    """The category id of each contiguous class id of a dataset that was read.
+
+    Where a dataset has no ids of its own, the contiguous ones are meant, as in Detectron2.
+    """
+    metadata = MetadataCatalog.get(dataset)
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
+    if contiguous is None:
+        return list(range(len(metadata.thing_classes)))
     return sorted(contiguous, key=contiguous.__getitem__)

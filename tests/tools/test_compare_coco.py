@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.tools.loading import load_tool
 
 
 @pytest.fixture
 def tool():
     """The tool as a module."""
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "compare_coco.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("compare_coco")
 
 
 def box(image, category, x, score=None, number=None):

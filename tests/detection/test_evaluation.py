@@ -1,0 +1,52 @@
+"""COCO's metrics against pycocotools and Detectron2's evaluator called directly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from repr_det.detection.coco_results import BBOX, METRICS, SEGM
+from repr_det.detection.evaluation import annotation_file, evaluable_types, evaluate
+from tests.coco_files import CLASSES, direct, make_results, make_truth, read
+
+
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_metrics_are_those_of_pycocotools(tmp_path, iou_type):
+    content = make_truth(20)
+    results = make_results(content, 1)
+    found = evaluate(read(tmp_path, content), results, iou_type)
+    assert list(found.classes) == list(CLASSES.values())
+    tables = [[table[m] for m in METRICS] for table in (found.overall, *found.classes.values())]
+    ours = np.array(tables, dtype=float)  # None becomes NaN
+    np.testing.assert_allclose(ours, direct(content, results, iou_type), rtol=0, atol=1e-12)
+    assert found.classes["never seen"]["AP"] is None and found.classes["never found"]["AP"] == 0
+
+
+def test_no_detections(tmp_path):
+    found = evaluate(read(tmp_path, make_truth()), [], BBOX)
+    assert found.overall["AP"] == 0 and found.classes["never seen"]["AP"] is None
+
+
+def test_what_can_be_evaluated(tmp_path):
+    content = make_truth()
+    results = make_results(content, 1)
+    truth = read(tmp_path, content)
+    assert evaluable_types(results, truth) == (BBOX, SEGM)
+    assert evaluable_types([], truth) == (BBOX,)
+    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in results]
+    assert evaluable_types(boxes, truth) == (BBOX,)
+    del content["annotations"][0]["segmentation"]
+    assert evaluable_types(results, read(tmp_path, content)) == (BBOX,)
+
+
+def test_no_coco_dataset():
+    DatasetCatalog.register("not_coco", list)
+    try:
+        with pytest.raises(ValueError, match="not_coco has no COCO-format annotation file"):
+            annotation_file("not_coco")
+    finally:
+        DatasetCatalog.remove("not_coco")
+        MetadataCatalog.remove("not_coco")
+    with pytest.raises(ValueError, match="Dataset nobody_knows is not registered"):
+        annotation_file("nobody_knows")
