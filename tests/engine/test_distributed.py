@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "tests/engine/ranks.py")
 
 
-def start(output, *arguments, through=(), timeout=300):
+def start(output, *arguments, through=(), timeout=300, script=SCRIPT):
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -23,7 +24,7 @@ def start(output, *arguments, through=(), timeout=300):
         "REPR_DET_CACHE": str(output.parent / "cache"),
     }
     return subprocess.run(
-        [sys.executable, *through, SCRIPT, *map(str, arguments)],
+        [sys.executable, *through, script, *map(str, arguments)],
         env=environment,
         capture_output=True,
         text=True,
@@ -74,3 +75,25 @@ def test_a_killed_rank_ends_the_run_which_then_resumes(tmp_path):
     resumed = start(output, "detection", output, 2)
     assert resumed.returncode == 0, resumed.stderr[-3000:]
     assert (output / "last_checkpoint").read_text() == "model_final.pth"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for two GPUs")
+@pytest.mark.parametrize(
+    ("pair", "sentence"),
+    [
+        (("REPR.NO_KEY", "1"), "NO_KEY"),  # found before the processes have anything in common
+        (("REPR.S1", "0"), "s1 is 0"),
+        (("REPR.PRUNE_RATIO", "1.5"), "prune_ratio is 1.5"),  # found when all is built
+    ],
+)
+def test_a_mistake_in_two_processes_is_told_once(tmp_path, pair, sentence):
+    output = tmp_path / "out"
+    program = str(ROOT / "tools/train_net.py")
+    options = ["--num-gpus", "2", "--config", "demo_faster_rcnn.yaml", "OUTPUT_DIR", output]
+    done = start(output, *options, *pair, script=program)
+    assert done.returncode == 2, done.stderr[-3000:]
+    told = [line for line in done.stderr.splitlines() if "error: " in line]
+    assert len(told) == 1 and told[0].startswith("train_net.py: error: ") and sentence in told[0]
+    assert "Traceback" not in done.stderr
+    assert not output.exists()
