@@ -14,6 +14,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Instances
+from detectron2.utils.visualizer import Visualizer
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -83,6 +84,35 @@ def draw_instances(
         score = "" if scores[k] is None else f" {100 * scores[k]:.0f}"
         _label(picture, class_names[classes[k]] + score, boxes[k], _colour(classes[k]))
     return np.asarray(picture)
+
+
+def draw_over(image: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
+    """Draw all that a detector says with Detectron2's Visualizer: boxes, masks, keypoints, labels.
+
+    A class has one colour on all images, :data:`COLOURS` in turn.
+
+    Args:
+        image: uint8 (height, width, 3), RGB.
+        instances: detections on the CPU, in pixels of ``image``.
+        class_names: names of the contiguous class ids.
+
+    Returns:
+        uint8 (height, width, 3), RGB; the image itself where there are no detections.
+    """
+    if not len(instances):
+        return image
+    classes = instances.pred_classes.tolist()
+    drawn = Visualizer(image).overlay_instances(
+        boxes=instances.pred_boxes,
+        masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
+        keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
+        labels=[
+            f"{class_names[label]} {100 * score:.0f}"
+            for label, score in zip(classes, instances.scores.tolist(), strict=True)
+        ],
+        assigned_colors=[tuple(c / 255 for c in _colour(label)) for label in classes],
+    )
+    return drawn.get_image()
 
 
 def _colour(label: int) -> tuple[int, int, int]:

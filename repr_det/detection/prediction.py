@@ -1,0 +1,395 @@
+"""Detections on images and videos that belong to no dataset, drawn or as COCO's results."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from detectron2.structures import Instances
+from numpy.typing import NDArray
+from PIL import Image
+from tqdm import tqdm
+
+from repr_det.detection.datasets import category_names, num_classes, num_classes_key, read_coco
+from repr_det.detection.drawing import draw_instances, draw_over
+from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
+from repr_det.detection.shapes import register_shapes
+from repr_det.engine.trained import load_trained
+
+Pixels = NDArray[np.uint8]
+"""An image (height, width, 3), RGB."""
+
+IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+
+USUAL_FPS = 25.0
+"""Frames a second of a video that does not say how many it has."""
+
+
+# --- what is asked for
+
+
+class Source(NamedTuple):
+    """A file to look at.
+
+    Attributes:
+        path: of the file.
+        drawn: where its picture goes, relative to the output folder.
+    """
+
+    path: Path
+    drawn: Path
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is a video, by its suffix."""
+        return self.path.suffix.lower() in VIDEOS
+
+
+def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Source]:
+    """The images and videos that are meant by files and folders.
+
+    Args:
+        inputs: images, videos, and folders, whose images are taken with those of their subfolders.
+        output: folder in which pictures will be drawn, or None.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        ValueError: nothing to look at, files that are neither, a video that cannot be read,
+            pictures that would replace one another or the inputs.
+    """
+    sources = []
+    for path in inputs:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+            if not found:
+                raise ValueError(f"Folder {path} holds no images ({', '.join(IMAGES)}).")
+            sources += [Source(p, p.relative_to(path)) for p in found]
+        elif not path.exists():
+            raise FileNotFoundError(f"Input {path} does not exist: give images, folders or videos.")
+        elif path.suffix.lower() in IMAGES:
+            sources.append(Source(path, Path(path.name)))
+        elif path.suffix.lower() in VIDEOS:
+            _check_video(path)
+            sources.append(Source(path, Path(path.name).with_suffix(".mp4")))
+        else:
+            raise ValueError(
+                f"Input {path} is neither an image ({', '.join(IMAGES)}) nor a video "
+                f"({', '.join(VIDEOS)})."
+            )
+    if output is not None:
+        _check_drawn(sources, output)
+    return sources
+
+
+def _check_drawn(sources: Sequence[Source], output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output} is a file: give a folder.")
+    by_target: dict[Path, Path] = {}
+    inputs = {source.path.resolve() for source in sources}
+    for source in sources:
+        target = (output / source.drawn).resolve()
+        if target in inputs:
+            raise ValueError(f"--output {output} would replace {target}: give another folder.")
+        if target in by_target:
+            raise ValueError(
+                f"{by_target[target]} and {source.path} would both be drawn as {target}: give them "
+                f"in separate calls."
+            )
+        by_target[target] = source.path
+
+
+class Labels(NamedTuple):
+    """What classes and images are called.
+
+    Attributes:
+        names: of the classes, by contiguous id.
+        categories: their ids in COCO's results.
+        images: ids of known images, by file name.
+    """
+
+    names: list[str]
+    categories: list[int]
+    images: dict[str, int]
+
+
+def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
+    """Labels of a COCO annotation file, or of a registered dataset that the config names.
+
+    Where neither is known, classes are called by their number, counted from 1.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, not COCO's, or of another number of classes
+            than the model.
+    """
+    count = num_classes(cfg)
+    if annotations is not None:
+        content = read_coco(str(annotations))
+        names = category_names(content)
+        if len(names) != count:
+            raise ValueError(
+                f"{annotations} has {len(names)} classes, but {num_classes_key(cfg)} is {count}: "
+                f"give annotations of the dataset that the model was trained on."
+            )
+        categories = sorted(category["id"] for category in content["categories"])
+        images = {image["file_name"]: image["id"] for image in content["images"]}
+        return Labels(names, categories, images)
+    register_shapes()
+    for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+        names = dataset in MetadataCatalog.list() and MetadataCatalog.get(dataset).get(
+            "thing_classes"
+        )
+        if names and len(names) == count:
+            return Labels(list(names), category_ids(dataset), {})
+    numbers = range(1, count + 1)
+    return Labels([f"class {number}" for number in numbers], list(numbers), {})
+
+
+# --- looking
+
+
+class Detector:
+    """A trained detector for images in memory, which it treats as Detectron2's DefaultPredictor.
+
+    Args:
+        cfg: with its weights; see :func:`repr_det.engine.trained.load_trained`, which says what is
+            refused.
+        min_score: detections with a lower score are left out. The model itself leaves out those
+            below its own ``SCORE_THRESH_TEST``.
+
+    Raises:
+        ValueError: a score that is none, or an order of channels that images do not have.
+    """
+
+    def __init__(self, cfg: CfgNode, min_score: float = 0.5) -> None:
+        if not 0 <= min_score <= 1:
+            raise ValueError(f"--score-threshold is {min_score}: give a score from 0 to 1.")
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: only RGB and BGR can be read.")
+        self._min_score = min_score
+        self._bgr = cfg.INPUT.FORMAT == "BGR"
+        self._resize = T.ResizeShortestEdge(
+            [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
+        )
+        self._model = load_trained(cfg)
+
+    def __call__(self, images: Sequence[Pixels]) -> list[Instances]:
+        """Detections on a batch of images, in pixels of each, on the CPU."""
+        with torch.no_grad():
+            outputs = self._model([self._input(image) for image in images])
+        found = (instances_of(output) for output in outputs)
+        return [instances[instances.scores >= self._min_score] for instances in found]
+
+    def _input(self, image: Pixels) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        pixels = image[:, :, ::-1] if self._bgr else image
+        pixels = self._resize.get_transform(pixels).apply_image(pixels)
+        tensor = torch.as_tensor(pixels.astype("float32").transpose(2, 0, 1))
+        return {"image": tensor, "height": height, "width": width}
+
+
+class _Frame(NamedTuple):
+    """An image, or one of a video, with what its detections are called in COCO's results."""
+
+    source: Source
+    image: Pixels
+    image_id: int
+    extra: dict[str, Any]
+
+
+@dataclass
+class Outcome:
+    """What was found.
+
+    Attributes:
+        entries: COCO's results, each with the ``file_name`` of its image, and in videos with the
+            ``frame``, counted from 0.
+        images: how many images and frames were looked at.
+        faults: what could not be read, each a part of a sentence.
+    """
+
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    images: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def predict(
+    detector: Detector,
+    labels: Labels,
+    sources: Sequence[Source],
+    output: Path | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = False,
+) -> Outcome:
+    """Detect on images and videos, and draw.
+
+    Images are drawn by :func:`repr_det.detection.drawing.draw_over`, and videos, without keypoints,
+    by :func:`repr_det.detection.drawing.draw_instances`. What cannot be read is left out and told
+    in the outcome.
+
+    Args:
+        detector: what detects.
+        labels: what the results are called. ``image_id`` is the one that the labels know for a file
+            name (as it stands in a folder); other images and frames are numbered behind those.
+        sources: from :func:`find_sources`.
+        output: folder for the pictures and videos, made when there is something to write; None to
+            draw nothing.
+        batch_size: images at once.
+        progress: show a bar.
+
+    Raises:
+        ValueError: not one image could be read, or a video cannot be written.
+    """
+    outcome = Outcome()
+    numbers = itertools.count(max(labels.images.values(), default=0) + 1)
+    videos = [source for source in sources if source.is_video]
+    images = [source for source in sources if not source.is_video]
+    total = len(images) + sum(map(_length, videos))
+    with tqdm(total=total, desc="Detecting", unit="image", disable=not progress) as bar:
+
+        def look(frames: Iterable[_Frame], draw: Callable[[_Frame, Instances], None]) -> None:
+            for batch in _batches(frames, batch_size):
+                for frame, found in zip(batch, detector([f.image for f in batch]), strict=True):
+                    if output is not None:
+                        draw(frame, found)
+                    for entry in coco_entries(found, frame.image_id, labels.categories):
+                        outcome.entries.append({**entry, **frame.extra})
+                outcome.images += len(batch)
+                bar.update(len(batch))
+
+        look(
+            _read_images(images, labels, numbers, outcome.faults),
+            lambda frame, found: _save(
+                output / frame.source.drawn, draw_over(frame.image, found, labels.names)
+            ),
+        )
+        if not outcome.images and not videos:
+            others = f", nor can the other {len(images) - 1}" if len(images) > 1 else ""
+            raise ValueError(f"Image {outcome.faults[0]} cannot be read{others}.")
+        for video in videos:
+            with _video_file(output and output / video.drawn, video) as write:
+                look(
+                    _read_frames(video, numbers, outcome.faults),
+                    # Detectron2's Visualizer takes 15 to 35 times as long for a frame.
+                    lambda frame, found, write=write: write(
+                        draw_instances(frame.image, found, labels.names, side=0, min_score=0)
+                    ),
+                )
+    return outcome
+
+
+def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:
+    frames = iter(frames)
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
+def _read_images(
+    sources: Iterable[Source], labels: Labels, numbers: Iterator[int], faults: list[str]
+) -> Iterator[_Frame]:
+    for source in sources:
+        try:
+            image = read_image(str(source.path), format="RGB")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            faults.append(f"{source.path} ({str(error).splitlines()[0]})")
+            continue
+        name = source.drawn.as_posix()
+        image_id = labels.images[name] if name in labels.images else next(numbers)
+        yield _Frame(source, image, image_id, {"file_name": str(source.path)})
+
+
+def _save(path: Path, picture: Pixels) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture).save(path, quality=95)
+
+
+# --- videos
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
+    """A video to read."""
+    capture = cv2.VideoCapture(str(path))
+    try:
+        yield capture
+    finally:
+        capture.release()
+
+
+def _check_video(path: Path) -> None:
+    with _opened(path) as capture:
+        if not capture.read()[0]:
+            raise ValueError(f"Video {path} cannot be read: give another, or convert it to .mp4.")
+
+
+def _fps(capture: cv2.VideoCapture) -> float:
+    fps = capture.get(cv2.CAP_PROP_FPS)
+    return fps if math.isfinite(fps) and fps > 0 else USUAL_FPS
+
+
+def _length(video: Source) -> int:
+    with _opened(video.path) as capture:
+        return max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+
+def _read_frames(video: Source, numbers: Iterator[int], faults: list[str]) -> Iterator[_Frame]:
+    with _opened(video.path) as capture:
+        for number in itertools.count():
+            there, pixels = capture.read()
+            if not there:
+                break
+            extra = {"file_name": str(video.path), "frame": number}
+            image = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+            yield _Frame(video, image, next(numbers), extra)
+        promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)
+        # Some containers only estimate their number of frames.
+        if promised - number > _fps(capture):
+            faults.append(f"{video.path} (behind frame {number} of {promised:.0f})")
+
+
+@contextmanager
+def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels], None] | None]:
+    """What writes pictures into a video, which is there only when it is whole; None for no video.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if target is None:
+        yield None
+        return
+    aside = target.with_name(f".{target.stem}.writing.mp4")
+    with _opened(video.path) as capture:
+        fps = _fps(capture)
+    writer = cv2.VideoWriter()
+
+    def write(picture: Pixels) -> None:
+        if not writer.isOpened():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            code = cv2.VideoWriter_fourcc(*"mp4v")
+            if not writer.open(str(aside), code, fps, picture.shape[1::-1]):
+                raise ValueError(
+                    f"Video {target} cannot be written: OpenCV has no encoder for it, give --json."
+                )
+        writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+
+    try:
+        yield write
+        writer.release()
+        os.replace(aside, target)
+    finally:
+        writer.release()
+        aside.unlink(missing_ok=True)

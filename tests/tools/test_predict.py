@@ -1,0 +1,239 @@
+"""The command line of tools/predict.py."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from detectron2.engine import DefaultPredictor
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+
+from tests.detectors import make_run
+from tests.tools.loading import load_tool
+
+FRAMES = 4
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return load_tool("predict")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def predictor(run):
+    """Detectron2's own, to compare with."""
+    return DefaultPredictor(run.cfg)
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory):
+    """A moving square on noise."""
+    path = tmp_path_factory.mktemp("videos") / "clip.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 12.5, (64, 48))
+    assert writer.isOpened()
+    noise = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    background = cv2.resize(noise, (64, 48))
+    for number in range(FRAMES):
+        frame = background.copy()
+        frame[10:30, 5 * number : 5 * number + 20] = (30, 200, 60)
+        writer.write(frame)
+    writer.release()
+    return path
+
+
+def call(tool, run, *arguments):
+    return tool.main([str(a) for a in (*arguments, "--run", run.folder)])
+
+
+def frames_of(path):
+    capture = cv2.VideoCapture(str(path))
+    frames = []
+    while (frame := capture.read())[0]:
+        frames.append(frame[1])
+    return frames, capture.get(cv2.CAP_PROP_FPS)
+
+
+def expected(predictor, pixels, threshold, **extra):
+    """DefaultPredictor's detections of a BGR image, classes counted from 1."""
+    entries = instances_to_coco_json(predictor(pixels)["instances"], 0)
+    return [
+        {**entry, "category_id": entry["category_id"] + 1, **extra}
+        for entry in entries
+        if entry["score"] >= threshold
+    ]
+
+
+def as_json(entries):
+    return json.loads(json.dumps(entries))
+
+
+def middle_score(run, predictor):
+    scores = torch.cat([predictor(cv2.imread(str(p)))["instances"].scores for p in images(run)])
+    return float(scores.median())
+
+
+def images(run):
+    return sorted(run.images.iterdir())
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_folder(tool, run, predictor, tmp_path, capsys, batch_size):
+    """The JSON is what the model says; pictures differ from the images where the boxes are."""
+    threshold = middle_score(run, predictor)
+    out, found = tmp_path / "drawn", tmp_path / "found.json"
+    options = ["--score-threshold", threshold, "--batch-size", batch_size]
+    assert call(tool, run, run.images, "--output", out, "--json", found, *options) == 0
+    entries = json.loads(found.read_text())
+    paths = images(run)
+    wanted = []
+    for number, path in enumerate(paths, 1):
+        extra = {"image_id": number, "file_name": str(path)}
+        wanted += expected(predictor, cv2.imread(str(path)), threshold, **extra)
+    if batch_size == 1:
+        assert entries == as_json(wanted)
+    # Images of one batch are padded to one size, which may change what is seen near the border.
+    assert len(entries) > 0 and {e["file_name"] for e in entries} <= set(map(str, paths))
+    printed = capsys.readouterr()
+    assert printed.out == f"{len(entries):,} detections on 3 images.\n"
+    assert "Detecting" in printed.err
+    assert sorted(p.name for p in out.iterdir()) == [p.name for p in paths]
+    for path in paths:
+        image, drawn = cv2.imread(str(path)), cv2.imread(str(out / path.name))
+        assert drawn.shape == image.shape
+        changed = (image != drawn).any(axis=2)
+        boxes = [e["bbox"] for e in entries if e["file_name"] == str(path)]
+        assert bool(boxes) == bool(changed.any())
+        for x, y, w, h in boxes:
+            part = changed[int(y) : int(y + h) + 2, int(x) : int(x + w) + 2]
+            assert part.any()
+
+
+def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
+    """Found detections can be evaluated on that file; images that it does not know come behind."""
+    extra = tmp_path / "other.png"
+    extra.write_bytes((run.images / "0.png").read_bytes())
+    found = tmp_path / "found.json"
+    options = ["--annotations", run.annotations, "--score-threshold", 0, "--json", found]
+    assert call(tool, run, run.images, extra, *options) == 0
+    entries = json.loads(found.read_text())
+    ids = {entry["file_name"]: entry["image_id"] for entry in entries}
+    assert ids == {str(run.images / f"{n}.png"): 9 - n for n in range(3)} | {str(extra): 10}
+    wanted = [
+        {**e, "category_id": 10 * (e["category_id"] - 1) + 3}
+        for e in expected(predictor, cv2.imread(str(extra)), 0, image_id=10, file_name=str(extra))
+    ]
+    assert [e for e in entries if e["image_id"] == 10] == as_json(wanted)
+    known = [e for e in entries if e["image_id"] != 10]
+    found.write_text(json.dumps(known))
+    evaluate = load_tool("evaluate_coco")
+    arguments = ["--results", found, "--annotations", run.annotations]
+    assert evaluate.main(list(map(str, arguments))) == 0
+
+
+def test_a_video(tool, run, predictor, video, tmp_path):
+    out, found = tmp_path / "drawn", tmp_path / "found.json"
+    assert call(tool, run, video, "--output", out, "--json", found, "--score-threshold", 0) == 0
+    frames, fps = frames_of(video)
+    assert len(frames) == FRAMES
+    wanted = []
+    for number, frame in enumerate(frames):
+        extra = {"image_id": number + 1, "file_name": str(video), "frame": number}
+        wanted += expected(predictor, frame, 0, **extra)
+    assert json.loads(found.read_text()) == as_json(wanted)
+    assert [path.name for path in out.iterdir()] == ["clip.mp4"]
+    drawn, drawn_fps = frames_of(out / "clip.mp4")
+    assert len(drawn) == FRAMES and drawn_fps == pytest.approx(fps)
+    plain = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(frames, drawn, strict=True)])
+    assert drawn[0].shape == frames[0].shape and plain > 5
+
+
+def test_a_damaged_image_among_others(tool, run, tmp_path, capsys):
+    folder = tmp_path / "photos" / "deep"
+    folder.mkdir(parents=True)
+    content = (run.images / "0.png").read_bytes()
+    (folder / "good.png").write_bytes(content)
+    (folder / "half.png").write_bytes(content[:200])
+    (folder / "text.jpg").write_text("no image")
+    (folder / "notes.txt").write_text("nothing to look at")
+    out = tmp_path / "drawn"
+    assert call(tool, run, tmp_path / "photos", "--output", out, "--score-threshold", 0) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("predict.py: 2 could not be read: ")
+    assert f"{folder / 'half.png'} (" in line and f"{folder / 'text.jpg'} (" in line
+    assert [p.relative_to(out).as_posix() for p in out.rglob("*.*")] == ["deep/good.png"]
+
+
+def test_a_video_that_breaks_off(tool, run, tmp_path, capsys):
+    path = tmp_path / "long.avi"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 2, (64, 48))
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        writer.write(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+    writer.release()
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    assert call(tool, run, path, "--json", tmp_path / "found.json") == 1
+    assert f"1 could not be read: {path} (behind frame" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def inputs(tmp_path, run, monkeypatch):
+    """A folder to be in, with things that cannot be looked at."""
+    monkeypatch.chdir(tmp_path)
+    content = (run.images / "0.png").read_bytes()
+    (tmp_path / "good.png").write_bytes(content)
+    (tmp_path / "half.png").write_bytes(content[:200])
+    (tmp_path / "clip.mp4").write_text("no video")
+    (tmp_path / "notes.txt").write_text("notes")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "good.png").write_bytes(content)
+    (tmp_path / "one.json").write_text(
+        json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "sentence"),
+    [
+        ([], [], "Nothing would be written: give --output FOLDER, --json OUT, or both"),
+        ([], ["--json", "no/found.json"], "Folder no of --json does not exist"),
+        (["missing.png"], ["--output", "out"], "Input missing.png does not exist"),
+        (["notes.txt"], ["--output", "out"], "Input notes.txt is neither an image"),
+        (["empty"], ["--output", "out"], "Folder empty holds no images"),
+        (["clip.mp4"], ["--output", "out"], "Video clip.mp4 cannot be read"),
+        (["twin"], ["--output", "out"], "would both be drawn as"),
+        ([], ["--output", "."], "--output . would replace"),
+        ([], ["--output", "notes.txt"], "--output notes.txt is a file: give a folder"),
+        ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+        ([], ["--output", "out", "--score-threshold", "1.5"], "--score-threshold is 1.5"),
+        ([], ["--output", "out", "--annotations", "no.json"], "no.json does not exist"),
+        ([], ["--output", "out", "--annotations", "one.json"], "one.json has 1 classes, but"),
+        ([], ["--output", "out", "--opts", "NO.KEY", "1"], "Non-existent key: NO.KEY"),
+        ([], ["--output", "out", "--opts", "INPUT.FORMAT", "L"], "INPUT.FORMAT is L"),
+        ([], ["--output", "out", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
+    ],
+)
+def test_mistakes_are_told_in_one_sentence(tool, run, inputs, capsys, more, options, sentence):
+    before = set(inputs.rglob("*"))
+    assert tool.main(["good.png", *more, "--run", str(run.folder), *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    (line,) = [line for line in lines if line.startswith("predict.py: error: ")]
+    assert sentence in line and line == lines[-1]
+    assert set(inputs.rglob("*")) == before
+
+
+def test_not_one_image_can_be_read(tool, run, inputs, capsys):
+    assert call(tool, run, "half.png", "--output", "out", "--json", "found.json") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("predict.py: error: Image half.png (") and "cannot be read." in line
+    assert not (inputs / "out").exists() and not (inputs / "found.json").exists()
