@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools.coco import COCO
 
 from repr_det.analysis.coco_bootstrap import match, paired_bootstrap
@@ -45,7 +46,10 @@ def make_truth(images: int, generator: np.random.Generator) -> COCO:
     corners = generator.uniform(0, 1, (number, 2)) * (WIDTH, HEIGHT) * 0.5
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i, "width": WIDTH, "height": HEIGHT} for i in range(1, images + 1)],
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT}
+            for i in range(1, images + 1)
+        ],
         "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
         "annotations": [
             {
@@ -98,6 +102,16 @@ def make_results(truth: COCO, noise: float, generator: np.random.Generator) -> E
     return results
 
 
+def environment() -> dict[str, Any]:
+    """What the measurement was made on and with."""
+    packages = ("numpy", "pycocotools", "torch")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(
@@ -132,13 +146,7 @@ def main() -> None:
         "bound_seconds": BOUND,
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "ap": {name: round(value, 4) for name, value in ap._asdict().items()},
-        "machine": f"{platform.machine()}, one thread",
-        "versions": {
-            "python": platform.python_version(),
-            "numpy": np.__version__,
-            "pycocotools": importlib.metadata.version("pycocotools"),
-        },
-    }
+    } | environment()
     args.json.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 
