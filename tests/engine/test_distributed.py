@@ -88,10 +88,20 @@ def test_a_killed_rank_ends_the_run_which_then_resumes(tmp_path):
     ],
 )
 def test_a_mistake_in_two_processes_is_told_once(tmp_path, pair, sentence):
+    annotations = tmp_path / "train.json"
+    content = {
+        "images": [{"id": 1, "file_name": "1.png", "width": 40, "height": 30}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 9, 9], "area": 81}
+        ],
+        "categories": [{"id": 1, "name": "nut"}],
+    }
+    annotations.write_text(json.dumps(content))
     output = tmp_path / "out"
     program = str(ROOT / "tools/train_net.py")
     options = ["--num-gpus", "2", "--config", "demo_faster_rcnn.yaml", "OUTPUT_DIR", output]
-    done = start(output, *options, *pair, script=program)
+    data = ["--train-data", "nuts", annotations, tmp_path]
+    done = start(output, *data, *options, "DATASETS.TEST", "()", *pair, script=program)
     assert done.returncode == 2, done.stderr[-3000:]
     told = [line for line in done.stderr.splitlines() if "error: " in line]
     assert len(told) == 1 and told[0].startswith("train_net.py: error: ") and sentence in told[0]
