@@ -11,7 +11,7 @@ PYTHON = .venv/bin/python
 ENVIRONMENT = .venv/.installed
 
 # Import names, one for every package that setup.py and its extra `dev` ask for.
-NEEDED = torch torchvision detectron2 cv2 fvcore iopath matplotlib numpy PIL pycocotools \
+NEEDED = torch torchvision detectron2 cv2 fvcore iopath jinja2 matplotlib numpy PIL pycocotools \
          tensorboard yaml tqdm hypothesis pytest xdist ruff scipy setuptools wheel
 
 ifeq ($(origin PYTHON),command line)

@@ -15,12 +15,16 @@ setup(
     # package in a wheel, so that bare names such as repr_faster_rcnn.yaml work in both.
     packages=[*find_packages(include=["repr_det", "repr_det.*"]), "repr_det.configs"],
     package_dir={"repr_det.configs": "configs"},
-    package_data={"repr_det.configs": ["*.yaml", "**/*.yaml"]},
+    package_data={
+        "repr_det.configs": ["*.yaml", "**/*.yaml"],
+        "repr_det.analysis": ["templates/*.html"],
+    },
     # Detectron2 is not listed: it has no release on the package index, so pip could not install it
     # from here. tools/install_detectron2.py does, and lists what Detectron2 itself depends on.
     install_requires=[
         "fvcore>=0.1.5",
         "iopath>=0.1.9",
+        "Jinja2>=3.0",
         "matplotlib>=3.5",
         "numpy>=1.22",
         "opencv-python>=4.5",

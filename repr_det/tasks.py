@@ -37,27 +37,46 @@ def run(arguments: list[str] | None = None) -> None:
 def argument_parser() -> argparse.ArgumentParser:
     """The arguments of training and evaluation, with datasets that no code has registered."""
     parser = command_line.argument_parser()
+    add_data_arguments(parser)
+    return parser
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that :func:`use_data` takes: datasets by their files."""
     for split in ("train", "test"):
         add_coco_argument(parser, split)
         add_folder_argument(parser, split)
-    return parser
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
     """The config that parsed arguments describe, datasets given by their files registered."""
     cfg = get_cfg()
     command_line.merge_arguments(cfg, args)
+    use_data(cfg, args, args.opts)
+    return cfg
+
+
+def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = ()) -> None:
+    """Register the datasets that parsed arguments give by their files, and name them in a config.
+
+    Args:
+        cfg: changed in place.
+        args: with what :func:`add_data_arguments` adds.
+        overrides: keys and values of the command line, which are merged already.
+
+    Raises:
+        FileNotFoundError, ValueError: files that are not there or contradict themselves.
+    """
     for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
         if data is not None:
             use_coco_data(cfg, split, *data)
     if args.train_data and args.test_data:
         check_same_categories(args.train_data[1], args.test_data[1])
     if named := args.train_data or args.test_data:
-        take_num_classes(cfg, named[1], args.opts)
+        take_num_classes(cfg, named[1], overrides)
     for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
         if folder is not None:
-            use_image_folder(cfg, split, *folder, args.opts)
-    return cfg
+            use_image_folder(cfg, split, *folder, overrides)
 
 
 def trained_detector_cfg(

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # Where they differ from the distribution's name.
 IMPORTED_NAMES = {
+    "Jinja2": "jinja2",
     "Pillow": "PIL",
     "PyYAML": "yaml",
     "opencv-python": "cv2",
@@ -72,6 +73,11 @@ def test_wheel_holds_every_config(wheel):
     assert in_wheel == {f"repr_det/{path.as_posix()}" for path in configs}
     for path in configs:
         assert wheel.read(f"repr_det/{path.as_posix()}") == (ROOT / path).read_bytes()
+
+
+def test_wheel_holds_the_template_of_the_report(wheel):
+    name = "repr_det/analysis/templates/report.html"
+    assert wheel.read(name) == (ROOT / name).read_bytes()
 
 
 def test_installed_wheel_finds_its_configs(wheel, tmp_path):

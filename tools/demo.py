@@ -15,7 +15,11 @@ from tempfile import TemporaryDirectory
 
 from detectron2.engine import default_setup
 
-from repr_det.detection.drawing import draw_dataset_detections, plot_run, read_metrics
+from repr_det.analysis import figures
+from repr_det.analysis.gallery import FIGURES, Material
+from repr_det.analysis.report import write_report
+from repr_det.analysis.run_folder import read_run
+from repr_det.detection.drawing import draw_dataset_detections
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.command_line import (
     merge_config_file,
@@ -30,9 +34,12 @@ LEFT_BY_A_RUN = (
     "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth",
     "last_checkpoint",
     "metrics.json",
+    "repr_history.json",
+    "contributions.json",
     "events.out.tfevents.*",
     "run.png",
     "detections.png",
+    "report.html",
 )
 
 
@@ -75,20 +82,22 @@ def main(arguments: list[str] | None = None) -> None:
             trainer.resume_or_load(resume=False)
     trainer.train()
 
-    metrics = args.output / "metrics.json"
-    run = plot_run(metrics, args.output / "run.png")
+    run = read_run(args.output)
+    curves = FIGURES["curves"].draw(Material([run])).figure
+    figures.save(curves, args.output / "run.png")
     detections = draw_dataset_detections(
         cfg, trainer.model, cfg.DATASETS.TEST[0], args.output / "detections.png"
     )
     last = {
         name.removeprefix("bbox/"): values[-1]
-        for name, (_, values) in read_metrics(metrics).items()
+        for name, (_, values) in run.metrics.items()
         if name.startswith("bbox/")
     }
     print(f"\nOn {cfg.DATASETS.TEST[0]}, in %:")
     for name in ("AP", "AP50", "AP75", *sorted(n for n in last if n.startswith("AP-"))):
         print(f"  {name:<12}{last[name]:6.1f}")
-    print(f"The run over time: {run}\nDetections:        {detections}")
+    page = write_report([run], args.output / "report.html")
+    print(f"Detections: {detections}\nReport:     {page}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from repr_det.analysis.correlation import oracle_correlations
+from repr_det.analysis.run_folder import flat_settings, read_metrics, training_seconds
 from repr_det.analysis.summary import run_accuracy, table_in_markdown
 from repr_det.analysis.tables import Row, Table
 from repr_det.classification.datasets import load_images
@@ -179,22 +180,12 @@ def _settings(cfg: Any) -> Any:
     return [_settings(value) for value in cfg] if isinstance(cfg, tuple | list) else cfg
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Values of the new settings that differ from the old ones, by dotted key.
 
     Keys that only one of them has do not count: versions differ in what can be set.
     """
-    before, after = _flat(old), _flat(new)
+    before, after = flat_settings(old), flat_settings(new)
     return {
         key: value
         for key, value in after.items()
@@ -233,7 +224,7 @@ def _overrides(run: Run) -> list[str]:
     base = get_cfg()
     base.merge_from_file(config_path(run.row.config))
     portable = _settings(_portable(run, run.cfg))
-    flat = _flat(portable)
+    flat = flat_settings(portable)
     changed = _differences(_settings(base), portable)
     for key in ("SEED", *(("DISTILL.WEIGHTS",) if run.row.teacher else ()), "OUTPUT_DIR"):
         changed[key] = flat[key]
@@ -282,22 +273,6 @@ def _device_name(device: str) -> str:
     return f"{name}, {torch.get_num_threads()} thread(s)"
 
 
-def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
-    """Scalars of ``metrics.json`` by iteration.
-
-    What a resumed run wrote again replaces what was written before.
-    """
-    by_iteration: dict[int, dict[str, float]] = {}
-    path = folder / "metrics.json"
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            scalars = json.loads(line)
-        except json.JSONDecodeError:  # a line that a kill cut off
-            continue
-        by_iteration.setdefault(scalars["iteration"], {}).update(scalars)
-    return by_iteration
-
-
 def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]]:
     """What a run evaluated, by dataset.
 
@@ -312,24 +287,24 @@ def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name, entries in found.items():
         prefix = "accuracy" if len(names) == 1 else f"{name}/accuracy"
+        if f"{prefix}/top1" not in metrics:
+            continue
+        values = {key: metrics[f"{prefix}/{key}"][1] for key in ("top1", "top5", "loss")}
         by_done = {
             # The evaluation after training is written with the iteration behind the last.
-            min(iteration + 1, run.max_iter): scalars
-            for iteration, scalars in sorted(metrics.items())
-            if f"{prefix}/top1" in scalars
+            min(int(iteration) + 1, run.max_iter): number
+            for number, iteration in enumerate(metrics[f"{prefix}/top1"][0])
         }
-        for done, scalars in by_done.items():
+        for done, number in by_done.items():
             entry = {"iteration": done, "epoch": round(done / epoch, 2)}
-            for key in ("top1", "top5", "loss"):
-                value = scalars[f"{prefix}/{key}"]
+            for key, series in values.items():
+                value = float(series[number])
                 entry[key] = value if math.isfinite(value) else None
-            training = [
-                scalars["train/top1"]
-                for iteration, scalars in metrics.items()
-                if done - epoch <= iteration < done and "train/top1" in scalars
-            ]
-            if training:
-                entry["train_top1"] = round(sum(training) / len(training), 3)
+            if "train/top1" in metrics:
+                iterations, training = metrics["train/top1"]
+                training = training[(done - epoch <= iterations) & (iterations < done)]
+                if len(training):
+                    entry["train_top1"] = round(float(training.mean()), 3)
             entries.append(entry)
     return found
 
@@ -563,12 +538,7 @@ def import_run(
             f"{source} was evaluated up to iteration {done} of {run.max_iter}: import it when it "
             "is finished."
         )
-    metrics = read_metrics(source)
-    timed = sorted(iteration for iteration, scalars in metrics.items() if "time" in scalars)
-    wall = sum(
-        metrics[iteration]["time"] * (iteration - before)
-        for before, iteration in zip([-1, *timed], timed, strict=False)
-    )
+    wall = training_seconds(read_metrics(source)) or 0.0
     record = (
         _header(run)
         | _environment(run.cfg.MODEL.DEVICE)

@@ -1,8 +1,7 @@
-"""Pictures of a detector: its detections on images, and its run over time."""
+"""Pictures of what a detector finds on images."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,6 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
-from matplotlib import rc_context
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
 COLOURS: tuple[tuple[int, int, int], ...] = (
@@ -31,9 +27,6 @@ COLOURS: tuple[tuple[int, int, int], ...] = (
 )
 """RGB of the classes, repeated in turn: the palette of Okabe and Ito, which colour-blind people can
 tell apart (without black, which would not show)."""
-
-
-# --- detections
 
 
 def draw_instances(
@@ -136,19 +129,21 @@ def _label(picture: Image.Image, text: str, box: np.ndarray, colour: tuple[int, 
 
 
 def draw_detections(
-    pairs: Iterable[tuple[np.ndarray, Instances, Instances]],
+    examples: Iterable[Sequence[Any]],
     class_names: Sequence[str],
     out_png: str | Path,
+    titles: Sequence[str] = ("ground truth", "detections"),
     columns: int = 2,
     side: int = 384,
     min_score: float = 0.5,
 ) -> Path:
-    """Save one sheet of images, each twice: with its ground truth and with its detections.
+    """Save one sheet of images, each several times: with its ground truth and with detections.
 
     Args:
-        pairs: image (uint8 RGB), ground truth and detections, as for :func:`draw_instances`.
+        examples: image (uint8 RGB), ground truth and detections, as for :func:`draw_instances`.
         class_names: names of the contiguous class ids.
         out_png: where to save the sheet.
+        titles: of what is drawn of each image.
         columns: how many images beside one another.
         side: see :func:`draw_instances`.
         min_score: see :func:`draw_instances`.
@@ -160,22 +155,22 @@ def draw_detections(
         ValueError: if there are no images.
     """
     tiles = [
-        [draw_instances(image, each, class_names, side, min_score) for each in (truth, found)]
-        for image, truth, found in pairs
+        [draw_instances(image, each, class_names, side, min_score) for each in drawn]
+        for image, *drawn in examples
     ]
     if not tiles:
         raise ValueError("There are no images to draw detections on: give at least one.")
-    height = max(tile.shape[0] for pair in tiles for tile in pair)
-    width = max(tile.shape[1] for pair in tiles for tile in pair)
+    height = max(tile.shape[0] for row in tiles for tile in row)
+    width = max(tile.shape[1] for row in tiles for tile in row)
     gap, head = max(4, width // 60), width // 12
     rows = -(-len(tiles) // columns)
     columns = min(columns, len(tiles))
-    step_x, step_y = 2 * (width + gap) + 2 * gap, height + gap
+    step_x, step_y = len(titles) * (width + gap) + 2 * gap, height + gap
     sheet = Image.new("RGB", (columns * step_x - gap, head + rows * step_y), "white")
     pen = ImageDraw.Draw(sheet)
-    for number, pair in enumerate(tiles):
+    for number, drawn in enumerate(tiles):
         row, column = divmod(number, columns)
-        for k, (tile, title) in enumerate(zip(pair, ("ground truth", "detections"), strict=True)):
+        for k, (tile, title) in enumerate(zip(drawn, titles, strict=True)):
             x = gap + column * step_x + k * (width + gap)
             sheet.paste(Image.fromarray(tile), (x, head + row * step_y))
             if row == 0:
@@ -183,6 +178,20 @@ def draw_detections(
     out_png = Path(out_png)
     sheet.save(out_png)
     return out_png
+
+
+def ground_truth(record: dict[str, Any], masks: bool) -> Instances:
+    """The objects of an image.
+
+    Args:
+        record: of a dataset in Detectron2's format.
+        masks: keep masks, where there are any.
+    """
+    size = record["height"], record["width"]
+    truth = annotations_to_instances(record.get("annotations", []), size, mask_format="bitmask")
+    if truth.has("gt_masks") and not masks:
+        truth.remove("gt_masks")
+    return truth
 
 
 def draw_dataset_detections(
@@ -213,124 +222,8 @@ def draw_dataset_detections(
         image = read_image(record["file_name"], format="RGB")
         with torch.no_grad():
             found = model([mapper(record)])[0]["instances"].to("cpu")
-        annotations = record.get("annotations", [])
-        truth = annotations_to_instances(annotations, image.shape[:2], mask_format="bitmask")
-        if truth.has("gt_masks") and not found.has("pred_masks"):
-            truth.remove("gt_masks")
-        return image, truth, found
+        return image, ground_truth(record, masks=found.has("pred_masks")), found
 
     records = DatasetCatalog.get(dataset)[:count]
     names = MetadataCatalog.get(dataset).thing_classes
     return draw_detections(map(run, records), names, out_png, min_score=min_score)
-
-
-# --- the run over time
-
-
-def read_metrics(metrics_json: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Read the scalars that Detectron2's ``JSONWriter`` wrote.
-
-    Where an iteration was written twice, by a run that was resumed, the later line counts. A last
-    line that was cut off in writing is ignored.
-
-    Returns:
-        name -> (iterations, values), both float (n,), by increasing iteration.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-    """
-    series: dict[str, dict[float, float]] = {}
-    for line in Path(metrics_json).read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        iteration = record.pop("iteration")
-        for name, value in record.items():
-            series.setdefault(name, {})[iteration] = value
-    return {
-        name: (np.array(sorted(s), dtype=float), np.array([s[i] for i in sorted(s)], dtype=float))
-        for name, s in series.items()
-    }
-
-
-def sub_network_spans(iterations: np.ndarray, phases: np.ndarray) -> list[tuple[float, float]]:
-    """Where the run trained the sub-network (S2).
-
-    Args:
-        iterations: when ``repr/phase`` was written, increasing.
-        phases: what it was, 0 full and 1 sub; a value holds since the entry before it.
-
-    Returns:
-        First iteration and end (exclusive) of each span.
-    """
-    starts = np.concatenate([[0], iterations[:-1] + 1])
-    spans: list[tuple[float, float]] = []
-    for start, last, phase in zip(starts, iterations, phases, strict=True):
-        if phase == 1:
-            if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((float(start), float(last) + 1))
-    return spans
-
-
-def learning_rate_drops(iterations: np.ndarray, rates: np.ndarray) -> list[float]:
-    """Iterations by which the learning rate had fallen to less than 0.6 of the entry before."""
-    return iterations[1:][rates[1:] < 0.6 * rates[:-1]].tolist()
-
-
-def plot_run(metrics_json: str | Path, out_png: str | Path) -> Path:
-    """Plot loss and AP over iterations, with the S2 spans shaded and learning-rate drops marked.
-
-    Args:
-        metrics_json: the run's ``metrics.json``.
-        out_png: where to save the picture (any format that matplotlib knows by its suffix).
-
-    Returns:
-        ``out_png`` as a path.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds no ``total_loss``.
-    """
-    metrics = read_metrics(metrics_json)
-    if "total_loss" not in metrics:
-        raise ValueError(
-            f"{metrics_json} holds no total_loss: is it metrics.json of a training run?"
-        )
-    blue, orange, green = ([c / 255 for c in COLOURS[k]] for k in (0, 5, 2))
-    spans = sub_network_spans(*metrics["repr/phase"]) if "repr/phase" in metrics else []
-    drops = learning_rate_drops(*metrics["lr"]) if "lr" in metrics else []
-    last = max(iterations[-1] for iterations, _ in metrics.values())
-    with rc_context({"font.size": 14, "lines.linewidth": 2}):
-        figure = Figure(figsize=(7, 6), layout="constrained")
-        FigureCanvasAgg(figure)
-        above, below = figure.subplots(2, 1, sharex=True)
-        for axes in (above, below):
-            axes.grid(alpha=0.3)
-            axes.spines[["top", "right"]].set_visible(False)
-            for start, end in spans:
-                shade = axes.axvspan(start, end, color="0.85", zorder=0, linewidth=0)
-            for drop in drops:
-                line = axes.axvline(drop, color="0.4", linestyle=":")
-        above.plot(*metrics["total_loss"], color=blue)
-        above.set(ylabel="training loss", ylim=(0, None))
-        for name, label, colour, marker in (
-            ("bbox/AP50", "AP50", orange, "o"),
-            ("bbox/AP", "AP", green, "s"),
-        ):
-            if name in metrics:
-                below.plot(*metrics[name], color=colour, marker=marker, label=label)
-        below.set(xlabel="iteration", ylabel="held-out AP (%)", ylim=(0, 100))
-        below.set_xlim(0, 1.02 * last)
-        if below.get_legend_handles_labels()[0]:
-            below.legend(loc="upper left")
-        for start, end in spans:
-            place = ((start + end) / 2, 1.01)
-            above.annotate("S2", place, xycoords=("data", "axes fraction"), ha="center")
-        marks = {"S2: filters dropped": shade} if spans else {}
-        marks |= {"learning rate drops": line} if drops else {}
-        if marks:
-            above.legend(marks.values(), marks.keys(), loc="lower left")
-    figure.savefig(out_png, dpi=150)
-    return Path(out_png)

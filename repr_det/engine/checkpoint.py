@@ -44,7 +44,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         target = Path(self.save_dir) / f"{name}.pth"
         logger.info(f"Saving checkpoint to {target}")
         try:
-            _write_whole(target, lambda file: torch.save(data, file))
+            write_whole(target, lambda file: torch.save(data, file))
         except (OSError, RuntimeError) as error:
             raise OSError(
                 f"Checkpoint {target} could not be written ({error}): free some space and resume; "
@@ -54,7 +54,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Say in ``last_checkpoint`` which file to resume from."""
-        _write_whole(
+        write_whole(
             Path(self.save_dir) / "last_checkpoint",
             lambda file: file.write(last_filename_basename.encode()),
         )
@@ -108,17 +108,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 yield path
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        try:
-            content = torch.load(f, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise ValueError(f"Checkpoint {f} does not exist.") from None
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-            raise ValueError(
-                f"{f} is damaged or is no checkpoint ({type(error).__name__})."
-            ) from error
-        if not isinstance(content, dict):
-            raise ValueError(f"{f} is no checkpoint: it holds a {type(content).__name__}.")
-        return content
+        return read_checkpoint(f)
 
     def _load_model(self, checkpoint: Any) -> Any:
         keys = set(self.model.state_dict())
@@ -133,7 +123,26 @@ class SafeCheckpointer(DetectionCheckpointer):
         return incompatible
 
 
-def _write_whole(target: Path, write: Any) -> None:
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The content of a ``.pth`` file, on the CPU; no code in it is executed.
+
+    Raises:
+        ValueError: there is no such file, or it is damaged or no checkpoint.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"Checkpoint {path} does not exist.") from None
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+        raise ValueError(
+            f"{path} is damaged or is no checkpoint ({type(error).__name__})."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
+    return content
+
+
+def write_whole(target: Path, write: Any) -> None:
     """Write a file aside and rename it, so that it is there whole or not at all."""
     aside = target.with_name(f".{target.name}.writing")
     try:

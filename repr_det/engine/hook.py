@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from detectron2.engine.train_loop import AMPTrainer, TrainerBase
 from detectron2.utils import comm
 from tqdm import tqdm
 
+from repr_det.engine import history
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.method.controller import PhaseChange, RePr
+from repr_det.method.criteria import mean_overlap
 from repr_det.method.reinit import Reinit
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 
@@ -34,7 +37,11 @@ class RePrHook(HookBase):
 
     Scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned`` at every step;
     ``repr/overlap`` (mean plain Ortho score over surviving filters) and ``repr/overlap/<layer>``
-    before each drop, after each return and at every evaluation.
+    before each drop, after each return and at every evaluation. For TensorBoard, at drops and
+    returns: histograms ``repr/filter_overlap/<layer>``, and the image ``repr/dropped``, the share
+    of each layer (down) that each drop (across) took.
+    Which filters each drop took, and the overlap around it, is written to ``repr_history.json`` in
+    the ``OUTPUT_DIR`` of the trainer's config, if it has one.
 
     Args:
         schedule: when, in iterations.
@@ -55,6 +62,7 @@ class RePrHook(HookBase):
         self._has_state = False
         self._eval_period = 0
         self._after_writers = False
+        self._overlaps: list[history.Overlap] = []
         self._num_pruned = 0  # kept, since counting costs more than the rest of a step
 
     @classmethod
@@ -124,6 +132,7 @@ class RePrHook(HookBase):
         self.schedule.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
+        self._begin_history()
         zero = self.method.count_zero_filters()
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
@@ -152,14 +161,18 @@ class RePrHook(HookBase):
         """Do what is due, log it, and record the phase."""
         iteration = self.trainer.iter
         if self.schedule.phase(iteration).name == SUB and self.method.phase == FULL:
-            self._record_overlap()
+            self._record_overlap(detailed=True)
         for change in self.method.step(iteration):
             self._num_pruned = self.method.num_pruned
             logger.info(_one_line(change))
             for line in _layer_lines(change):
                 logger.info(line)
             if change.kind == "return":
-                self._record_overlap()
+                self._record_overlap(detailed=True)
+            self._write_history()
+            if change.kind == "drop":
+                picture = history.picture(self._history())
+                self.trainer.storage.put_image("repr/dropped", picture)
         self.trainer.storage.put_scalars(
             **{
                 "repr/phase": float(self.method.phase == SUB),
@@ -190,8 +203,48 @@ class RePrHook(HookBase):
         self.method.load_state_dict(state)
         self._has_state = True
 
-    def _record_overlap(self) -> None:
-        overlap = self.method.overlap()
+    def _history(self) -> history.History:
+        return history.of_state(self.method.state_dict(), self._overlaps)
+
+    @property
+    def _folder(self) -> Path | None:
+        """Where the history is written; None in a process that does not write."""
+        folder = getattr(getattr(self.trainer, "cfg", None), "OUTPUT_DIR", "")
+        return Path(folder) if folder and comm.is_main_process() else None
+
+    def _begin_history(self) -> None:
+        """Forget what came after the checkpoint of a resumed run, or is of another run."""
+        start, folder = self.trainer.start_iter, self._folder
+        self._overlaps = []
+        if folder is not None and start > 0:
+            try:
+                found = history.read(folder)
+            except ValueError as error:
+                logger.warning(f"RePr: {error}")
+                found = None
+            if found is not None:
+                self._overlaps = [o for o in found.overlaps if o.iteration < start]
+        self._write_history()
+
+    def _write_history(self) -> None:
+        if (folder := self._folder) is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            history.write(folder, self._history())
+        except OSError as error:  # the checkpoints hold it, too
+            logger.warning(f"RePr: {history.FILE} could not be written ({error}).")
+
+    def _record_overlap(self, detailed: bool = False) -> None:
+        by_filter = self.method.filter_overlap()
+        overlap = mean_overlap(by_filter)
+        if detailed:
+            self._overlaps.append(history.Overlap(self.trainer.iter, overlap))
+        if detailed and comm.is_main_process():
+            for name, values in by_filter.items():
+                values = values[~values.isnan()].cpu()
+                if len(values):
+                    self.trainer.storage.put_histogram(f"repr/filter_overlap/{name}", values, 30)
         scalars = {f"repr/overlap/{name}": value for name, value in overlap.items()}
         filters = {layer.name: layer.num_filters for layer in self.method.layers}
         surviving = {n: filters[n] - int(mask.sum()) for n, mask in self.method.pruned.items()}

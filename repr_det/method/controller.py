@@ -19,7 +19,9 @@ from repr_det.method.criteria import (
     NEEDS_DATA,
     Criterion,
     Data,
+    Scores,
     choose,
+    filter_overlap,
     layer_limits,
     mean_overlap,
     number_to_prune,
@@ -289,7 +291,11 @@ class RePr:
 
     def overlap(self) -> dict[str, float]:
         """Mean plain Ortho score over surviving filters, by layer name."""
-        return mean_overlap(self.layers, self._pruned)
+        return mean_overlap(self.filter_overlap())
+
+    def filter_overlap(self) -> Scores:
+        """Plain Ortho score of each filter among the surviving ones, NaN if pruned, by layer."""
+        return filter_overlap(self.layers, self._pruned)
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned filters to zero now.

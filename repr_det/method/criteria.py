@@ -167,15 +167,32 @@ NEEDS_DATA = {"activations", "apoz", "gradients", "taylor", "hessian", "oracle"}
 """Criteria that cannot do without batches and a loss."""
 
 
-def mean_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> dict[str, float]:
-    """Mean plain score (:func:`ortho_paper`) over the surviving filters of each layer."""
-    means = {}
+def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> Scores:
+    """Plain score (:func:`ortho_paper`) of the surviving filters of each layer, among themselves.
+
+    Args:
+        layers: the filter layers.
+        pruned: bool of shape (J,) by layer name.
+
+    Returns:
+        float64 (J,) by layer name, NaN for filters that are pruned or of zero norm.
+    """
+    scores = {}
     for layer in layers:
         units, zero = _grouped_units(layer)
         kept = ~(pruned[layer.name].to(zero.device) | zero).reshape(layer.groups, -1)
         per_group = kept.sum(dim=1, keepdim=True).clamp(min=1)
-        scores = (overlap_sums(units * kept[..., None]) / per_group)[kept]
-        means[layer.name] = float(scores.mean()) if len(scores) else 0.0
+        score = overlap_sums(units * kept[..., None]) / per_group
+        scores[layer.name] = score.masked_fill(~kept, math.nan).flatten()
+    return scores
+
+
+def mean_overlap(overlap: Scores) -> dict[str, float]:
+    """Mean over the surviving filters of each layer of :func:`filter_overlap`; 0 without any."""
+    means = {}
+    for name, score in overlap.items():
+        surviving = score[~score.isnan()]
+        means[name] = float(surviving.mean()) if len(surviving) else 0.0
     return means
 
 

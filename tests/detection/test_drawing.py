@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
@@ -16,10 +15,6 @@ from repr_det.detection.drawing import (
     draw_dataset_detections,
     draw_detections,
     draw_instances,
-    learning_rate_drops,
-    plot_run,
-    read_metrics,
-    sub_network_spans,
 )
 
 # pycocotools and numpy 2, in mask.decode
@@ -163,60 +158,11 @@ def test_a_model_is_run_on_the_images_of_a_dataset(tmp_path: Path):
     assert [has_colour(q, 1).any() for q in quarters] == [False, True, False, True]
 
 
-def write_metrics(path: Path, records: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
-
-
-def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
-    records = [
-        {"iteration": 19, "total_loss": 3.0},
-        {"iteration": 39, "total_loss": 2.0},
-        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 7.0},
-    ]
-    path = write_metrics(tmp_path / "metrics.json", records)
-    path.write_text(path.read_text() + '{"iteration": 59, "total_lo')  # killed while writing
-    metrics = read_metrics(path)
-    assert metrics.keys() == {"total_loss", "bbox/AP"}
-    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 1.5]]
-    assert [list(values) for values in metrics["bbox/AP"]] == [[39], [7.0]]
-
-
-def test_spans_of_the_sub_network():
-    written = np.array([19, 39, 59, 79, 99, 109])
-    assert sub_network_spans(written, np.array([0, 1, 1, 0, 1, 0])) == [(20, 60), (80, 100)]
-    assert sub_network_spans(written, np.zeros(6)) == []
-    assert sub_network_spans(written, np.array([1, 0, 0, 0, 0, 1])) == [(0, 20), (100, 110)]
-
-
-def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not():
-    written = np.array([19, 39, 59, 79, 99])
-    rates = np.array([0.01, 0.02, 0.018, 0.0018, 0.00018])
-    assert learning_rate_drops(written, rates) == [79, 99]
-
-
-def test_the_run_is_plotted_with_its_sub_network_phases_shaded(tmp_path: Path):
-    def records(phases: list[int]) -> list[dict]:
-        return [
-            {"iteration": 20 * k + 19, "total_loss": 3 - k / 5, "lr": 0.1, "repr/phase": phase}
-            for k, phase in enumerate(phases)
-        ] + [{"iteration": 200, "bbox/AP": 30.0, "bbox/AP50": 60.0}]
-
-    def shaded(name: str, phases: list[int]) -> np.ndarray:
-        path = write_metrics(tmp_path / f"{name}.json", records(phases))
-        picture = cv2.imread(str(plot_run(path, tmp_path / f"{name}.png")))
-        return (picture == 217).all(axis=2).mean(axis=0)  # the grey of the spans, by column
-
-    assert shaded("standard", [0] * 10).max() < 0.02
-    columns = shaded("repr", [0, 0, 0, 0, 0, 1, 1, 0, 0, 0])
-    spans = np.flatnonzero(columns > 0.3)
-    assert np.ptp(spans) + 1 < 0.25 * len(columns)  # one span, of a fifth of the run
-    assert abs(spans.mean() / len(columns) - 0.6) < 0.08  # around iteration 120 of 200
-
-
-def test_a_missing_or_foreign_file_is_an_error(tmp_path: Path):
-    with pytest.raises(FileNotFoundError):
-        plot_run(tmp_path / "metrics.json", tmp_path / "run.png")
-    path = write_metrics(tmp_path / "metrics.json", [{"iteration": 1, "accuracy": 1.0}])
-    with pytest.raises(ValueError, match="no total_loss"):
-        plot_run(path, tmp_path / "run.png")
+def test_a_sheet_shows_several_detectors_of_one_image(tmp_path: Path):
+    box = [[10.0, 10.0, 40.0, 30.0]]
+    example = (grey(), truth(box, [0]), found(box, [1], [0.9]), found([], [], []))
+    titles = ("ground truth", "first", "second")
+    path = draw_detections([example], NAMES, tmp_path / "sheet.png", titles, side=240)
+    thirds = np.array_split(cv2.imread(str(path))[..., ::-1], 3, axis=1)
+    assert [has_colour(third, 0).any() for third in thirds] == [True, False, False]
+    assert [has_colour(third, 1).any() for third in thirds] == [False, True, False]

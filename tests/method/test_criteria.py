@@ -19,6 +19,7 @@ from repr_det.method.criteria import (
     Data,
     chance_overlap,
     choose,
+    filter_overlap,
     layer_limits,
     mean_overlap,
     number_to_prune,
@@ -161,9 +162,9 @@ def test_random_depends_on_the_generator_alone():
 def test_mean_overlap_looks_at_survivors_only():
     layer = layer_of([[3.0, 4], [1, 0], [1, 1], [0, 0]])
     pruned = {"conv": torch.tensor([False, False, True, False])}
-    assert mean_overlap([layer], pruned)["conv"] == pytest.approx(0.3)
+    assert mean_overlap(filter_overlap([layer], pruned))["conv"] == pytest.approx(0.3)
     none = {"conv": torch.tensor([True, True, True, False])}
-    assert mean_overlap([layer], none)["conv"] == 0
+    assert mean_overlap(filter_overlap([layer], none))["conv"] == 0
 
 
 # --- promise 3

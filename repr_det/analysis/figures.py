@@ -1,0 +1,511 @@
+"""Figures of runs: plain data in, a matplotlib figure out.
+
+All are drawn for a column of a page: legible at 350 pixels of width. Colours are those of Okabe and
+Ito, which colour-blind people can tell apart; standard training and RePr have the same ones
+everywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, to_hex
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike, NDArray
+
+from repr_det.detection.drawing import COLOURS
+
+STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
+
+_BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _ = (to_hex(np.array(c) / 255) for c in COLOURS)
+
+SIDE_COLOURS = {STANDARD: _BLUE, REPR: _VERMILION, BEFORE: "#808080"}
+"""Of standard training, of RePr, and of what both began with."""
+
+_INK, _FAINT, _SHADE = "#1a1a1a", "#cfcfcf", "#ececec"
+"""Text and axes, grids, and the spans of S2; a page replaces them by its own."""
+
+WIDTH = 4.6
+"""Inches."""
+
+_MANY = 24
+"""So many rows have room for a label and a marker each at their usual size."""
+
+_SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#ffffff", _SKY, _BLUE, "#00263e"])
+
+
+class Line(NamedTuple):
+    """One series of a panel.
+
+    Attributes:
+        x: (n,)
+        y: (n,)
+        side: :data:`STANDARD` or :data:`REPR`, gives the colour.
+        label: in the legend, the same for lines that mean the same.
+        style: of matplotlib.
+        marker: of matplotlib, or empty.
+    """
+
+    x: ArrayLike
+    y: ArrayLike
+    side: str
+    label: str
+    style: str = "-"
+    marker: str = ""
+
+
+class Panel(NamedTuple):
+    """One pair of axes over iterations.
+
+    Attributes:
+        ylabel: with its unit.
+        lines: what to draw.
+        bottom: lower limit of y, None for matplotlib's choice.
+    """
+
+    ylabel: str
+    lines: Sequence[Line]
+    bottom: float | None = None
+
+
+def _style() -> AbstractContextManager:
+    return rc_context(
+        {
+            "font.size": 9.5,
+            "axes.titlesize": 9.5,
+            "axes.labelsize": 9.5,
+            "legend.fontsize": 8.5,
+            "xtick.labelsize": 8.5,
+            "ytick.labelsize": 8.5,
+            "lines.linewidth": 1.5,
+            "lines.markersize": 4,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": _FAINT,
+            "grid.linewidth": 0.5,
+            "text.color": _INK,
+            "axes.edgecolor": _INK,
+            "axes.labelcolor": _INK,
+            "xtick.color": _INK,
+            "ytick.color": _INK,
+            "legend.frameon": False,
+            "svg.hashsalt": "repr_det",
+        }
+    )
+
+
+def _figure(height: float, width: float = WIDTH) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def curves(
+    panels: Sequence[Panel],
+    spans: Sequence[tuple[float, float]] = (),
+    rate_drops: Sequence[float] = (),
+) -> Figure:
+    """Series over iterations, panels below one another.
+
+    Args:
+        panels: at least one.
+        spans: of S2, shaded.
+        rate_drops: where the learning rate falls, marked.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    panels = [panel for panel in panels if panel.lines]
+    if not panels:
+        raise ValueError("Nothing was recorded yet that could be drawn over iterations.")
+    with _style():
+        figure = _figure(0.4 + 1.9 * len(panels))
+        every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        last = max(np.max(line.x) for panel in panels for line in panel.lines if len(line.x))
+        for axes, panel in zip(every, panels, strict=True):
+            for begin, end in spans:
+                axes.axvspan(begin, end, color=_SHADE, zorder=0, linewidth=0)
+            for drop in rate_drops:
+                axes.axvline(drop, color=_INK, linestyle=":", linewidth=1)
+            for line in panel.lines:
+                axes.plot(
+                    line.x,
+                    line.y,
+                    color=SIDE_COLOURS[line.side],
+                    linestyle=line.style,
+                    marker=line.marker,
+                    label=line.label,
+                )
+            axes.set_ylabel(panel.ylabel)
+            axes.set_ylim(bottom=panel.bottom)
+            handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+            columns = 2 if len(handles) > 3 else 1
+            axes.legend(handles.values(), handles.keys(), loc="best", ncols=columns)
+        every[-1].set_xlabel("iteration")
+        every[-1].set_xlim(0, 1.02 * max(last, 1))
+        every[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        marks = {}
+        if spans:
+            marks["S2: filters dropped"] = Patch(color=_SHADE)
+        if rate_drops:
+            marks["learning rate falls"] = Line2D([], [], color=_INK, linestyle=":", linewidth=1)
+        if marks:
+            figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=2)
+    return figure
+
+
+def map_of_layers(
+    names: Sequence[str],
+    columns: Sequence[str],
+    values: ArrayLike,
+    label: str,
+    xlabel: str,
+    *,
+    share: bool = False,
+) -> Figure:
+    """A number for each layer and moment: layers down, time across.
+
+    Args:
+        names: of the layers.
+        columns: what each moment is called.
+        values: (layers, moments); NaN where there is none.
+        label: of the colours, with its unit.
+        xlabel: what a moment is.
+        share: values are shares in [0, 1], printed in per cent where there is room.
+
+    Raises:
+        ValueError: no layers, or no moments.
+    """
+    values = np.asarray(values, dtype=float)
+    if not values.size:
+        raise ValueError("There are no drops or records of layers yet.")
+    names = short_names(names)
+    with _style():
+        figure = _figure(1.3 + min(9.0, max(0.9, 0.19 * len(names))))
+        axes = figure.subplots()
+        limits = {"vmin": 0, "vmax": max(0.5, np.nanmax(values))} if share else {}
+        image = axes.imshow(
+            values,
+            aspect="auto",
+            interpolation="none",
+            cmap=_SHARE_MAP if share else "viridis",
+            **limits,
+        )
+        _row_labels(axes, names)
+        step = -(-len(columns) // 6)
+        axes.set_xticks(range(0, len(columns), step), columns[::step])
+        axes.set_xlabel(xlabel)
+        axes.grid(False)
+        if share and len(names) <= _MANY and len(columns) <= 8:
+            for row, column in np.ndindex(values.shape):
+                if values[row, column] > 0:
+                    dark = values[row, column] > 0.55 * limits["vmax"]
+                    axes.text(
+                        column,
+                        row,
+                        f"{100 * values[row, column]:.0f}",
+                        ha="center",
+                        va="center",
+                        fontsize=7,
+                        color="#ffffff" if dark else "#111111",
+                    )
+        bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+        if share:
+            bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
+    return figure
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names without the dotted parts with which all of them begin."""
+    parts = [name.split(".") for name in names]
+    common = os.path.commonprefix([p[:-1] for p in parts]) if len(parts) > 1 else []
+    return [".".join(p[len(common) :]) for p in parts]
+
+
+def _row_labels(axes: Axes, names: Sequence[str]) -> None:
+    step = max(1, round(len(names) / 55))
+    size = 8.5 if len(names) <= 12 else 7.0 if len(names) <= _MANY else 5.5
+    axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size)
+    axes.tick_params(axis="y", length=0)
+
+
+def dots_by_layer(names: Sequence[str], values: Mapping[str, ArrayLike], xlabel: str) -> Figure:
+    """One number for each layer and network, layers down.
+
+    Args:
+        names: of the layers.
+        values: by network, (layers,); NaN where there is none.
+        xlabel: what the number is, with its unit.
+    """
+    with _style():
+        figure = _figure(1.0 + min(9.0, max(0.9, 0.19 * len(names))))
+        axes = figure.subplots()
+        size = 20 if len(names) <= _MANY else 8
+        markers = {STANDARD: "s", REPR: "o", BEFORE: "|"}
+        for network, numbers in values.items():
+            axes.scatter(
+                numbers,
+                range(len(names)),
+                size,
+                color=SIDE_COLOURS.get(network, _INK),
+                marker=markers.get(network, "o"),
+                label=network,
+            )
+        _row_labels(axes, short_names(names))
+        axes.set_ylim(len(names) - 0.4, -0.6)
+        axes.set_xlabel(xlabel)
+        axes.set_xlim(left=0)
+        if len(values) > 1:
+            figure.legend(loc="outside upper center", ncols=len(values))
+    return figure
+
+
+def times_dropped(counts: ArrayLike, by_chance: ArrayLike) -> Figure:
+    """How many filters were dropped how often.
+
+    Args:
+        counts: (cycles + 1,), number of filters that were dropped 0, 1, ... times.
+        by_chance: (cycles + 1,), expected if each drop had taken as many of each layer at random.
+    """
+    with _style():
+        figure = _figure(2.2)
+        axes = figure.subplots()
+        ticks = np.arange(len(np.asarray(counts)))
+        axes.bar(ticks - 0.2, counts, 0.4, color=SIDE_COLOURS[REPR], label="RePr")
+        axes.bar(ticks + 0.2, by_chance, 0.4, color="#808080", label="by chance")
+        for tick, count in zip(ticks, np.asarray(counts), strict=True):
+            axes.annotate(f"{count:.0f}", (tick - 0.2, count), ha="center", va="bottom", fontsize=8)
+        axes.set_xticks(ticks)
+        axes.set_xlabel("times dropped")
+        axes.set_ylabel("filters")
+        axes.margins(y=0.15)
+        axes.grid(axis="x", visible=False)
+        axes.legend()
+    return figure
+
+
+def heat_maps(layers: Mapping[str, Mapping[str, NDArray[np.float64] | None]], label: str) -> Figure:
+    """Square tables of correlations: a row for each layer, a column for each network.
+
+    Args:
+        layers: by layer, then by network, (filters, filters) in [0, 1]; NaN for constant filters,
+            None where there is none. All layers have the same networks.
+        label: of the colours.
+    """
+    networks = list(next(iter(layers.values())))
+    with _style():
+        side = WIDTH / max(2.2, len(networks))
+        figure = _figure(0.75 + (side + 0.18) * len(layers))
+        grid = figure.subplots(len(layers), len(networks), squeeze=False)
+        for number, (layer, tables) in enumerate(layers.items()):
+            row = grid[number]
+            for axes, (network, table) in zip(row, tables.items(), strict=True):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.grid(False)
+                axes.set_box_aspect(1)
+                if number == 0:
+                    axes.set_title(network, color=SIDE_COLOURS.get(network, _INK))
+                if table is None:
+                    axes.text(0.5, 0.5, "none", ha="center", va="center")
+                    continue
+                image = axes.imshow(
+                    np.where(np.eye(len(table)), np.nan, table),
+                    vmin=0,
+                    vmax=1,
+                    cmap="viridis",
+                    interpolation="none" if len(table) <= 128 else "antialiased",
+                )
+                axes.set_xlabel(f"mean {_off_diagonal_mean(table):.2f}", fontsize=8.5)
+            row[0].set_ylabel(f"{layer}\n{_size(tables)} filters", fontsize=8)
+        bar = figure.colorbar(image, ax=list(grid[-1]), location="bottom", aspect=40, pad=0.05)
+        bar.set_label(label)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _size(tables: Mapping[str, NDArray[np.float64] | None]) -> int:
+    return next(len(table) for table in tables.values() if table is not None)
+
+
+def _off_diagonal_mean(table: NDArray[np.float64]) -> float:
+    """Mean correlation of two different filters; NaN where fewer than two respond at all."""
+    others = table[~np.eye(len(table), dtype=bool)]
+    others = others[~np.isnan(others)]
+    return float(others.mean()) if others.size else float("nan")
+
+
+def mean_correlation(table: ArrayLike) -> float:
+    """Mean over the pairs of different filters of a table of correlations.
+
+    Args:
+        table: (filters, filters); NaN for constant filters, which do not count.
+    """
+    return _off_diagonal_mean(np.asarray(table, dtype=float))
+
+
+def contributions(values: Mapping[str, ArrayLike], xlabel: str) -> Figure:
+    """How much each filter contributes: distributions, one a network.
+
+    Args:
+        values: by side, (filters,).
+        xlabel: what a contribution is, with its unit.
+    """
+    arrays = {side: np.asarray(v, dtype=float) for side, v in values.items()}
+    with _style():
+        figure = _figure(2.3)
+        axes = figure.subplots()
+        together = np.concatenate(list(arrays.values()))
+        edges = np.histogram_bin_edges(together, bins=40)
+        for side, array in arrays.items():
+            colour = SIDE_COLOURS.get(side, _INK)
+            label = f"{side}, median {np.median(array):.2g}"
+            axes.hist(array, edges, histtype="stepfilled", color=colour, alpha=0.25)
+            axes.hist(array, edges, histtype="step", color=colour, linewidth=1.5, label=label)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel("filters")
+        axes.legend()
+    return figure
+
+
+def filter_images(filters: Mapping[str, NDArray[np.float64]]) -> Figure:
+    """The filters of a first layer as small images, one sheet a network.
+
+    Each filter is shown by itself: its mean is grey and its largest weight full colour.
+
+    Args:
+        filters: by network, (filters, channels, height, width); three channels are shown as RGB,
+            others as their mean.
+    """
+    with _style():
+        columns = len(filters)
+        figure = _figure(0.3 + WIDTH / max(columns, 1.6))
+        for axes, (network, weights) in zip(
+            figure.subplots(1, columns, squeeze=False)[0], filters.items(), strict=True
+        ):
+            axes.imshow(_tiled(np.asarray(weights, dtype=float)), interpolation="none")
+            axes.set_title(network, color=SIDE_COLOURS.get(network, _INK))
+            axes.axis("off")
+    return figure
+
+
+def _tiled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(height, width, 4), all filters on a transparent ground."""
+    images = weights if weights.shape[1] == 3 else weights.mean(axis=1, keepdims=True).repeat(3, 1)
+    images = images - images.mean(axis=(1, 2, 3), keepdims=True)
+    largest = np.abs(images).max(axis=(1, 2, 3), keepdims=True)
+    images = 0.5 + 0.5 * images / np.where(largest > 0, largest, 1)
+    count, _, height, width = images.shape
+    columns = int(np.ceil(np.sqrt(count)))
+    rows = -(-count // columns)
+    gap = max(1, round(height / 6))
+    sheet = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4))
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        sheet[top : top + height, left : left + width, :3] = image.transpose(1, 2, 0)
+        sheet[top : top + height, left : left + width, 3] = 1
+    return sheet
+
+
+def bars(names: Sequence[str], values: Mapping[str, Sequence[ArrayLike]], xlabel: str) -> Figure:
+    """A number for each name and side, names down; a dot for each run where there are several.
+
+    Args:
+        names: of what is compared, classes say.
+        values: by side, (names,) of each of its runs.
+        xlabel: what the number is, with its unit.
+    """
+    with _style():
+        figure = _figure(0.9 + 0.13 * len(values) * len(names) + 0.1 * len(names))
+        axes = figure.subplots()
+        thick = 0.8 / len(values)
+        for number, (side, runs) in enumerate(values.items()):
+            table = np.array(runs, dtype=float)
+            places = np.arange(len(names)) + (number - (len(values) - 1) / 2) * thick
+            colour = SIDE_COLOURS[side]
+            axes.barh(places, table.mean(axis=0), 0.92 * thick, color=colour, label=side)
+            if len(table) > 1:
+                for run in table:
+                    axes.plot(run, places, ".", color=_INK)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(names) - 0.45, -0.55)
+        axes.set_xlabel(xlabel)
+        axes.grid(axis="y", visible=False)
+        if len(values) > 1:
+            figure.legend(loc="outside upper center", ncols=len(values))
+    return figure
+
+
+# --- out
+
+
+def as_svg(figure: Figure) -> str:
+    """A figure as SVG that follows the reader's light or dark colours, background left open."""
+    buffer = io.StringIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    text = re.sub(r"<\?xml.*?\?>\s*<!DOCTYPE[^>]*>\s*", "", buffer.getvalue(), flags=re.S)
+    for colour, variable in ((_INK, "--ink"), (_FAINT, "--faint"), (_SHADE, "--shade")):
+        text = text.replace(colour, f"var({variable})")
+    style = (
+        f"svg{{--ink:{_INK};--faint:{_FAINT};--shade:{_SHADE}}}"
+        "@media(prefers-color-scheme:dark){svg{--ink:#e6e6e6;--faint:#4a4a4a;--shade:#343434}}"
+    )
+    return re.sub(r"(<svg[^>]*>)", rf"\1<style>{style}</style>", text, count=1)
+
+
+def data_uri(content: bytes | str, kind: str) -> str:
+    """What an ``img`` of a self-contained page has as its source.
+
+    Args:
+        content: of the file.
+        kind: its media type, ``image/svg+xml`` say.
+    """
+    raw = content.encode() if isinstance(content, str) else content
+    return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse to save a figure as anything but PNG or SVG.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    if path.suffix not in _METADATA:
+        raise ValueError(f"{path} ends neither in .png nor in .svg: give one of them.")
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG or SVG, by the suffix of its path, on white.
+
+    Raises:
+        ValueError: another suffix.
+    """
+    path = Path(path)
+    check_suffix(path)
+    with _style():
+        figure.savefig(path, dpi=200, facecolor="white", metadata=_METADATA[path.suffix])
+    return path
+
+
+_METADATA: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None, "Creator": None}}

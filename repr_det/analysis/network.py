@@ -1,0 +1,272 @@
+"""A trained network and what its filters do: overlap, responses and their correlations."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.utils.env import seed_all_rng
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from repr_det.analysis.cca import IMAGES, filter_cca
+from repr_det.engine import solver
+from repr_det.engine.batches import own_batches, training_loss
+from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.trainer import check_weights
+from repr_det.method.controller import RePr
+from repr_det.method.criteria import Data, filter_overlap, mean_overlap
+from repr_det.method.data_criteria import BATCHES, oracle
+from repr_det.method.filters import FilterLayer, named_modules
+from repr_det.method.graph import preserved
+from repr_det.method.schedule import RePrSchedule
+from repr_det.tasks import trainer_for
+
+OBSERVATIONS = 2048
+"""Positions of all images together at which the responses of a layer are looked at."""
+
+_MOST_RESPONSES = 4e7
+"""Responses of all layers together that are kept at once."""
+
+POOLED_FILTERS = 64
+"""At most so many filters of a layer, evenly chosen, are compared by their pooled maps."""
+
+Matrix = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and the layers that RePr works on in it.
+
+    Attributes:
+        cfg: what it was built from.
+        model: in evaluation mode.
+        layers: the filter layers.
+        stems: names of the convs that read the image.
+    """
+
+    cfg: CfgNode
+    model: nn.Module
+    layers: list[FilterLayer]
+    stems: list[str]
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What the filters of some layers answered to the same images, before any non-linearity.
+
+    Attributes:
+        sampled: (observations, filters) by layer, at the same positions for every network.
+        pooled: (images, filters, side, side) by layer, of at most :data:`POOLED_FILTERS` filters.
+    """
+
+    sampled: dict[str, Matrix]
+    pooled: dict[str, Matrix]
+
+
+def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
+    """Build a config's model with weights.
+
+    Args:
+        cfg: a run's config.
+        weights: a checkpoint; None for what training begins with, by ``MODEL.WEIGHTS`` and, where
+            ``SEED`` is at least 0, the same random numbers.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a checkpoint, or of another architecture.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DISTILL.TEACHER = ""  # a teacher is not part of the network
+    seed_all_rng(max(cfg.SEED, 0))
+    model = build_model(cfg)
+    if weights is not None:
+        SafeCheckpointer(model).load_whole(str(weights))
+    elif cfg.MODEL.WEIGHTS:  # of a part of the model, maybe
+        check_weights(cfg.MODEL.WEIGHTS)
+        SafeCheckpointer(model).load(cfg.MODEL.WEIGHTS, checkpointables=[])
+    keys = cfg.REPR
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what only matters to training
+        method = RePr(
+            model,
+            solver.build_optimizer(cfg, model),
+            RePrSchedule(1, 1, 1),
+            prune_ratio=0.5,
+            include=keys.INCLUDE,
+            exclude=keys.EXCLUDE,
+            max_layer_ratio=1.0,
+        )
+    model.eval()
+    return Network(cfg, model, method.layers, sorted(method.graph.stems))
+
+
+def load_weights(network: Network, path: str | Path) -> None:
+    """Give a network the weights of another checkpoint of the same architecture.
+
+    Raises:
+        ValueError: no checkpoint, or of another architecture.
+    """
+    SafeCheckpointer(network.model).load_whole(str(path))
+
+
+def overlap(network: Network) -> dict[str, float]:
+    """Mean plain Ortho score of the filters of each layer that are not zero."""
+    none = {n.name: torch.zeros(n.num_filters, dtype=torch.bool) for n in network.layers}
+    return mean_overlap(filter_overlap(network.layers, none))
+
+
+def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
+    """The first images of the last test set, prepared as for evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: the data are not there.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.TEST.IMS_PER_BATCH = count
+    trainer = trainer_for(cfg)
+    check_test_set(cfg)
+    loader = trainer.build_test_loader(cfg, cfg.DATASETS.TEST[-1])
+    batches, images = [], 0
+    for batch in loader:
+        batches.append(batch)
+        images += _size(batch)
+        if images >= count:
+            break
+    return batches
+
+
+def check_test_set(cfg: CfgNode) -> None:
+    """Register what is built in, and refuse test sets that are not there.
+
+    Raises:
+        FileNotFoundError, ValueError: they are not.
+    """
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATASETS.TRAIN = ()  # may well be elsewhere
+    trainer_for(cfg).check(cfg)
+
+
+def _size(batch: Any) -> int:
+    return len(batch["image"]) if isinstance(batch, dict) else len(batch)
+
+
+def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -> Responses:
+    """Run a network and keep what its filter layers answer.
+
+    Args:
+        network: whose.
+        batches: from :func:`held_out_images`.
+        pooled: names of the layers whose pooled maps are kept.
+    """
+    images = sum(map(_size, batches))
+    # CCA of two maps needs more images than both maps have positions.
+    side = max(1, min(4, math.isqrt(max(0, (images - 2) // 2))))
+    filters = sum(layer.num_filters for layer in network.layers)
+    kept = min(OBSERVATIONS, int(_MOST_RESPONSES / filters))
+    positions = max(1, kept // max(images, 1))
+    samples: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
+    maps: dict[str, list[Tensor]] = {name: [] for name in pooled}
+
+    def look(name: str, out: Tensor) -> None:
+        if out.dim() != 4:
+            return
+        flat = out.flatten(2)
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randperm(flat.shape[2], generator=generator)[:positions]
+        values = flat[:, :, chosen.to(flat.device)].transpose(1, 2)
+        samples[name].append(values.reshape(-1, out.shape[1]).cpu())
+        if name in maps:
+            few = np.linspace(0, out.shape[1] - 1, min(POOLED_FILTERS, out.shape[1])).astype(int)
+            maps[name].append(F.adaptive_avg_pool2d(out[:, few], side).cpu())
+
+    handles = [
+        layer.module.register_forward_hook(lambda _, __, out, name=layer.name: look(name, out))
+        for layer in network.layers
+    ]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                network.model(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Responses(*({n: _joined(v) for n, v in kind.items() if v} for kind in (samples, maps)))
+
+
+def _joined(parts: Sequence[Tensor]) -> Matrix:
+    return torch.cat(list(parts)).double().numpy()
+
+
+def filter_correlations(found: Responses, layer: str) -> Matrix | None:
+    """|Correlation| of the filters of a layer over positions, (filters, filters); None without."""
+    if layer not in found.sampled:
+        return None
+    return filter_cca(found.sampled[layer][:, :, None, None])
+
+
+def map_correlations(found: Responses, layer: str) -> Matrix | None:
+    """SVCCA of the pooled maps of the filters of a layer over images; None where none were kept.
+
+    Raises:
+        ValueError: too few images.
+    """
+    if layer not in found.pooled:
+        return None
+    return filter_cca(found.pooled[layer], observations=IMAGES, variance=0.99)
+
+
+def first_filters(network: Network) -> Matrix | None:
+    """(filters, channels, height, width), the weights of the conv that reads the image."""
+    modules = dict(named_modules(network.model))
+    for name in network.stems:
+        weight = modules[name].weight
+        if weight.dim() == 4:
+            array = weight.detach().double().cpu().numpy()
+            bgr = network.cfg.INPUT.FORMAT == "BGR" and array.shape[1] == 3
+            return array[:, ::-1] if bgr else array
+    return None
+
+
+def _with_a_bar(filters: Sequence[Any]) -> Iterable[Any]:
+    return tqdm(filters, "Zeroing", unit="filter", disable=None)  # none without a terminal
+
+
+def contributions(network: Network) -> dict[str, list[float]]:
+    """What the mean training loss rises by when one filter is zeroed, by layer.
+
+    The paper's greedy oracle, measured on training batches, as the criterion ``oracle`` does; one
+    forward pass a filter and batch.
+
+    Raises:
+        FileNotFoundError, ValueError, KeyError: the data are not there.
+    """
+    cfg = network.cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    trainer = trainer_for(cfg)
+    trainer.check(cfg)
+    batches = own_batches(trainer.build_train_loader(cfg), max(cfg.SEED, 0))
+    network.model.train()
+    try:
+        with torch.no_grad(), preserved(network.model):
+            generator = torch.Generator().manual_seed(0)
+            data = Data(network.model, batches, training_loss, generator, _with_a_bar)
+            scores = oracle(network.layers, data)
+    finally:
+        network.model.eval()
+    return {name: (-score / BATCHES).tolist() for name, score in scores.items()}

@@ -1,0 +1,343 @@
+"""The report of runs: one self-contained HTML page."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import jinja2
+from tqdm import tqdm
+
+from repr_det.analysis import figures
+from repr_det.analysis.comparison import (
+    MAIN,
+    Outcome,
+    Row,
+    check_comparable,
+    duration,
+    outcome,
+    seconds_per_step,
+)
+from repr_det.analysis.differing_images import MIN_SCORE
+from repr_det.analysis.figures import REPR, STANDARD
+from repr_det.analysis.gallery import FIGURES, Material, class_names
+from repr_det.analysis.run_folder import (
+    CLASSIFICATION,
+    DETECTION,
+    RunFolder,
+    settings_that_differ,
+)
+from repr_det.detection.drawing import draw_instances
+from repr_det.engine.command_line import USER_ERRORS
+
+_TILE = 480
+"""Pixels of the longer side of a held-out image."""
+
+Missing = list[tuple[str, str]]
+
+
+class _Section(NamedTuple):
+    name: str
+    title: str
+    introduction: str
+    figures: tuple[str, ...]
+
+
+_SECTIONS = (
+    _Section(
+        "training",
+        "Training",
+        "What the runs learned, and when. In S2 a part of the filters is dropped and the rest "
+        "trains alone; then they come back, orthogonal to what is there.",
+        ("curves",),
+    ),
+    _Section(
+        "dropping",
+        "What was dropped",
+        "Each drop takes the filters that overlap most with the others of their layer.",
+        ("drops", "times"),
+    ),
+    _Section(
+        "redundancy",
+        "Redundancy",
+        "RePr is meant to leave filters that say different things: less overlap of their weights, "
+        "less correlation of their responses.",
+        (
+            "overlap",
+            "overlap_over_time",
+            "overlap_by_layer",
+            "cca_by_layer",
+            "cca",
+            "svcca",
+            "similarity",
+            "contributions",
+            "filters",
+        ),
+    ),
+    _Section(
+        "detection",
+        "What the detectors find",
+        "AP by class and size, and images.",
+        ("classes", "sizes"),
+    ),
+)
+
+
+def write_report(
+    runs: Sequence[RunFolder],
+    path: str | Path,
+    *,
+    images: int = 32,
+    resamples: int = 1000,
+    progress: bool = False,
+) -> Path:
+    """Write the report of runs, finished or not.
+
+    What the runs do not hold is left out, and the page says why.
+
+    Args:
+        runs: of one task and test set, with RePr or without.
+        path: of the page; an earlier one is replaced when the new one is whole.
+        images: held-out images on which responses of filters are compared.
+        resamples: of the paired bootstrap of detection; 0 leaves it out.
+        progress: show bars.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: runs that cannot be compared, or arguments out of range.
+        FileNotFoundError: the folder of the page does not exist.
+    """
+    check_comparable(runs)
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"Folder {path.parent} does not exist: create it.")
+    if images < 4:
+        raise ValueError(f"{images} images are too few to correlate filters on: give at least 4.")
+    if resamples < 0:
+        raise ValueError(f"There are no {resamples} resamples: give 0 or more.")
+    page = _template().render(_content(runs, images, resamples, progress))
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        aside.write_text(page, encoding="utf-8")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return path
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.PackageLoader("repr_det.analysis")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
+    return environment.get_template("report.html")
+
+
+def _content(
+    runs: Sequence[RunFolder], images: int, resamples: int, progress: bool
+) -> dict[str, Any]:
+    material = Material(runs, images, progress)
+    task, found = runs[0].task, outcome(runs, resamples, progress)
+    missing: Missing = []
+    sections = []
+    wanted = [
+        name
+        for section in _SECTIONS
+        for name in section.figures
+        if task in FIGURES[name].tasks and material.sides.keys() >= set(FIGURES[name].sides)
+    ]
+    with tqdm(total=len(wanted), desc="Figures", disable=not progress) as bar:
+        for section in _SECTIONS:
+            drawn = _drawn(material, [n for n in section.figures if n in wanted], missing, bar)
+            content = {**section._asdict(), "figures": drawn}
+            if section.name == DETECTION and task == DETECTION:
+                content |= _tried("Held-out images", lambda: _examples(material), missing) or {}
+            if drawn or content.get("examples"):
+                sections.append(content)
+    sides = list(material.sides)
+    differences = settings_that_differ(runs) if len(runs) > 1 else {}
+    return {
+        "title": f"{' and '.join(sides)}: {_model(runs[0])} on {runs[0].test_set}",
+        "subtitle": f"{task.capitalize()}. Written {time.strftime('%Y-%m-%d %H:%M')} by repr_det.",
+        "summary": _summary(material, found),
+        "iteration": None if found.iteration is None else f"{found.iteration:,}",
+        "test_set": runs[0].test_set,
+        "several": any(len(group) > 1 for group in material.sides.values()),
+        "sides": sides,
+        "rows": [_cells(row) for row in found.rows.values()],
+        "runs": [_run(run) for run in runs],
+        "schedule": _schedule(material),
+        "differences": list(differences.items()),
+        "sections": sections,
+        "columns": 1 + len(sides),
+        "missing": missing,
+    }
+
+
+def _tried(title: str, make: Callable[[], Any], missing: Missing) -> Any:
+    """What ``make`` returns; None where it cannot, with the reason among what is missing."""
+    try:
+        return make()
+    except USER_ERRORS as error:
+        missing.append((title, str(error.args[0] if error.args else error)))
+        return None
+
+
+def _drawn(
+    material: Material, names: Sequence[str], missing: Missing, bar: tqdm
+) -> list[dict[str, str]]:
+    found = []
+    for name in names:
+        entry = FIGURES[name]
+        drawn = _tried(entry.title, lambda entry=entry: entry.draw(material), missing)
+        bar.update()
+        if drawn is not None:
+            source = figures.data_uri(figures.as_svg(drawn.figure), "image/svg+xml")
+            found.append(
+                {"name": name, "title": entry.title, "caption": drawn.caption, "source": source}
+            )
+    return found
+
+
+def _examples(material: Material) -> dict[str, Any]:
+    sides, rows = list(material.sides), []
+    examples = material.examples  # reads the dataset, and only then its classes are known
+    names = class_names(material.runs[0]) if examples else []
+    for example in examples:
+        captions = ["ground truth"] + [
+            f"{side}: {count} {'mistake' if count == 1 else 'mistakes'}"
+            for side, count in zip(sides, example.mistakes, strict=True)
+        ]
+        rows.append(
+            [
+                {
+                    "source": _jpeg(draw_instances(example.image, each, names, _TILE, MIN_SCORE)),
+                    "caption": caption,
+                }
+                for each, caption in zip([example.truth, *example.found], captions, strict=True)
+            ]
+        )
+    which = (
+        "Where the two differ most: first images on which RePr makes fewer mistakes, then images "
+        "on which standard training does, as many of each as there are."
+        if len(sides) == 2
+        else "The first images of the test set."
+    )
+    caption = (
+        f"{which} Shown are detections with a score of {100 * MIN_SCORE:.0f} % or more; a mistake "
+        "is an object missed or a detection that matches none, at IoU 0.5."
+    )
+    if not rows:
+        raise ValueError("The detectors make equally many mistakes on every image.")
+    return {"examples": rows, "examples_caption": caption}
+
+
+def _jpeg(picture: Any) -> str:
+    _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
+    return figures.data_uri(encoded.tobytes(), "image/jpeg")
+
+
+# --- words and numbers
+
+
+def _model(run: RunFolder) -> str:
+    model = run.cfg.MODEL
+    if run.task == CLASSIFICATION:
+        return model.CLASSIFIER.NAME
+    backbone = model.BACKBONE.NAME
+    if "resnet" in backbone:
+        backbone = f"R{model.RESNETS.DEPTH}{'-FPN' if 'fpn' in backbone else ''}"
+    head = "Mask R-CNN" if model.MASK_ON else "Faster R-CNN"
+    architecture = head if model.META_ARCHITECTURE == "GeneralizedRCNN" else model.META_ARCHITECTURE
+    return f"{architecture} {backbone}"
+
+
+def _cells(row: Row) -> dict[str, Any]:
+    digits = 1 if row.unit else 3
+    cells = []
+    for side in row.sides.values():
+        spread = "" if side.deviation is None else f" ± {side.deviation:.{digits}f}"
+        cells.append(f"{side.mean:.{digits}f}{spread}")
+    if row.difference is not None:
+        cells.append(f"{row.difference:+.{digits}f}")
+        cells.append("" if row.low is None else f"{row.low:+.{digits}f} to {row.high:+.{digits}f}")
+    return {"title": f"{row.title} ({row.unit})" if row.unit else row.title, "cells": cells}
+
+
+def _summary(material: Material, found: Outcome) -> list[str]:
+    sentences = []
+    row = found.rows.get(MAIN[material.runs[0].task == CLASSIFICATION])
+    if row is not None and row.difference is not None:
+        way = "higher" if row.difference > 0 else "lower"
+        ours, theirs = row.sides[REPR].mean, row.sides[STANDARD].mean
+        text = (
+            f"With RePr the {row.title} was {ours:.1f} %, without it {theirs:.1f} %: "
+            f"{abs(row.difference):.1f} points {way}"
+        )
+        if row.low is None:
+            text += "."
+        elif row.low <= 0 <= row.high:
+            text += (
+                f", with a 95 % interval from {row.low:+.1f} to {row.high:+.1f} that does not tell "
+                "which is better."
+            )
+        else:
+            text += f", with a 95 % interval from {row.low:+.1f} to {row.high:+.1f}."
+        sentences.append(text)
+    elif row is not None:
+        ((side, value),) = row.sides.items()
+        with_it = "With RePr" if side == REPR else "Without RePr"
+        sentences.append(f"{with_it} the {row.title} was {value.mean:.1f} %.")
+    sentences.append(found.interval)
+    unfinished = [run.name for run in material.runs if not run.finished]
+    if unfinished:
+        sentences.append(
+            f"Not finished, still going or stopped: {', '.join(unfinished)}. What follows is what "
+            "there was until now."
+        )
+    return sentences
+
+
+def _run(run: RunFolder) -> dict[str, str]:
+    steps = seconds_per_step(run)
+    step = ", ".join(f"{1000 * value:,.0f} ms in {phase}" for phase, value in steps.items())
+    if list(steps) == ["full"]:
+        step = step.removesuffix(" in full")
+    state = "finished" if run.finished else "not finished"
+    return {
+        "side": REPR if run.uses_repr else STANDARD,
+        "name": run.name,
+        "state": f"{state}, {run.iterations:,} iterations",
+        "duration": duration(run),
+        "step": step,
+    }
+
+
+def _schedule(material: Material) -> list[str]:
+    run = material.runs[0]
+    keys, epochs = run.cfg.SOLVER, run.cfg.SOLVER.get("MAX_EPOCHS", 0)
+    length = f"{epochs:g} epochs" if epochs else f"{keys.MAX_ITER:,} iterations"
+    steps = run.cfg.SOLVER.get("STEPS_EPOCHS", ()) if epochs else keys.STEPS
+    falls = f", divided by {1 / keys.GAMMA:g} at {_listed(steps)}" if steps else ""
+    sentences = [
+        f"Trained on {', '.join(run.cfg.DATASETS.TRAIN)} for {length} of {keys.IMS_PER_BATCH} "
+        f"images; {keys.get('OPTIMIZER', 'SGD')}, learning rate {keys.BASE_LR:g}{falls}."
+    ]
+    if REPR in material.sides:
+        settings = material.sides[REPR][0].cfg.REPR
+        sentences.append(
+            f"RePr: {settings.N} cycles of {settings.S1:g} {settings.UNIT}s of the full network "
+            f"(S1) and {settings.S2:g} of the sub-network (S2); each drop takes "
+            f"{100 * settings.PRUNE_RATIO:g} % of all filters, ranked by {settings.CRITERION}, and "
+            f"at most {100 * settings.MAX_LAYER_RATIO:g} % of a layer."
+        )
+    return sentences
+
+
+def _listed(values: Sequence[Any]) -> str:
+    *most, last = (f"{value:,}" for value in values)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,154 @@
+"""Differences of runs and their intervals."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from repr_det.analysis.coco_bootstrap import match
+from repr_det.analysis.comparison import (
+    by_side,
+    check_comparable,
+    duration,
+    last_common_evaluation,
+    outcome,
+    seconds_per_step,
+)
+from repr_det.analysis.differing_images import choose, mistakes
+from repr_det.analysis.figures import STANDARD
+from repr_det.analysis.run_folder import read_run
+from repr_det.detection.coco_results import read_results, read_truth
+from repr_det.tasks import use_data
+from tests.analysis.folders import (
+    detections,
+    write_detection_data,
+    write_detection_run,
+    write_run,
+)
+
+
+def classification(tmp_path, seeds):
+    """Runs of both sides with these seeds; RePr's are better by 1, 2, ... points."""
+    runs = []
+    for number, seed in enumerate(seeds, 1):
+        runs.append(read_run(write_run(tmp_path / f"standard_{number}", {"SEED": seed})))
+        settings = {"SEED": seed, "REPR.ENABLED": True}
+        run = read_run(write_run(tmp_path / f"repr_{number}", settings))
+        run.metrics["accuracy/top1"][1][:] += number
+        runs.append(run)
+    return runs
+
+
+def test_seeds_are_paired(tmp_path):
+    found = outcome(classification(tmp_path, [3, 5, 9]))
+    row = found.rows["accuracy/top1"]
+    assert found.iteration == 199
+    assert row.sides[STANDARD].mean == pytest.approx(65 + (3 + 5 + 9) / 3)
+    assert row.difference == pytest.approx(2)
+    half = stats.t.ppf(0.975, 2) * np.std([1, 2, 3], ddof=1) / np.sqrt(3)
+    assert (row.low, row.high) == pytest.approx((2 - half, 2 + half))
+    assert "3 pairs of runs with the same seed" in found.interval
+
+
+@pytest.mark.parametrize(
+    ("seeds", "words"), [([3], "One run each has no interval"), ([4, 4], "no interval")]
+)
+def test_one_run_each_or_seeds_that_do_not_pair_have_no_interval(tmp_path, seeds, words):
+    found = outcome(classification(tmp_path, seeds))
+    assert found.rows["accuracy/top1"].low is None
+    assert words in found.interval
+
+
+def test_a_run_that_is_behind_is_compared_where_both_were_evaluated(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / "standard", length=200)),
+        read_run(write_run(tmp_path / "repr", {"REPR.ENABLED": True}, length=120)),
+    ]
+    assert last_common_evaluation(runs) == 99
+    assert outcome(runs).rows["accuracy/top1"].difference == 0
+    runs[1].metrics.pop("accuracy/top1")
+    assert outcome(runs).iteration is None
+
+
+def squares(tmp_path, *runs):
+    """Runs on the squares, registered for this test."""
+    annotations, images = write_detection_data(tmp_path / "data")
+    name = f"squares_{tmp_path.name}"
+    args = Namespace(
+        **{"train_data": None, "train_folder": None, "test_folder": None},
+        test_data=[name, str(annotations), str(images)],
+    )
+    read = []
+    for number, (results, ap, uses_repr) in enumerate(runs):
+        folder = write_detection_run(
+            tmp_path / f"run_{number}",
+            results,
+            ap,
+            {"DATASETS.TEST": (name,), "REPR.ENABLED": uses_repr},
+        )
+        read.append(read_run(folder))
+        use_data(read[-1].cfg, args)
+    return read
+
+
+HALF = 100 * 51 / 101
+"""AP of half of the objects, found without a mistake."""
+
+
+def test_detection_is_bootstrapped_over_images(tmp_path):
+    half = detections([1, 2, 3, 4])
+    runs = squares(tmp_path, (half, HALF, False), (detections(range(1, 9)), 100.0, True))
+    found = outcome(runs, resamples=200)
+    row = found.rows["bbox/AP"]
+    assert row.difference == pytest.approx(100 - HALF)
+    assert 10 < row.low < row.difference < row.high < 95
+    assert "say nothing about other seeds" in found.interval and "8 images" in found.interval
+    assert outcome(runs, resamples=0).rows["bbox/AP"].low is None
+
+
+def test_results_that_are_not_of_the_last_evaluation_are_told(tmp_path):
+    runs = squares(tmp_path, (detections([1]), 77.0, False), (detections([1]), 100.0, True))
+    found = outcome(runs, resamples=20)
+    assert found.rows["bbox/AP"].low is None
+    assert "No interval could be computed" in found.interval
+    assert "evaluate the run again" in found.interval
+
+
+def test_runs_of_other_tasks_and_test_sets_are_refused(tmp_path):
+    one = read_run(write_run(tmp_path / "one"))
+    other = read_run(write_run(tmp_path / "other", {"DATASETS.TEST": ("another",)}))
+    detector = read_run(write_detection_run(tmp_path / "detector", [], 1.0))
+    with pytest.raises(ValueError, match="test set of .* is another"):
+        check_comparable([one, other])
+    with pytest.raises(ValueError, match="task of .* is detection"):
+        check_comparable([one, detector])
+    with pytest.raises(ValueError, match="given twice"):
+        check_comparable([one, one])
+    with pytest.raises(ValueError, match="at least one"):
+        check_comparable([])
+    assert list(by_side([one])) == [STANDARD]
+
+
+def test_time_of_steps_by_phase(tmp_path):
+    run = read_run(write_run(tmp_path / "run", {"REPR.ENABLED": True}))
+    iterations, seconds = run.metrics["time"]
+    seconds[[2, 4]] = 0.25
+    assert seconds_per_step(run) == {"full": 0.5, "S2": 0.25}
+    assert duration(run) == "1 min 30 s"
+
+
+def test_mistakes_are_objects_missed_and_wrong_detections(tmp_path):
+    (run,) = squares(tmp_path, (detections([1, 2, 3], wrong=[3, 3, 5]), 10.0, True))
+    truth = read_truth(tmp_path / "data" / "truth.json")
+    found = mistakes(match(truth, read_results(run.folder, truth), "bbox"))
+    assert found.tolist() == [0, 0, 2, 1, 2, 1, 1, 1]
+
+
+def test_images_are_chosen_in_favour_of_both():
+    first, second = np.array([3, 0, 1, 5, 2]), np.array([0, 4, 1, 4, 0])
+    assert choose(first, second, 4) == [0, 4, 3, 1]
+    assert choose(first, second, 2) == [0, 1]
+    assert choose(first, first, 4) == []

@@ -1,0 +1,180 @@
+"""The page: what it says of runs, and what a browser makes of it."""
+
+from __future__ import annotations
+
+import html
+import re
+
+import pytest
+import torch
+
+from repr_det.analysis.report import write_report
+from repr_det.analysis.run_folder import read_run
+from repr_det.classification import ClassificationTrainer
+from repr_det.engine import history
+from tests.analysis.folders import detections, write_run
+from tests.analysis.test_comparison import HALF, squares
+from tests.browser import Browser, needs_chromium
+from tests.classification.settings import register_corners, small_cfg
+
+
+def text_of(page) -> str:
+    content = re.sub(r"<style>.*?</style>", "", page.read_text(), flags=re.S)
+    return html.unescape(re.sub(r"<[^>]+>", " ", content))
+
+
+def figures_of(page) -> list[str]:
+    return re.findall(r'<figure id="(\w+)">', page.read_text())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A classification run without RePr and one with it, trained for a moment."""
+    register_corners()
+    root = tmp_path_factory.mktemp("pair")
+    for name, uses_repr in (("standard", False), ("repr", True)):
+        cfg = small_cfg(str(root / name))
+        cfg.REPR.ENABLED = uses_repr
+        cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 2, 2, 2
+        cfg.TEST.EVAL_PERIOD = 6
+        cfg.SOLVER.CHECKPOINT_PERIOD = 6
+        (root / name).mkdir()
+        (root / name / "config.yaml").write_text(cfg.dump())
+        ClassificationTrainer(cfg).train()
+    return root / "standard", root / "repr"
+
+
+@pytest.fixture(scope="module")
+def page(pair, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    return write_report([read_run(folder) for folder in pair], path, images=24)
+
+
+EVERY_FIGURE = [
+    *("curves", "drops", "times", "overlap", "overlap_over_time", "overlap_by_layer"),
+    *("cca_by_layer", "cca", "svcca", "similarity", "filters"),
+]
+
+
+def test_a_pair_of_runs_has_every_figure_and_says_what_is_missing(page, pair):
+    assert figures_of(page) == EVERY_FIGURE
+    text = text_of(page)
+    assert "With RePr the top-1 accuracy was" in text
+    assert "One run each has no interval" in text
+    assert "What each filter contributes : It was not computed" in text
+    assert "REPR.ENABLED" in text  # among the settings that differ
+    dropped = history.read(pair[1])
+    number = sum(map(len, dropped.drops[0].pruned.values()))
+    assert f"Dropped {number}, {number} of {sum(dropped.layers.values())} filters" in text
+    assert list(page.parent.iterdir()) == [page]
+
+
+def test_the_page_needs_nothing_else(page):
+    content = page.read_text()
+    assert not re.search(r'(src|href)="(?!data:)', content)
+    assert "url(http" not in content and "<script" not in content
+
+
+def test_a_run_that_is_going_on_is_reported_as_far_as_it_is(tmp_path):
+    register_corners()
+    folder = write_run(tmp_path / "going", {"REPR.ENABLED": True}, length=60)
+    path = write_report([read_run(folder)], tmp_path / "report.html")
+    text = text_of(path)
+    assert figures_of(path) == ["curves"]
+    assert "Not finished, still going or stopped: going" in text
+    assert "not finished, 60 iterations" in text
+    assert "There is no checkpoint yet" in text
+    (folder / "metrics.json").write_text("")
+    write_report([read_run(folder)], path)
+    assert figures_of(path) == []
+    assert "There is no evaluation yet" in text_of(path)
+
+
+def test_a_damaged_checkpoint_costs_only_what_depends_on_it(tmp_path, pair):
+    _, folder = pair
+    run = read_run(folder)
+    bad = tmp_path / "model_final.pth"
+    bad.write_bytes(b"not a checkpoint")
+    damaged = type(run)(run.folder, run.cfg, run.metrics, bad)
+    path = write_report([damaged], tmp_path / "report.html")
+    assert figures_of(path) == ["curves", "drops", "times", "overlap", "overlap_over_time"]
+    assert "is damaged or is no checkpoint" in text_of(path)
+
+
+def test_detectors_are_shown_where_they_differ_with_an_interval(tmp_path):
+    runs = squares(
+        tmp_path,
+        (detections([1, 2, 3, 4]), HALF, False),
+        (detections(range(1, 9)), 100.0, True),
+    )
+    path = write_report(runs, tmp_path / "report.html", resamples=50)
+    assert figures_of(path) == ["curves", "classes", "sizes"]
+    text = text_of(path)
+    assert "49.5 points higher, with a 95 % interval from" in text
+    tiles = re.findall(r"<figcaption>([^<]*)</figcaption></figure>", path.read_text())
+    assert tiles == ["ground truth", "standard: 1 mistake", "RePr: 0 mistakes"] * 4
+
+
+def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
+    runs = [read_run(folder) for folder in pair]
+    page = tmp_path / "report.html"
+    for arguments, words in (
+        ({"images": 1}, "too few"),
+        ({"resamples": -1}, "give 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            write_report(runs, page, **arguments)
+    with pytest.raises(FileNotFoundError, match="create it"):
+        write_report(runs, tmp_path / "nowhere" / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+_STATE = """({
+    width: document.documentElement.scrollWidth,
+    ground: getComputedStyle(document.body).backgroundColor,
+    pictures: [...document.images].map(i => [i.naturalWidth, i.getBoundingClientRect().right]),
+})"""
+
+_INK = """(async () => {
+    const found = {};
+    for (const figure of document.querySelectorAll('figure[id]')) {
+        const image = figure.querySelector('img');
+        const canvas = document.createElement('canvas');
+        canvas.width = 200; canvas.height = 200;
+        const pen = canvas.getContext('2d');
+        pen.drawImage(image, 0, 0, 200, 200);
+        const pixels = pen.getImageData(0, 0, 200, 200).data;
+        let drawn = 0;
+        for (let i = 3; i < pixels.length; i += 4) drawn += pixels[i] > 40;
+        found[figure.id] = drawn;
+    }
+    return found;
+})()"""
+
+
+@needs_chromium
+def test_a_browser_shows_every_figure_on_a_desk_and_on_a_phone(page, tmp_path):
+    with Browser(tmp_path) as browser:
+        for width, scheme in ((1280, "light"), (390, "dark")):
+            browser.open(page, width, scheme=scheme)
+            state = browser.ask(_STATE)
+            assert state["width"] <= width
+            assert len(state["pictures"]) == len(EVERY_FIGURE)
+            assert all(size > 0 and right <= width for size, right in state["pictures"])
+            drawn = browser.ask(_INK)
+            assert list(drawn) == EVERY_FIGURE
+            assert min(drawn.values()) > 300, drawn
+            bright = sum(map(int, re.findall(r"\d+", state["ground"])[:3])) > 380
+            assert bright == (scheme == "light")
+            assert len(browser.picture()) > 20_000
+            assert browser.problems == []
+
+
+def test_the_page_of_the_same_runs_is_the_same_but_for_the_time(page, pair, tmp_path):
+    torch.manual_seed(3)
+    again = write_report([read_run(folder) for folder in pair], tmp_path / "again.html", images=24)
+
+    def undated(path):
+        return re.sub(r"Written [\d: -]+ by", "", path.read_text())
+
+    assert undated(again) == undated(page)

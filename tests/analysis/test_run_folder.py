@@ -1,0 +1,127 @@
+"""Reading what a run left behind, whole, interrupted or damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from repr_det.analysis.run_folder import (
+    CLASSIFICATION,
+    learning_rate_drops,
+    of_checkpoint,
+    read_metrics,
+    read_run,
+    settings_that_differ,
+    sub_network_spans,
+    training_seconds,
+)
+from repr_det.engine import history
+from repr_det.engine.history import Drop, History
+from tests.analysis.folders import write_metrics, write_run
+
+
+def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
+    records = [
+        {"iteration": 19, "total_loss": 3.0},
+        {"iteration": 39, "total_loss": 2.0},
+        {"iteration": 39, "total_loss": 1.5, "bbox/AP": 7.0},
+    ]
+    path = write_metrics(tmp_path, records)
+    path.write_text(path.read_text() + '{"iteration": 59, "total_lo')  # killed while writing
+    metrics = read_metrics(tmp_path)
+    assert metrics.keys() == {"total_loss", "bbox/AP"}
+    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 1.5]]
+    assert [list(values) for values in metrics["bbox/AP"]] == [[39], [7.0]]
+    assert read_metrics(tmp_path / "nothing") == {}
+
+
+def test_spans_of_the_sub_network():
+    written = np.array([19, 39, 59, 79, 99, 109])
+    assert sub_network_spans(written, np.array([0, 1, 1, 0, 1, 0])) == [(20, 60), (80, 100)]
+    assert sub_network_spans(written, np.zeros(6)) == []
+    assert sub_network_spans(written, np.array([1, 0, 0, 0, 0, 1])) == [(0, 20), (100, 110)]
+
+
+def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not():
+    written = np.array([19, 39, 59, 79, 99])
+    rates = np.array([0.01, 0.02, 0.018, 0.0018, 0.00018])
+    assert learning_rate_drops(written, rates) == [79, 99]
+
+
+def test_time_counts_the_steps_between_records():
+    seconds = {"time": (np.array([19.0, 39.0, 44.0]), np.array([0.5, 1.0, 2.0]))}
+    assert training_seconds(seconds) == 20 * 0.5 + 20 * 1.0 + 5 * 2.0
+    assert training_seconds({}) is None
+
+
+def test_a_run_that_was_killed_is_read(tmp_path):
+    run = read_run(write_run(tmp_path / "run", {"REPR.ENABLED": True}, length=100))
+    assert (run.task, run.uses_repr, run.finished, run.iterations) == (
+        CLASSIFICATION, True, False, 100,
+    )  # fmt: skip
+    assert run.history is None and run.checkpoints == []
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        _ = run.weights
+    # From the phases that were written every 20 iterations.
+    assert run.spans == [(40, 60), (80, 100)]
+    assert list(run.evaluations("accuracy/top1")[0]) == [49, 99]
+    assert set(run.evaluated()) == {"accuracy/top1", "accuracy/loss"}
+
+
+def test_spans_are_exact_where_the_drops_are_known_and_end_where_the_run_does(tmp_path):
+    settings = {"REPR.ENABLED": True, "REPR.UNIT": "epoch", "REPR.S1": 2, "REPR.S2": 1}
+    folder = write_run(tmp_path / "run", settings, length=100)
+    history.write(folder, History({"conv": 4}, [Drop(0, 44, {"conv": [1]}), Drop(1, 88, {})], []))
+    assert read_run(folder).spans == [(44, 66), (88, 100)]
+    (folder / history.FILE).write_text("{")
+    run = read_run(folder)
+    assert run.spans == [(40, 60), (80, 100)]
+    with pytest.raises(ValueError, match="damaged"):
+        _ = run.history
+
+
+def test_drops_are_read_from_the_newest_checkpoint_where_no_record_is(tmp_path):
+    folder = write_run(tmp_path / "run", {"REPR.ENABLED": True})
+    for iteration, masks in ((9, []), (109, [[True, False, True]])):
+        state = {
+            "layers": {"conv": 3},
+            "history": [
+                {"cycle": i, "iteration": 40, "pruned": {"conv": torch.tensor(mask)}}
+                for i, mask in enumerate(masks)
+            ],
+        }
+        content = {"model": {}, "trainer": {"hooks": {"RePrHook": state}}}
+        torch.save(content, folder / f"model_{iteration:07d}.pth")
+    found = read_run(folder).history
+    assert found == History({"conv": 3}, [Drop(0, 40, {"conv": [0, 2]})], [])
+    assert read_run(write_run(tmp_path / "standard")).history is None
+
+
+def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / "a", {"SEED": 1, "OUTPUT_DIR": "a"})),
+        read_run(write_run(tmp_path / "b", {"SEED": 2, "OUTPUT_DIR": "b"})),
+    ]
+    assert settings_that_differ(runs) == {"SEED": [1, 2]}
+
+
+def test_keys_of_somebody_elses_trainer_are_read(tmp_path):
+    folder = write_run(tmp_path / "run")
+    config = folder / "config.yaml"
+    config.write_text(config.read_text() + "MINE: {KEY: 3}\n")
+    assert read_run(folder).cfg.MINE.KEY == 3
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="give the OUTPUT_DIR"):
+        read_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("MODEL: [1\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_run(tmp_path)
+    with pytest.raises(FileNotFoundError, match="give the path of a checkpoint"):
+        of_checkpoint("cifar10_c3_32.yaml", tmp_path / "none.pth")
+    with pytest.raises(FileNotFoundError, match="neither a file nor a name"):
+        of_checkpoint("nothing.yaml", tmp_path / "none.pth")

@@ -1,0 +1,114 @@
+"""The record of drops: what it says, that it survives, and what TensorBoard gets."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from repr_det.classification import ClassificationTrainer
+from repr_det.engine import history
+from repr_det.engine.history import Drop, History, Overlap
+from repr_det.method.criteria import ortho_paper
+from tests.classification.settings import register_corners, small_cfg
+
+EXAMPLE = History(
+    {"a": 4, "b": 2},
+    [Drop(0, 10, {"a": [1, 3]}), Drop(1, 30, {"a": [3], "b": [0]})],
+    [Overlap(10, {"a": 0.5, "b": 0.25})],
+)
+
+
+def repr_cfg(folder):
+    register_corners()
+    cfg = small_cfg(str(folder))
+    cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 2, 2, 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 5
+    return cfg
+
+
+def train(cfg, resume=False):
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return trainer
+
+
+def test_shares_and_counts():
+    assert history.shares(EXAMPLE).tolist() == [[0.5, 0.25], [0, 0.5]]
+    counts = {name: list(times) for name, times in history.times_dropped(EXAMPLE).items()}
+    assert counts == {"a": [0, 1, 0, 2], "b": [1, 0]}
+    assert history.shares(History({"a": 4}, [], [])).shape == (1, 0)
+
+
+def test_the_picture_is_darker_where_more_was_dropped():
+    image = history.picture(EXAMPLE)
+    assert image.shape[0] == 3 and image.min() >= 0 and image.max() == 1
+    half = image.shape[1] // 2
+    brightness = image.mean(axis=0)
+    assert brightness[0, 0] < brightness[0, -1] < brightness[-1, 0] == 1
+    assert brightness[0, 0] == pytest.approx(brightness[half, -1])
+
+
+def test_written_and_read(tmp_path):
+    assert history.read(tmp_path) is None
+    history.write(tmp_path, EXAMPLE)
+    assert history.read(tmp_path) == EXAMPLE
+    path = tmp_path / history.FILE
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match="damaged"):
+        history.read(tmp_path)
+
+
+def test_a_run_records_what_it_dropped_and_a_resumed_one_forgets_what_came_after(tmp_path):
+    trainer = train(repr_cfg(tmp_path))
+    written = history.read(tmp_path)
+    assert written == history.of_state(trainer._repr_hook.state_dict(), written.overlaps)
+    assert [drop.iteration for drop in written.drops] == [2, 6]
+    assert [overlap.iteration for overlap in written.overlaps] == [2, 4, 6, 8]
+    assert written.overlaps[0].layers.keys() == written.layers.keys()
+    total = sum(written.layers.values())
+    assert [sum(map(len, drop.pruned.values())) for drop in written.drops] == [int(0.3 * total)] * 2
+    # Killed after the second drop, with a checkpoint from before it.
+    metrics = (tmp_path / "metrics.json").read_text()
+    (tmp_path / "last_checkpoint").write_text("model_0000004.pth")
+    trainer = ClassificationTrainer(repr_cfg(tmp_path))
+    trainer.resume_or_load(resume=True)
+    with EventStorage(trainer.start_iter) as trainer.storage:
+        trainer._repr_hook.before_train()
+    kept = history.read(tmp_path)
+    assert kept.drops == written.drops[:1] and kept.overlaps == written.overlaps[:2]
+    assert (tmp_path / "metrics.json").read_text() == metrics
+
+
+def test_tensorboard_shows_overlap_and_drops_and_metrics_hold_scalars_alone(tmp_path):
+    trainer = train(repr_cfg(tmp_path))
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    events = EventAccumulator(str(path), size_guidance={"images": 0, "histograms": 0})
+    events.Reload()
+    layer = trainer._repr_hook.method.layers[0]
+    histograms = events.Histograms(f"repr/filter_overlap/{layer.name}")
+    assert [event.step for event in histograms] == [2, 4, 6, 8]
+    assert {event.histogram_value.num for event in histograms} == {layer.num_filters}
+    assert [event.step for event in events.Images("repr/dropped")] == [2, 6]
+    assert "repr/overlap" in events.Tags()["scalars"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.json").read_text().splitlines()]
+    assert all(isinstance(value, (int, float)) for line in lines for value in line.values())
+    assert not any("filter_overlap" in name or "dropped" in name for line in lines for name in line)
+
+
+def test_the_overlap_of_filters_is_the_papers_score_where_nothing_is_pruned(tmp_path):
+    trainer = ClassificationTrainer(repr_cfg(tmp_path))
+    method = trainer._repr_hook.method
+    plain = ortho_paper(method.layers)
+    for name, values in method.filter_overlap().items():
+        assert torch.equal(values, plain[name])
+    method.step(2)
+    overlap = method.filter_overlap()
+    for name, mask in method.pruned.items():
+        assert np.array_equal(overlap[name].isnan().numpy(), mask.numpy())

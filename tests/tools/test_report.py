@@ -1,0 +1,100 @@
+"""The command lines of tools/report.py and tools/analyze.py."""
+
+from __future__ import annotations
+
+import json
+
+import cv2
+import pytest
+import torch
+
+from repr_det.analysis.run_folder import read_run
+from repr_det.classification import ClassificationTrainer
+from tests.analysis.folders import (
+    detections,
+    write_detection_data,
+    write_detection_run,
+    write_run,
+)
+from tests.classification.settings import register_corners, small_cfg
+from tests.tools.loading import load_tool
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Folders of a standard and a RePr run of detection, and the arguments that give their data."""
+    annotations, images = write_detection_data(tmp_path / "data")
+    name = f"squares_{tmp_path.name}"
+    folders = []
+    for number, (found, ap) in enumerate((([1, 2], 100 * 26 / 101), (range(1, 9), 100.0))):
+        settings = {"DATASETS.TEST": (name,), "REPR.ENABLED": bool(number)}
+        folder = write_detection_run(tmp_path / f"run_{number}", detections(found), ap, settings)
+        folders.append(str(folder))
+    return folders, ["--test-data", name, str(annotations), str(images)]
+
+
+def test_the_page_is_written_and_named(runs, tmp_path, capsys):
+    folders, data = runs
+    page = tmp_path / "report.html"
+    assert load_tool("report").main([*folders, "-o", str(page), "--resamples", "20", *data]) == 0
+    assert capsys.readouterr().out == f"{page}\n"
+    assert "Held-out images" in page.read_text()
+
+
+def test_figures_alone(runs, tmp_path, capsys):
+    folders, data = runs
+    tool = load_tool("analyze")
+    for figure, name in (("classes", "a.png"), ("curves", "b.svg"), ("detections", "c.png")):
+        assert tool.main([figure, *folders, "-o", str(tmp_path / name), *data]) == 0
+    assert "Box AP of each class" in capsys.readouterr().out
+    assert cv2.imread(str(tmp_path / "c.png")).std() > 10
+    assert (tmp_path / "b.svg").read_text().startswith("<?xml")
+
+
+def test_a_checkpoint_with_a_config_gives_overlap_and_correlations(tmp_path):
+    register_corners()
+    cfg = small_cfg(str(tmp_path))
+    config = tmp_path / "small.yaml"
+    config.write_text(cfg.dump())
+    model = ClassificationTrainer.build_model(cfg)
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": model.state_dict()}, weights)
+    tool = load_tool("analyze")
+    given = ["--config", str(config), "--weights", str(weights), "--images", "20"]
+    numbers = {}
+    for figure in ("overlap_by_layer", "cca_by_layer"):
+        out = tmp_path / f"{figure}.json"
+        arguments = [figure, *given, "-o", str(tmp_path / "a.png"), "--json", str(out)]
+        assert tool.main(arguments) == 0
+        ((_, numbers[figure]),) = json.loads(out.read_text()).items()
+    rows = model.network.features[3].weight.detach().flatten(1)
+    cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
+    expected = (cosines.abs().sum() - len(rows)) / len(rows) ** 2
+    assert numbers["overlap_by_layer"]["network.features.3"] == pytest.approx(float(expected))
+    assert 0 < numbers["cca_by_layer"]["network.features.3"] < 1
+
+
+def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, capsys):
+    run = str(write_run(tmp_path / "run"))
+    other = str(write_run(tmp_path / "other", {"DATASETS.TEST": ("another",)}))
+    out = tmp_path / "out"
+    out.mkdir()
+    page, png = str(out / "a.html"), str(out / "a.png")
+    for name, arguments, sentence in (
+        ("report", [str(tmp_path), "-o", page], f"{tmp_path}/config.yaml does not exist: give"),
+        ("report", [run, other, "-o", page], f"The test set of {other} is another"),
+        ("report", [run, "-o", str(out / "no" / "a.html")], f"Folder {out}/no does not exist"),
+        ("report", [run, "-o", page, "--images", "1"], "1 images are too few"),
+        ("analyze", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
+        ("analyze", ["curves", "-o", png], "There are no runs to report on"),
+        ("analyze", ["drops", run, "-o", png], "This is of RePr runs, and none was given"),
+        ("analyze", ["cca", "--weights", "w.pth", "-o", png], "Give either runs, or --config"),
+        ("analyze", ["curves", run, "-o", png, "--json", str(out / "j")], "curves has no numbers"),
+        ("analyze", ["detections", run, "-o", png], "This is of detection"),
+    ):
+        assert load_tool(name).main(arguments) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith(f"{name}.py: error: {sentence}"), printed
+        assert printed.count("\n") == 1
+    assert not list(out.iterdir())
+    assert read_run(run).iterations == 200

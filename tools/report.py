@@ -1,0 +1,59 @@
+#!/usr/bin/env python3
+"""Write one HTML page that shows what RePr did in a run, or in runs with and without it.
+
+tools/report.py output/demo -o report.html
+tools/report.py output/standard output/repr -o report.html
+tools/report.py output/standard_* output/repr_* -o report.html --test-data my_val val.json images/
+
+A run is its OUTPUT_DIR; it may still be going. What it does not hold, the page says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from repr_det.analysis.report import write_report
+from repr_det.analysis.run_folder import read_run
+from repr_det.engine.command_line import USER_ERRORS, tell
+from repr_det.tasks import add_data_arguments, use_data
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's OUTPUT_DIR")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="PAGE.html")
+    parser.add_argument(
+        "--images", type=int, default=32, help="held-out images to run networks on, default 32"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="of the bootstrap, default 1000; 0: none"
+    )
+    add_data_arguments(parser)
+    args = parser.parse_args(arguments)
+    try:
+        runs = [read_run(folder) for folder in args.runs]
+        for run in runs:
+            use_data(run.cfg, args)
+        page = write_report(
+            runs,
+            args.output,
+            images=args.images,
+            resamples=args.resamples,
+            progress=sys.stderr.isatty(),
+        )
+    except USER_ERRORS as error:
+        return tell("report.py", error)
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        return 130
+    print(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
