@@ -179,6 +179,7 @@ class RePr:
         self._aside: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
+        self._stand_in: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
 
     # --- what takes part
 
@@ -295,7 +296,15 @@ class RePr:
 
     def filter_overlap(self) -> Scores:
         """Plain Ortho score of each filter among the surviving ones, NaN if pruned, by layer."""
-        return filter_overlap(self.layers, self._pruned)
+        if self._stand_in is None:
+            return filter_overlap(self.layers, self._pruned)
+        layers, gone = self._stand_in
+        found = filter_overlap(layers, self._still_there(gone))
+        full = {}
+        for name, scores in found.items():
+            full[name] = scores.new_full((len(gone[name]),), float("nan"))
+            full[name][~gone[name].to(scores.device)] = scores
+        return full
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned filters to zero now.
@@ -305,7 +314,36 @@ class RePr:
         if self._mask is not None:
             self._mask.apply()
 
+    def stand_in(self, layers: Sequence[FilterLayer], gone: dict[str, Tensor]) -> None:
+        """Go on with a network out of which pruned filters were taken physically.
+
+        Until :meth:`full_size`, which must come before the next phase change.
+
+        Args:
+            layers: the layers as they are now, of the same names.
+            gone: which pruned filters were taken out, bool of shape (J,) by layer name; the others
+                are still there, as zeros.
+        """
+        self._release()
+        self._stand_in = (layers, gone)
+        self._hold(layers, self._still_there(gone))
+
+    def full_size(self) -> None:
+        """End :meth:`stand_in`: the layers are as they were."""
+        self._stand_in = None
+        self._release()
+        self._hold(self.layers, self._pruned)
+
+    def _still_there(self, gone: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Which filters of the layers that stand in are pruned."""
+        return {name: mask[~gone[name]] for name, mask in self._pruned.items()}
+
     # --- what happens when
+
+    def due(self, iteration: int) -> bool:
+        """Whether :meth:`step` would change something before this iteration."""
+        phase = self.schedule.phase(iteration)
+        return self._phase != phase.name or (phase.name == SUB and self._cycle != phase.cycle)
 
     def step(self, iteration: int) -> list[PhaseChange]:
         """Do what is due before the training step of this iteration, counted from 0.
@@ -315,11 +353,14 @@ class RePr:
 
         Raises:
             FloatingPointError: weights or scores that are not finite at a phase change.
+            RuntimeError: a phase change while :meth:`stand_in` is in force.
         """
         phase = self.schedule.phase(iteration)
-        if self._phase == phase.name and (phase.name == FULL or self._cycle == phase.cycle):
+        if not self.due(iteration):
             self._cycle = phase.cycle
             return []
+        if self._stand_in is not None:
+            raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
         with torch.no_grad():
             if self._phase == SUB:
@@ -356,7 +397,7 @@ class RePr:
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
-        self._hold()
+        self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
 
     def _return(self) -> PhaseChange:
@@ -399,11 +440,9 @@ class RePr:
             *((layers, readers, None) for layers, readers in self._copies),
         ]
 
-    def _hold(self) -> None:
+    def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
         slots = itertools.chain.from_iterable(
-            layer.filter_slots(self._pruned[layer.name])
-            for layer in self.layers
-            if self._pruned[layer.name].any()
+            layer.filter_slots(pruned[layer.name]) for layer in layers if pruned[layer.name].any()
         )
         self._mask = GradientMask(slots)
 
@@ -527,7 +566,7 @@ class RePr:
         return {
             "version": _STATE_VERSION,
             "settings": self.settings(),
-            "layers": {layer.name: layer.num_filters for layer in self.layers},
+            "layers": {name: len(mask) for name, mask in self._pruned.items()},
             "phase": self._phase,
             "cycle": self._cycle,
             "pruned": self.pruned if self._phase == SUB else {},
@@ -574,7 +613,7 @@ class RePr:
         self._pruned = self._none_pruned()
         if self._phase == SUB:
             self._pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
-            self._hold()
+            self._hold(self.layers, self._pruned)
 
 
 def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:

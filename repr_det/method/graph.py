@@ -1,4 +1,4 @@
-"""Around a filter: which norm follows a conv, and which layers read its channels.
+"""Around a filter: which norm follows a conv, which layers read its channels, and what else does.
 
 Found by running the model once on an example input and following every channel through the
 operations, since neither symbolic tracing (Detectron2's backbones branch on their inputs) nor
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ Filter = tuple[str, int]
 
 Sources = frozenset[Filter] | None
 """What a channel is made of: it is exactly zero while all of these filters are. None: anything."""
+
+Channels = tuple[Sources, ...]
+"""What each channel of a tensor is made of."""
 
 _SAME = {
     "aten::relu", "aten::relu_", "aten::leaky_relu", "aten::leaky_relu_", "aten::elu", "aten::elu_",
@@ -67,11 +71,18 @@ _VALUES = {
 """Arguments that say what is read, of operations that are also told where to read it."""
 
 
+_RANDOM = {"aten::native_dropout", "aten::rrelu_with_noise"}
+"""Operations of :data:`_SAME` that draw a number for every entry: fewer entries, other draws."""
+
+_SHAPE_ONLY = re.compile(r"aten::(new_\w+|\w+_like)$")
+"""Operations that look at no value of their first argument."""
+
+
 class Tag(NamedTuple):
     """Where the channels of a tensor lie (``dim``) and what each is made of (``sources``)."""
 
     dim: int
-    sources: tuple[Sources, ...]
+    sources: Channels
 
 
 @dataclass
@@ -86,7 +97,7 @@ class Reader:
 
     name: str
     module: nn.Module
-    sources: tuple[Sources, ...]
+    sources: Channels
 
     def dead(self, pruned: dict[str, Tensor]) -> Tensor:
         """Which input channels are zero while the given filters are pruned.
@@ -125,6 +136,11 @@ class ChannelGraph:
         readers: every conv and linear layer that ran, by dotted name.
         stems: convs that read the image: no layer with weights before them.
         heads: prediction layers: convs with no layer with weights between them and the output.
+        tied: pairs of channel lists that must stay of one length, channel by channel: what a sum,
+            a shared layer or a batch of several inputs brought together.
+        fixed: channels whose number must stay, since something sees them that is not known to work
+            alike with fewer of them.
+        example: runs the model on the example input on which it was followed.
     """
 
     convs: dict[str, nn.Module] = field(default_factory=dict)
@@ -132,13 +148,16 @@ class ChannelGraph:
     readers: dict[str, Reader] = field(default_factory=dict)
     stems: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
+    tied: list[tuple[Channels, Channels]] = field(default_factory=list)
+    fixed: list[Channels] = field(default_factory=list)
+    example: Callable[[], Any] | None = None
 
 
 def _union(a: Sources, b: Sources) -> Sources:
     return None if a is None or b is None else a | b
 
 
-def _merge(a: tuple[Sources, ...], b: tuple[Sources, ...]) -> tuple[Sources, ...]:
+def _merge(a: Channels, b: Channels) -> Channels:
     return a if a == b else tuple(_union(x, y) for x, y in zip(a, b, strict=True))
 
 
@@ -159,12 +178,42 @@ class _Tracer(TorchDispatchMode):
         self.link_dims: dict[tuple[str, str], int] = {}
         self.read: set[str] = set()
         self.stems: set[str] = set()
+        self.tied: list[tuple[Channels, Channels]] = []
+        self.fixed: list[Channels] = []
+        # Norm channels that were seen with something else than one filter in them.
+        self.blind: dict[str, set[int]] = {}
+        self._owners, self.exposed = _owners(self.modules)
         # Tags and behind are keyed by id, so every tensor that has one must stay alive.
         self._alive: list[Tensor] = []
         self._tags: dict[int, Tag] = {}
         self._behind: dict[int, frozenset[str]] = {}
-        self._open: list[tuple[str, bool]] = []
+        # Convs being run: name, whether the convolution was seen, and what is known of the input.
+        self._open: list[tuple[str, bool, Tag | None]] = []
         self._inside_norm = 0
+        self._inside_linear = 0
+
+    def record(self) -> tuple:
+        """A copy of what was found so far."""
+        return (
+            dict(self.ran), dict(self.readers), {k: dict(v) for k, v in self.links.items()},
+            set(self.read), set(self.stems), list(self.tied), list(self.fixed),
+            {k: set(v) for k, v in self.blind.items()}, set(self.exposed),
+        )  # fmt: skip
+
+    def restore(self, record: tuple) -> None:
+        """Go back to what :meth:`record` gave."""
+        (
+            self.ran, self.readers, self.links, self.read, self.stems, self.tied, self.fixed,
+            self.blind, self.exposed,
+        ) = record  # fmt: skip
+
+    def forget_tensors(self) -> None:
+        """End a run."""
+        self._open.clear()
+        self._inside_norm = self._inside_linear = 0
+        self._tags.clear()
+        self._behind.clear()
+        self._alive.clear()
 
     # --- what is known of a tensor
 
@@ -175,8 +224,38 @@ class _Tracer(TorchDispatchMode):
         self._alive.append(tensor)
         if tag is None or tag.dim >= tensor.dim() or tensor.shape[tag.dim] != len(tag.sources):
             self._tags.pop(id(tensor), None)
+            self._fix(tag)
         else:
             self._tags[id(tensor)] = tag
+
+    def _follow(self, tag: Tag, tensor: Tensor, after: Tag | None) -> None:
+        """Set what became of a tag; where nothing is known of that, its channels must stay."""
+        self._set_tag(tensor, after)
+        if after is None:
+            self._fix(tag)
+
+    def _fix(self, *tags: Tag | None) -> None:
+        self.fixed += [tag.sources for tag in tags if tag is not None]
+
+    def fix_all(self, values: Any) -> None:
+        """The channels of all tensors in some values must stay, attributes of objects included."""
+        seen: set[int] = set()
+        waiting = tree_leaves(values)
+        while waiting:
+            value = waiting.pop()
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, Tensor):
+                self._fix(self._tag(value))
+            elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
+                waiting += tree_leaves(list(vars(value).values()))
+
+    def _tie(self, a: Channels, b: Channels) -> Channels:
+        """Channels that became one: what each is made of."""
+        if a != b:
+            self.tied.append((a, b))
+        return _merge(a, b)
 
     def _weights_behind(self, values: Any) -> frozenset[str]:
         tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
@@ -216,18 +295,22 @@ class _Tracer(TorchDispatchMode):
         self.read |= self._weights_behind(inputs)
 
     def _enter_conv(self, name: str, module: nn.Module, args: Any) -> None:
+        if name in self.exposed or module.in_channels == module.groups:
+            # A group of its own keeps its input, since its filters have no other.
+            self._fix(self._tag(args[0]))
         self.ran[name] = module
         if not self._weights_behind(args):
             self.stems.add(name)
         self._read_by(name, args)
         self._add_reader(name, module, args[0], module.in_channels, channel_dim=1)
-        self._open.append((name, False))
+        self._open.append((name, False, self._tag(args[0])))
 
     def _leave_conv(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
         seen = self._open.pop()[1]
         if not seen and isinstance(out, Tensor):
             # The convolution ran outside torch's dispatcher (a compiled extension).
             self._set_tag(out, self._fresh(name, module))
+            self._fix(self._tag(args[0]), self._tag(out))
         self._set_behind(out, frozenset([name]))
 
     def _fresh(self, name: str, module: nn.Module) -> Tag:
@@ -237,8 +320,13 @@ class _Tracer(TorchDispatchMode):
         self._read_by(name, args)
         if isinstance(module, nn.Linear):
             self._add_reader(name, module, args[0], module.in_features, args[0].dim() - 1)
+        if not _is_plain_linear(module) or name in self.exposed:
+            self.fix_all(args)
+        self._inside_linear += _is_plain_linear(module)
 
     def _leave_weighted(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        self._inside_linear -= _is_plain_linear(module)
+        self.fix_all(out)
         self._set_behind(out, frozenset([name]))
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
@@ -250,8 +338,10 @@ class _Tracer(TorchDispatchMode):
         tag = self._tag(x)
         known = tag is not None and tag.dim == channel_dim and len(tag.sources) == width
         sources = tag.sources if known else (None,) * width
+        if not known:
+            self._fix(tag)
         if name in self.readers:
-            sources = _merge(self.readers[name].sources, sources)
+            sources = self._tie(self.readers[name].sources, sources)
         self.readers[name] = Reader(name, module, sources)
 
     def _enter_norm(self, name: str, module: nn.Module, args: Any) -> None:
@@ -271,12 +361,18 @@ class _Tracer(TorchDispatchMode):
 
     def _through_norm(self, name: str, module: nn.Module, tag: Tag | None) -> Tag | None:
         if tag is None or norm_channels(module) != len(tag.sources):
+            self._fix(tag)
+            self.blind.setdefault(name, set()).update(range(norm_channels(module) or 0))
             return None
+        if mixes_channels(module) or name in self.exposed:
+            self._fix(tag)
         if mixes_channels(module) and getattr(module, "weight", None) is None:
             return None  # other channels shift a zero one, and there is no scale to hold at zero
         sources: list[Sources] = []
         for channel, source in enumerate(tag.sources):
             if source is None or len(source) != 1:
+                self.fixed.append((source,))
+                self.blind.setdefault(name, set()).add(channel)
                 sources.append(None)
                 continue
             (conv, index) = next(iter(source))
@@ -295,11 +391,12 @@ class _Tracer(TorchDispatchMode):
         # Boxes from a prediction layer say where another looks: they are an output all the same.
         values = [args[i] for i in _VALUES[op]] if op in _VALUES else (args, kwargs)
         behind = self._weights_behind(values)
+        if self._inside_norm or self._inside_linear:
+            return func(*args, **kwargs)
         # Read before the operation: in-place ones change what their first argument is.
-        tag = None if self._inside_norm else self._result(op, args, kwargs)
+        tag = self._result(op, args, kwargs)
+        self._notice(op, args, kwargs, followed=tag is not None)
         out = func(*args, **kwargs)
-        if self._inside_norm:
-            return out
         self._set_behind(out, behind)
         if callable(tag):
             tag(out)
@@ -308,14 +405,36 @@ class _Tracer(TorchDispatchMode):
                 self._set_tag(tensor, tag if i == 0 else None)
         return out
 
+    def _notice(self, op: str, args: tuple, kwargs: dict, *, followed: bool) -> None:
+        """Channels that an unknown operation sees must stay, and weights used outside a layer."""
+        opened = {name for name, _, _ in self._open}
+        for tensor in tree_leaves((args, kwargs)):
+            if not isinstance(tensor, Tensor):
+                continue
+            owner = self._owners.get(id(tensor))
+            if owner is not None and owner not in opened:
+                self.exposed.add(owner)
+            if not followed and not _SHAPE_ONLY.match(op):
+                self._fix(self._tag(tensor))
+
+    def _convolved(self, args: tuple) -> Tag:
+        """The tag of a convolution's result, inside a conv."""
+        name, again, given = self._open[-1]
+        self._open[-1] = (name, True, given)
+        module, x = self.modules[name], self._tag(args[0])
+        fresh = self._fresh(name, module)
+        plain = args[1] is module._parameters.get("weight")
+        if again or not plain or x != given:
+            self.exposed.add(name)
+            self._fix(x)
+        # What says where to read, of a deformable convolution.
+        self._fix(*(self._tag(a) for a in args[2:] if isinstance(a, Tensor)))
+        return fresh
+
     def _result(self, op: str, args: tuple, kwargs: dict) -> Tag | None | Callable[[Any], None]:
         """The tag of an operation's result, or what sets it once the result is there."""
         if op in _CONVS:
-            if not self._open:
-                return None
-            name = self._open[-1][0]
-            self._open[-1] = (name, True)
-            return self._fresh(name, self.modules[name])
+            return self._convolved(args) if self._open else None
         x = args[0] if args else None
         tag = self._tag(x)
         if op in ("aten::cat", "aten::stack"):
@@ -327,22 +446,29 @@ class _Tracer(TorchDispatchMode):
         if op in ("aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
             return self._index_put(x, args[1], args[2])
         if op in ("aten::copy", "aten::copy_"):
+            if x._is_view():
+                self._fix(self._tag(args[1]))
             return self._tag(args[1])
         if op in ("aten::mul", "aten::mul_", "aten::div", "aten::div_"):
             return self._product(op, x, args[1])
         if tag is None:
             return None
         if op in _SAME:
+            per_channel = "prelu" in op and args[1].numel() > 1
+            if op in _RANDOM or per_channel:
+                self._fix(tag)
             return tag
         if op in ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias"):
-            return lambda out: self._set_tag(out, _reshaped(tag, x.shape, out.shape))
+            return lambda out: self._follow(tag, out, _reshaped(tag, x.shape, out.shape))
         if op == "aten::mean":
             return self._reduced(tag, x, args[1:], kwargs)
         if op in ("aten::permute", "aten::transpose", "aten::t", "aten::transpose_"):
             return _permuted(op, tag, x, args)
         if op in ("aten::squeeze", "aten::unsqueeze", "aten::expand"):
-            return lambda out: self._set_tag(out, _reshaped(tag, x.shape, out.shape))
+            return lambda out: self._follow(tag, out, _reshaped(tag, x.shape, out.shape))
         if op == "aten::slice":
+            if args[1] % x.dim() == tag.dim:
+                self._fix(tag)
             return _sliced(tag, x, *args[1:])
         if op in ("aten::split", "aten::split_with_sizes", "aten::chunk"):
             dim = (args[2] if len(args) > 2 else kwargs.get("dim", 0)) % x.dim()
@@ -363,14 +489,19 @@ class _Tracer(TorchDispatchMode):
         a, b = self._tag(x), self._tag(y)
         if a is None or b is None or x.shape[a.dim :] != y.shape[b.dim :] or a.dim != b.dim:
             return None
-        return Tag(a.dim, _merge(a.sources, b.sources))
+        return Tag(a.dim, self._tie(a.sources, b.sources))
 
     def _product(self, op: str, x: Any, y: Any) -> Tag | None:
         a, b = self._tag(x), self._tag(y)
-        if op.startswith("aten::div"):
-            return a
         for tag, mine, other in ((a, x, y), (b, y, x)):
-            if tag is not None and (not isinstance(other, Tensor) or other.dim() <= mine.dim()):
+            if tag is None or (mine is y and op.startswith("aten::div")):
+                continue
+            if not isinstance(other, Tensor):
+                return tag
+            if other.dim() <= mine.dim():
+                at = tag.dim - (mine.dim() - other.dim())
+                if at >= 0 and other.shape[at] > 1:
+                    self._fix(a, b)
                 return tag
         return None
 
@@ -379,9 +510,10 @@ class _Tracer(TorchDispatchMode):
         rows_only = sum(i is not None for i in indices) == 1 and indices[0] is not None
         if a is None or b is None or not rows_only or a.dim != b.dim or a.dim == 0:
             return None
-        return (
-            Tag(a.dim, _merge(a.sources, b.sources)) if len(a.sources) == len(b.sources) else None
-        )
+        if len(a.sources) != len(b.sources):
+            return None
+        # Zeros that are written into have the shape of what is written.
+        return Tag(a.dim, self._tie(a.sources, b.sources) if any(a.sources) else b.sources)
 
     def _indexed(self, tag: Tag, indices: Any) -> Tag | None:
         touched = [i for i, index in enumerate(indices) if index is not None]
@@ -402,11 +534,13 @@ class _Tracer(TorchDispatchMode):
             return None
         merged = tags[0].sources
         for tag in tags[1:]:
-            merged = _merge(merged, tag.sources)
+            merged = self._tie(merged, tag.sources)
         return Tag(tags[0].dim, merged)
 
     def _split(self, tag: Tag, dim: int, out: Any) -> None:
         start = 0
+        if dim == tag.dim:
+            self._fix(tag)
         for part in out:
             if dim == tag.dim:
                 width = part.shape[dim]
@@ -424,6 +558,25 @@ class _Tracer(TorchDispatchMode):
         if tag.dim in dims:
             return None
         return Tag(tag.dim if keep else tag.dim - sum(d < tag.dim for d in dims), tag.sources)
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward
+
+
+def _owners(modules: dict[str, nn.Module]) -> tuple[dict[int, str], set[str]]:
+    """Which layer owns a tensor, by id; and layers whose tensors are not theirs alone."""
+    owners: dict[int, str] = {}
+    exposed: set[str] = set()
+    for name, module in modules.items():
+        if not (is_conv(module) or is_norm(module) or isinstance(module, nn.Linear)):
+            continue
+        if not is_norm(module) and module._parameters.get("weight") is None:
+            exposed.add(name)  # computed from others
+        for tensor in itertools.chain(module._parameters.values(), module._buffers.values()):
+            if tensor is not None and owners.setdefault(id(tensor), name) != name:
+                exposed |= {name, owners[id(tensor)]}
+    return owners, exposed
 
 
 def _named(function: Callable, name: str) -> Callable:
@@ -540,7 +693,11 @@ def eager() -> Any:
     return set_stance("force_eager") if set_stance else nullcontext()
 
 
-def trace(model: nn.Module, run: Callable[[], Any] | None = None) -> ChannelGraph:
+def trace(
+    model: nn.Module,
+    run: Callable[[], Any] | None = None,
+    also: Callable[[], Any] | None = None,
+) -> ChannelGraph:
     """Follow the channels of every conv through a model.
 
     The model runs without gradients, in evaluation mode and, where that works too, in training mode
@@ -549,6 +706,8 @@ def trace(model: nn.Module, run: Callable[[], Any] | None = None) -> ChannelGrap
     Args:
         model: any module with convs; wrappers are looked through.
         run: runs the model on an input of its own, for a model that no zero image fits.
+        also: a run in training mode to follow besides, such as one on a training batch, which may
+            use parts that no example reaches.
 
     Returns:
         ChannelGraph: a channel whose way leads through an operation that is not known to keep
@@ -567,45 +726,34 @@ def trace(model: nn.Module, run: Callable[[], Any] | None = None) -> ChannelGrap
         ran = False
         for training in (False, True):
             try:
-                with preserved(model), torch.no_grad(), eager(), _Attempt(tracer, model):
-                    model.train(training)
-                    attempt()
+                _run(tracer, model, attempt, training)
                 ran = True
             except Exception as error:  # an unknown model may raise anything
                 reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
         if ran:
-            return _graph(tracer)
+            if also is not None:
+                _run(tracer, model, also, training=True)
+            graph = _graph(tracer)
+            graph.example = attempt
+            return graph
     raise ValueError(
         f"RePr could not run {type(model).__name__} on an example image ({reasons[0]}); "
         f"pass batches= and loss= so that it can use real ones."
     )
 
 
-class _Attempt:
-    """Keeps what a run recorded only if the run succeeds."""
-
-    def __init__(self, tracer: _Tracer, model: nn.Module) -> None:
-        self._tracer = tracer
-        self._kept = (
-            dict(tracer.ran), dict(tracer.readers), {k: dict(v) for k, v in tracer.links.items()},
-            set(tracer.read), set(tracer.stems),
-        )  # fmt: skip
-        self._watching = tracer.watching()
-
-    def __enter__(self) -> None:
-        self._watching.__enter__()
-
-    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        # The context manager re-raises what the run raised; the record is put back first.
-        tracer = self._tracer
-        if kind is not None:
-            tracer.ran, tracer.readers, tracer.links, tracer.read, tracer.stems = self._kept
-        tracer._open.clear()
-        tracer._inside_norm = 0
-        tracer._tags.clear()
-        tracer._behind.clear()
-        tracer._alive.clear()
-        self._watching.__exit__(kind, value, traceback)
+def _run(tracer: _Tracer, model: nn.Module, run: Callable[[], Any], training: bool) -> None:
+    """Follow one run; what it showed counts only if it succeeds."""
+    record = tracer.record()
+    try:
+        with preserved(model), torch.no_grad(), eager(), tracer.watching():
+            model.train(training)
+            tracer.fix_all(run())
+    except Exception:
+        tracer.restore(record)
+        raise
+    finally:
+        tracer.forget_tensors()
 
 
 def _graph(tracer: _Tracer) -> ChannelGraph:
@@ -621,13 +769,34 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
                 tracer.link_dims[conv, norm],
             )
         )
+    heads = {n for n in tracer.ran if n not in tracer.read}
+    tied, fixed = _around_norms(tracer)
+    for name in (heads | tracer.exposed) & set(tracer.ran):
+        fixed.append(tracer._fresh(name, tracer.modules[name]).sources)
+    fixed += [tracer.readers[name].sources for name in tracer.exposed if name in tracer.readers]
     return ChannelGraph(
         convs={n: m for n, m in tracer.convs.items() if n in tracer.ran},
         norms=norms,
         readers=_one_per_weight(tracer.readers),
         stems=tracer.stems,
-        heads={n for n in tracer.ran if n not in tracer.read},
+        heads=heads,
+        tied=tracer.tied + tied,
+        fixed=tracer.fixed + fixed,
     )
+
+
+def _around_norms(tracer: _Tracer) -> tuple[list[tuple[Channels, Channels]], list[Channels]]:
+    """What shares a norm's channel is tied; what shares it with something unknown is fixed."""
+    tied: list[tuple[Channels, Channels]] = []
+    fixed: list[Channels] = []
+    first: dict[tuple[str, int], Sources] = {}
+    for (conv, norm), pairs in tracer.links.items():
+        for channel, index in pairs.items():
+            source: Sources = frozenset([(conv, index)])
+            if channel in tracer.blind.get(norm, ()) or norm in tracer.exposed:
+                fixed.append((source,))
+            tied.append(((first.setdefault((norm, channel), source),), (source,)))
+    return tied, fixed
 
 
 def _one_per_weight(readers: dict[str, Reader]) -> dict[str, Reader]:

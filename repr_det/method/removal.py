@@ -1,0 +1,150 @@
+"""Which pruned filters can be taken out physically, so that what is left is a smaller network.
+
+A filter can go if everything that sees its channel works alike with one channel fewer: its norm and
+the layers that read it, which lose their part of it, and operations that treat channels one by one.
+Where channels are brought together (a sum, a shared layer, a batch of several inputs), they go
+together or not at all. All of this was seen by following the channels through real runs
+(:mod:`repr_det.method.graph`); nothing depends on names or types of architectures.
+
+The dependency graph of Torch-Pruning was not taken for this: it reads the graph of autograd, in
+which Detectron2's FrozenBatchNorm2d is a sum and a product, its box pooler an indexed assignment
+and a norm in evaluation mode another operation, whereas the channels followed here are those that
+the method itself already relies on.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from repr_det.method.filters import norm_channels
+from repr_det.method.graph import ChannelGraph, Filter
+
+
+class Removal(NamedTuple):
+    """What goes.
+
+    Attributes:
+        filters: by conv, bool of shape (J,).
+        inputs: by conv or linear layer, its input channels, bool of shape (c_in,).
+        norms: by norm, bool of shape (channels,).
+    """
+
+    filters: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+
+class Removable:
+    """The filters of a network in groups that can only go together.
+
+    Args:
+        graph: how channels go through the network.
+    """
+
+    def __init__(self, graph: ChannelGraph) -> None:
+        self._graph = graph
+        parents: dict[Filter, Filter] = {}
+
+        def root(one: Filter) -> Filter:
+            path = []
+            while one in parents:
+                path.append(one)
+                one = parents[one]
+            for passed in path:
+                parents[passed] = one
+            return one
+
+        fixed: set[Filter] = set()
+        for pair in graph.tied:
+            for a, b in zip(*pair, strict=True):
+                # Filters of one channel were tied when they came together: any stands for all.
+                known = [next(iter(sources)) for sources in (a, b) if sources]
+                if len(known) == 1:
+                    fixed.add(known[0])
+                elif known and (first := root(known[0])) != (second := root(known[1])):
+                    parents[second] = first
+        for channels in graph.fixed:
+            fixed.update(next(iter(sources)) for sources in channels if sources)
+
+        numbers: dict[Filter, int] = {}
+        self._filters = {
+            name: torch.tensor(
+                [numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)]
+            )
+            for name, c in graph.convs.items()
+        }
+        self._inputs = {
+            name: torch.tensor([numbers[root(next(iter(s)))] if s else -1 for s in reader.sources])
+            for name, reader in graph.readers.items()
+        }
+        self._widths = {
+            link.name: norm_channels(link.module) or 0
+            for links in graph.norms.values()
+            for link in links
+        }
+        self._size = torch.zeros(len(numbers), dtype=torch.int64)
+        for members in self._filters.values():
+            self._size.index_add_(0, members, torch.ones_like(members))
+        self._fixed = torch.zeros(len(numbers), dtype=torch.bool)
+        for one in fixed:
+            self._fixed[numbers[root(one)]] = True
+
+    def choose(self, pruned: dict[str, Tensor], multiple: int = 1) -> Removal:
+        """The pruned filters that go.
+
+        Args:
+            pruned: bool of shape (J,) by layer name.
+            multiple: number of filters of a layer that loses some becomes a multiple of this.
+
+        Returns:
+            only layers that lose something. Of a grouped conv every group loses equally much, of
+            filters and of inputs; the last ones stay where that or ``multiple`` keeps some.
+        """
+        count = torch.zeros_like(self._size)
+        for name, mask in pruned.items():
+            gone = self._filters[name][mask.cpu()]
+            count.index_add_(0, gone, torch.ones_like(gone))
+        # One more entry, never gone, for what index -1 stands for.
+        going = torch.cat([(count == self._size) & ~self._fixed, torch.tensor([False])])
+        while self._keep_some(going, multiple):
+            pass
+        filters = {name: going[members] for name, members in self._filters.items()}
+        inputs = {name: going[members] for name, members in self._inputs.items()}
+        norms: dict[str, Tensor] = {}
+        for name, links in self._graph.norms.items():
+            for link in links:
+                channels = link.channels_of(filters[name])
+                if len(channels):
+                    none = torch.zeros(self._widths[link.name], dtype=torch.bool)
+                    norms.setdefault(link.name, none)[channels] = True
+        return Removal(_some(filters), _some(inputs), norms)
+
+    def _keep_some(self, going: Tensor, multiple: int) -> bool:
+        """Keep what would break up a grouped conv or a multiple, in place; whether any was."""
+        before = int(going.sum())
+        for name, conv in self._graph.convs.items():
+            members = self._filters[name]
+            if conv.groups > 1:
+                _equalize(going, members.reshape(conv.groups, -1))
+                if name in self._inputs:
+                    _equalize(going, self._inputs[name].reshape(conv.groups, -1))
+            gone = going[members].nonzero().flatten()
+            if len(gone):
+                odd = (len(members) - len(gone)) % multiple
+                spare = min(multiple - odd, len(gone)) if odd else 0
+                going[members[gone[len(gone) - spare :]]] = False
+        return int(going.sum()) < before
+
+
+def _equalize(going: Tensor, members: Tensor) -> None:
+    """Let as many members of each row go as go of the row that loses least, in place."""
+    gone = going[members]
+    excess = gone & (gone.cumsum(1) > gone.sum(1).min())
+    going[members[excess]] = False
+
+
+def _some(masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: mask for name, mask in masks.items() if mask.any()}
