@@ -60,12 +60,16 @@ class MixedPrecisionTrainer(SimpleTrainer):
         self._precision = precision
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=precision == torch.float16)
 
+    def autocast(self) -> torch.autocast:
+        """The context that the model runs in."""
+        return torch.autocast(self._device_type, dtype=self._precision)
+
     def run_step(self) -> None:
         """One iteration."""
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self._device_type, dtype=self._precision):
+        with self.autocast():
             losses = self.model(data)
             total = losses if isinstance(losses, torch.Tensor) else sum(losses.values())
         self.optimizer.zero_grad()

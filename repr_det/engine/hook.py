@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,27 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, TrainerBase
 from detectron2.utils import comm
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from repr_det.engine import history
+from repr_det.engine.amp import MixedPrecisionTrainer
 from repr_det.engine.batches import own_batches, training_loss
+from repr_det.engine.compact import MODES, Compact, Shrunk, rewrapped
+from repr_det.engine.randomness import RandomStream
 from repr_det.method.controller import PhaseChange, RePr
 from repr_det.method.criteria import mean_overlap
 from repr_det.method.reinit import Reinit
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 
 logger = logging.getLogger(f"detectron2.{__name__}")
+
+MEASURING_PAYS_FROM = 600
+"""Iterations in S2 from which on ``compact="auto"`` measures: it takes the time of about 16."""
+
+WORTHWHILE = 1.03
+"""Factor by which the smaller network must be faster for ``compact="auto"`` to use it."""
 
 STATE_KEY = "RePrHook"
 """Where this hook's state lies in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
@@ -45,17 +58,32 @@ class RePrHook(HookBase):
 
     Args:
         schedule: when, in iterations.
+        compact: whether the pruned filters are taken out of the network physically during S2:
+            ``"on"``, ``"off"``, or ``"auto"``: where a measurement at the first drop shows that it
+            is faster. Which it is may differ from run to run and then so do the last digits;
+            hence ``"auto"`` means off where torch's deterministic algorithms are on, and where S2
+            is too short for the measurement to pay. See :mod:`repr_det.engine.compact`.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
             ``batches`` and ``loss`` default to the trainer's data and the model's losses,
             ``progress`` to a bar on the main process.
 
     Raises:
         ValueError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
-            end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already.
+            end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already;
+            an unknown value of ``compact``.
     """
 
-    def __init__(self, schedule: RePrSchedule, **arguments: Any) -> None:
+    def __init__(self, schedule: RePrSchedule, *, compact: str = "auto", **arguments: Any) -> None:
+        if compact not in MODES:
+            raise ValueError(
+                f"RePr: compact (REPR.COMPACT) is {compact!r}; give one of {', '.join(MODES)}."
+            )
         self.schedule = schedule
+        self._mode = compact
+        # Whether to take pruned filters out; None: not decided yet.
+        self._compacts = {"auto": None, "on": True, "off": False}[compact]
+        self._compact: Compact
+        self._resized = False  # since the model was wrapped
         self.method: RePr
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
@@ -87,6 +115,7 @@ class RePrHook(HookBase):
             include=list(keys.INCLUDE),
             exclude=list(keys.EXCLUDE),
             max_layer_ratio=keys.MAX_LAYER_RATIO,
+            compact=keys.COMPACT,
             seed=keys.SEED,
             reinit=Reinit(**{key.lower(): value for key, value in keys.REINIT.items()}),
         )
@@ -114,11 +143,24 @@ class RePrHook(HookBase):
         if hasattr(trainer, "max_iter"):
             self.schedule.check_fits(trainer.max_iter)
         seed = self._arguments.get("seed", 0) + comm.get_rank()
+        if self._mode == "on" and _deeply_wrapped(trainer.model):
+            raise ValueError(
+                "RePr: compact (REPR.COMPACT) is on, but the model's DistributedDataParallel lies "
+                "inside another wrapper and cannot be renewed: wrap it last, or turn compact off."
+            )
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
         if hasattr(trainer, "data_loader"):
             defaults["batches"] = own_batches(trainer.data_loader, seed)
-        self.method = RePr(
-            trainer.model, trainer.optimizer, self.schedule, **{**defaults, **self._arguments}
+        arguments = {**defaults, **self._arguments}
+        self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
+        self._compact = Compact(
+            trainer.model,
+            trainer.optimizer,
+            copies=arguments.get("copies", ()),
+            batches=arguments.get("batches"),
+            loss=arguments["loss"],
+            precision=_precision(trainer),
+            agree=lambda found: comm.all_gather(found)[0],
         )
         layers = self.method.layers
         logger.info(
@@ -162,6 +204,8 @@ class RePrHook(HookBase):
         iteration = self.trainer.iter
         if self.schedule.phase(iteration).name == SUB and self.method.phase == FULL:
             self._record_overlap(detailed=True)
+        if self.method.due(iteration):
+            self._grow()
         for change in self.method.step(iteration):
             self._num_pruned = self.method.num_pruned
             logger.info(_one_line(change))
@@ -173,6 +217,12 @@ class RePrHook(HookBase):
             if change.kind == "drop":
                 picture = history.picture(self._history())
                 self.trainer.storage.put_image("repr/dropped", picture)
+        if self.method.phase == SUB and self._takes_out() and not self._compact.active:
+            self._shrink()
+        if self._resized:
+            if isinstance(self.trainer.model, DistributedDataParallel):
+                self.trainer.model = rewrapped(self.trainer.model)
+            self._resized = False
         self.trainer.storage.put_scalars(
             **{
                 "repr/phase": float(self.method.phase == SUB),
@@ -194,14 +244,71 @@ class RePrHook(HookBase):
             self._record_overlap()
             self.trainer.storage.iter = self.trainer.iter
 
+    def after_train(self) -> None:
+        """Leave a full-size model behind, also where training was interrupted in S2."""
+        self._grow()
+
     def state_dict(self) -> dict[str, Any]:
-        """The method's state."""
-        return self.method.state_dict()
+        """The method's state, and what ``compact="auto"`` decided."""
+        decided = self._compacts if self._mode == "auto" else None
+        return {**self.method.state_dict(), "compact": decided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the method's state; raises ValueError where it does not fit."""
+        self._grow()
         self.method.load_state_dict(state)
+        if self._mode == "auto":
+            self._compacts = state.get("compact")
         self._has_state = True
+
+    # --- the physically smaller network
+
+    def _grow(self) -> None:
+        self._resized |= self._compact.active
+        self._compact.grow()
+
+    def _takes_out(self) -> bool:
+        if self._compacts is None:
+            self._compacts = self._measure()
+        return self._compacts
+
+    def _shrink(self) -> None:
+        problem = ""
+        try:
+            with RandomStream(0).active():
+                shrunk = self._compact.shrink(self.method)
+        except RuntimeError as error:
+            problem = str(error)
+        if problems := [found for found in comm.all_gather(problem) if found]:
+            self._compact.grow()
+            self._compacts = False
+            logger.warning(f"RePr: {problems[0]}; pruned filters stay in the network as zeros.")
+            return
+        self._resized = True
+        logger.info(_cost_line(shrunk))
+
+    def _measure(self) -> bool:
+        """Whether the smaller network is faster, on average over ranks; the same on all of them."""
+        stays = "pruned filters stay in the network as zeros (REPR.COMPACT auto)."
+        if torch.are_deterministic_algorithms_enabled():
+            logger.info(f"RePr: a deterministic run measures no times, so {stays}")
+            return False
+        total = self.schedule.s2 * self.schedule.cycles
+        if total < MEASURING_PAYS_FROM or _deeply_wrapped(self.trainer.model):
+            logger.info(f"RePr: {total} iterations in S2 are too few to measure times, so {stays}")
+            return False
+        try:
+            with RandomStream(0).active():
+                mine = self._compact.speedup(self.method)
+        except Exception as error:  # what a foreign model raises when it cannot be made smaller
+            logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
+            mine = 0.0
+        speedups = comm.all_gather(mine)
+        speedup = sum(speedups) / len(speedups) if min(speedups) > 0 else 0.0
+        logger.info(f"RePr: measured, the smaller network of S2 is {speedup:.2f} times as fast.")
+        return speedup >= WORTHWHILE
+
+    # --- the history of the run
 
     def _history(self) -> history.History:
         return history.of_state(self.method.state_dict(), self._overlaps)
@@ -246,8 +353,7 @@ class RePrHook(HookBase):
                 if len(values):
                     self.trainer.storage.put_histogram(f"repr/filter_overlap/{name}", values, 30)
         scalars = {f"repr/overlap/{name}": value for name, value in overlap.items()}
-        filters = {layer.name: layer.num_filters for layer in self.method.layers}
-        surviving = {n: filters[n] - int(mask.sum()) for n, mask in self.method.pruned.items()}
+        surviving = {name: int((~mask).sum()) for name, mask in self.method.pruned.items()}
         scalars["repr/overlap"] = sum(
             value * surviving[name] for name, value in overlap.items()
         ) / sum(surviving.values())
@@ -258,6 +364,31 @@ def filter_progress(filters: Sequence[Any]) -> Iterable[Any]:
     """A bar over filters that a criterion goes through, on the main process."""
     return tqdm(
         filters, "RePr oracle", unit="filter", leave=False, disable=not comm.is_main_process()
+    )
+
+
+def _precision(trainer: TrainerBase) -> Callable[[], Any]:
+    """What a trainer runs its model in."""
+    trainer = getattr(trainer, "_trainer", trainer)
+    if isinstance(trainer, MixedPrecisionTrainer):
+        return trainer.autocast
+    if isinstance(trainer, AMPTrainer):
+        return partial(torch.autocast, "cuda", dtype=trainer.precision)
+    return nullcontext
+
+
+def _deeply_wrapped(model: nn.Module) -> bool:
+    """Whether there is a DistributedDataParallel that is not the outermost module."""
+    return any(isinstance(m, DistributedDataParallel) for m in model.modules() if m is not model)
+
+
+def _cost_line(shrunk: Shrunk) -> str:
+    before, after = shrunk.before, shrunk.after
+    return (
+        f"RePr: {shrunk.removed} of {shrunk.removed + shrunk.kept} pruned filters are out of the "
+        f"network during S2, the others stay as zeros: {before.parameters:,} parameters become "
+        f"{after.parameters:,}, and {before.multiply_adds / 1e6:,.1f} million multiply-adds of a "
+        f"forward pass {after.multiply_adds / 1e6:,.1f} million."
     )
 
 

@@ -89,7 +89,7 @@ def run(task: str, output: str, kill_rank: int, kill_at: int) -> None:
     cfg.DATASETS.TEST = ()
     cfg.TEST.EVAL_PERIOD = 0
     # Learned from data, which differs from rank to rank.
-    cfg.REPR.CRITERION = "taylor" if task == "classification" else "ortho"
+    cfg.REPR.CRITERION = "taylor" if task.startswith("classification") else "ortho"
     rank = comm.get_rank()
     seed_all_rng(5 + rank)
     trainer = trainer_for(cfg)(cfg)

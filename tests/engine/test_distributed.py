@@ -47,6 +47,8 @@ def assert_ranks_agree(output, processes):
         ("detection", 2),
         pytest.param("classification", 4, marks=pytest.mark.slow),
         pytest.param("detection", 4, marks=pytest.mark.slow),
+        pytest.param("classification-compact", 2, marks=pytest.mark.slow),
+        pytest.param("detection-compact", 2, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_agree(tmp_path, task, processes):

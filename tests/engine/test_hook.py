@@ -92,6 +92,77 @@ def test_plain_default_trainer(tmp_path):
     assert "repr/overlap/backbone.fpn_output3" in recorded
 
 
+class Sizes(hooks.HookBase):
+    """Counts the model's parameters after every step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self):
+        self.seen.append(sum(p.numel() for p in self.trainer.model.parameters()))
+
+
+def run_with(compact, output, schedule, max_iter, resume=False):
+    """A run of a plain DefaultTrainer: its hook and the number of parameters in every step."""
+    cfg = plain_cfg(output)
+    cfg.SOLVER.MAX_ITER = max_iter
+    cfg.SOLVER.CHECKPOINT_PERIOD = 3
+    seed_all_rng(1)
+    trainer = DefaultTrainer(cfg)
+    hook, sizes = RePrHook(schedule, compact=compact), Sizes()
+    trainer.register_hooks([hook, sizes])
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+    return hook, sizes.seen
+
+
+def test_physically_smaller_in_s2(tmp_path, caplog):
+    schedule = RePrSchedule(2, 2, 1)
+    logging.getLogger("detectron2").propagate = True
+    with caplog.at_level(logging.INFO, "detectron2"):
+        _, masked = run_with("off", tmp_path / "off", schedule, 6)
+        _, sizes = run_with("on", tmp_path / "on", schedule, 6)
+    full, small = sizes[0], sizes[2]
+    assert masked == [full] * 6
+    assert sizes == [full, full, small, small, full, full]
+    assert small < 0.9 * full
+    assert " out of the network during S2" in caplog.text
+
+    # A checkpoint of S2 is the masked network's.
+    plain, compact = (
+        torch.load(tmp_path / mode / "model_0000002.pth", weights_only=True)
+        for mode in ("off", "on")
+    )
+    for key, value in plain["model"].items():
+        if not key.endswith("running_var"):  # a pruned channel's is read by nothing
+            torch.testing.assert_close(compact["model"][key], value, rtol=1e-2, atol=1e-3, msg=key)
+        if key.endswith("weight"):
+            assert torch.equal(compact["model"][key] == 0, value == 0)
+    for a, b in zip(
+        *(c["trainer"]["_trainer"]["optimizer"]["state"].values() for c in (plain, compact)),
+        strict=True,
+    ):
+        assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+
+    # And the masked network's is one that the smaller network goes on from.
+    (tmp_path / "off" / "last_checkpoint").write_text("model_0000002.pth")
+    hook, resumed = run_with("on", tmp_path / "off", schedule, 6, resume=True)
+    assert resumed == [small, full, full]
+    assert hook.method.num_pruned == 0
+
+
+def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, caplog):
+    logging.getLogger("detectron2").propagate = True
+    monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
+    for threshold, smaller in ((0.0, True), (1e9, False)):
+        monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", threshold)
+        with caplog.at_level(logging.INFO, "detectron2"):
+            hook, sizes = run_with("auto", tmp_path / str(smaller), RePrSchedule(1, 1, 2), 5)
+        assert (sizes[1] < sizes[0], sizes[3] < sizes[2]) == (smaller, smaller)
+        assert hook.state_dict()["compact"] is smaller
+    assert caplog.text.count("times as fast") == 2
+
+
 def test_lazy_config_loop(tmp_path):
     """A SimpleTrainer with a checkpointer of its own, as Detectron2's LazyConfig loop builds it."""
     cfg = plain_cfg(tmp_path)
@@ -169,6 +240,10 @@ class TestErrors:
     def test_schedule_that_would_end_pruned(self, tmp_path):
         with pytest.raises(ValueError, match=r"N \* \(S1 \+ S2\).*training ends after 10"):
             self.trainer(tmp_path).register_hooks([RePrHook(RePrSchedule(3, 2, 2))])
+
+    def test_unknown_compact(self):
+        with pytest.raises(ValueError, match="COMPACT.* is 'maybe'; give one of auto, on, off"):
+            RePrHook(SCHEDULE, compact="maybe")
 
     def test_registered_after_resume(self, tmp_path):
         trainer = self.trainer(tmp_path)

@@ -120,11 +120,19 @@ def test_killed_and_resumed(reference, moment, iteration):
 
 
 @pytest.mark.slow
-def test_retinanet_resumes_with_its_loss_normaliser(tmp_path):
+@pytest.mark.parametrize(
+    ("task", "moment"),
+    [
+        ("retinanet", MOMENTS[4]),  # resumes with its loss normaliser
+        ("detection-compact", ("after_step", 11)),  # the network is smaller then
+        ("classification-compact", ("after_step", 11)),
+    ],
+)
+def test_other_tasks_resume(tmp_path, task, moment):
     expected, output = tmp_path / "reference", tmp_path / "killed"
-    finish("retinanet", expected)
-    assert start("retinanet", output, *MOMENTS[4]).returncode == -signal.SIGKILL
-    finish("retinanet", output)
+    finish(task, expected)
+    assert start(task, output, *moment).returncode == -signal.SIGKILL
+    finish(task, output)
     assert_same_run(output, expected)
 
 

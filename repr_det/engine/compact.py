@@ -1,0 +1,527 @@
+"""The sub-network of S2 as a physically smaller network.
+
+While a filter is pruned its weights are zeros that are multiplied all the same. :class:`Compact`
+takes them out for as long as S2 lasts: rows of the conv, channels of its norm, columns of the
+layers that read it, and their gradients and optimizer state. At the end everything is put back in
+place. What is taken out is exactly zero, so putting back is filling up with zeros; only norm
+buffers are kept aside. A running variance that training would have moved stays as it was at the
+drop: nothing reads it, and the return resets it. Losses and weights are those of the masked network
+up to the order in which floating-point numbers are added.
+
+Parameters stay the same objects with other data, so optimizers, schedules, clipping and exponential
+averages go on with them. State dicts of the model and the optimizer are full-size, written and
+loaded, whoever asks for them. ``torch.compile`` compiles anew for the shapes of each S2. What holds
+sizes of its own must be built anew by its owner: :func:`rewrapped` does so for
+DistributedDataParallel.
+
+Which filters can go is found in :mod:`repr_det.method.removal`. Nothing here needs Detectron2.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
+
+from repr_det.method.controller import RePr
+from repr_det.method.filters import FilterLayer, NormLink, named_modules, unwrap
+from repr_det.method.graph import eager, preserved, trace
+from repr_det.method.pruning import state_tensors
+from repr_det.method.removal import Removable, Removal
+
+MODES = ("auto", "on", "off")
+
+
+class Cost(NamedTuple):
+    """What a network costs.
+
+    Attributes:
+        parameters: number of trained values.
+        multiply_adds: of convolutions and matrix products in one forward pass.
+    """
+
+    parameters: int
+    multiply_adds: int
+
+
+class Shrunk(NamedTuple):
+    """What :meth:`Compact.shrink` did: cost before and after, and the filters it concerned.
+
+    Attributes:
+        before: with all pruned filters in place.
+        after: as it is now.
+        removed: pruned filters that are gone.
+        kept: pruned filters that stay as zeros.
+    """
+
+    before: Cost
+    after: Cost
+    removed: int
+    kept: int
+
+
+@dataclass
+class _Cut:
+    """A tensor of a module that is smaller for a while.
+
+    Attributes:
+        module: whose tensor it is.
+        name: attribute of the module.
+        index: what is kept: ``full[index]`` is the smaller tensor.
+        shape: of the full tensor.
+        aside: the full tensor where what is cut is not zero (norm buffers), else None.
+    """
+
+    module: nn.Module
+    name: str
+    index: tuple[Tensor, ...]
+    shape: torch.Size
+    aside: Tensor | None = None
+
+    @property
+    def tensor(self) -> Tensor:
+        return getattr(self.module, self.name)
+
+    def take(self, full: Tensor) -> Tensor:
+        """The part of a full-size tensor that is kept, a copy in the same memory format."""
+        index = tuple(i.to(full.device) for i in self.index)
+        return full[index].contiguous(memory_format=_memory_format(full))
+
+    def fill(self, small: Tensor, aside: Tensor | None = None) -> Tensor:
+        """A full-size tensor of the kept part, zeros or ``aside`` around it."""
+        if aside is not None:
+            full = aside.to(small.device, small.dtype, copy=True)
+        else:
+            full = small.new_zeros(self.shape).contiguous(memory_format=_memory_format(small))
+        full[tuple(i.to(small.device) for i in self.index)] = small
+        return full
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    if tensor.dim() == 4 and not tensor.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+class Compact:
+    """Takes pruned filters out of a network physically and puts them back.
+
+    Args:
+        model: the network; wrappers are looked through.
+        optimizer: trains it.
+        copies: models kept in step (EMA), of the same structure; they shrink and grow with it.
+        batches: returns an iterator of training batches; see :class:`repr_det.RePr`.
+        loss: ``loss(model, batch)`` returns a scalar.
+        precision: returns a context to run the network in: that of mixed precision.
+        agree: given what each process found, returns what the first one did: one batch may lead
+            through other parts of the network than the next.
+
+    Without ``batches`` and ``loss`` only what an example image reaches is looked at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        *,
+        copies: Sequence[nn.Module] = (),
+        batches: Callable[[], Iterator[Any]] | None = None,
+        loss: Callable[[nn.Module, Any], Tensor] | None = None,
+        precision: Callable[[], Any] = nullcontext,
+        agree: Callable[[Any], Any] = lambda found: found,
+    ) -> None:
+        self._model = unwrap(model)
+        self._optimizer = optimizer
+        self._copies = [unwrap(copy) for copy in copies]
+        self._batches, self._loss = batches, loss
+        self._precision, self._agree = precision, agree
+        self._removable: Removable | None = None
+        self._example: Callable[[], Any] | None = None
+        self._bodies: list[_Body] = []
+        self._method: RePr | None = None
+
+    @property
+    def active(self) -> bool:
+        """Whether the network is physically smaller now."""
+        return self._method is not None
+
+    def shrink(self, method: RePr) -> Shrunk:
+        """Take out what can go of the filters that are pruned now.
+
+        Args:
+            method: what pruned them; stands on the smaller layers until :meth:`grow`.
+
+        Raises:
+            RuntimeError: the network cannot be followed or the smaller one cannot be run, or what
+                would go is not zero; the network is as it was then.
+        """
+        run = self._runner()
+        before = _cost(self._model, run)
+        removed = self._take_out(method)
+        try:
+            after = _cost(self._model, run)
+        except Exception as error:
+            self.grow()
+            raise RuntimeError(
+                f"the smaller network could not be run ({type(error).__name__}: {error})"
+            ) from error
+        return Shrunk(before, after, removed, method.num_pruned - removed)
+
+    def _prepare(self) -> None:
+        if self._removable is None:
+            graph = trace(self._model, also=self._run_on_a_batch if self._batches else None)
+            self._removable, self._example = Removable(graph), graph.example
+
+    def _take_out(self, method: RePr) -> int:
+        pruned = method.pruned
+        removal: Removal | str
+        try:
+            self._prepare()
+            multiple = _multiple(method.layers[0].weight.device, self._precision)
+            removal = self._removable.choose(pruned, multiple)
+        except Exception as error:  # what running an unknown model raises
+            removal = f"the network could not be followed ({type(error).__name__}: {error})"
+        removal = self._agree(removal)
+        if isinstance(removal, str):
+            raise RuntimeError(removal)
+        self._bodies = [_Body(self._model, removal, self._optimizer)]
+        self._bodies += [_Body(copy, removal, None) for copy in self._copies]
+        method.stand_in(*_smaller_layers(method.layers, pruned, removal))
+        self._method = method
+        return sum(int(removal.filters[name].sum()) for name in pruned if name in removal.filters)
+
+    def grow(self) -> None:
+        """Put everything back in its place; nothing happens where nothing was taken out."""
+        if self._method is not None:
+            for body in self._bodies:
+                body.grow()
+            self._bodies = []
+            self._method.full_size()
+            self._method = None
+
+    def _run_on_a_batch(self) -> None:
+        self._loss(self._model, next(self._batches()))
+
+    def _runner(self) -> Callable[[], Any]:
+        """Runs the network forward, always on the same input."""
+        if self._batches is None:
+            self._prepare()
+            return self._example
+        batch = next(self._batches())
+        return lambda: self._loss(self._model, batch)
+
+    def speedup(self, method: RePr, rounds: int = 3) -> float:
+        """Time of forward and backward of the masked network divided by the smaller one's.
+
+        Both take turns on one batch. Gradients, buffers and torch's random state stay as they are,
+        and so does the network, which is full-size before and after.
+
+        Args:
+            method: as for :meth:`shrink`.
+            rounds: turns of each; each is a run to warm up and one that counts.
+
+        Raises:
+            ValueError: there is no batch to measure on.
+            Exception: whatever the smaller network raises where it cannot be run.
+        """
+        if self._batches is None or self._loss is None:
+            raise ValueError("there are no batches to measure on")
+        batch = next(self._batches())
+        parameters = list(self._model.parameters())
+        gradients = [p.grad for p in parameters]
+        seconds: tuple[list[float], list[float]] = ([], [])
+        try:
+            for _ in range(rounds):
+                seconds[0].append(self._seconds(batch))
+                self._take_out(method)
+                seconds[1].append(self._seconds(batch))
+                self.grow()
+        finally:
+            self.grow()
+            for p, gradient in zip(parameters, gradients, strict=True):
+                p.grad = gradient
+        return statistics.median(seconds[0]) / statistics.median(seconds[1])
+
+    def _seconds(self, batch: Any) -> float:
+        device = next(self._model.parameters()).device
+        for _ in range(2):
+            self._model.zero_grad(set_to_none=True)
+            with preserved(self._model), torch.enable_grad(), self._precision():
+                self._model.train()
+                _wait(device)
+                start = time.perf_counter()
+                self._loss(self._model, batch).backward()
+                _wait(device)
+                seconds = time.perf_counter() - start
+        self._model.zero_grad(set_to_none=True)
+        return seconds
+
+
+class _Body:
+    """One network that was made smaller: its tensors, attributes and state-dict hooks."""
+
+    def __init__(self, model: nn.Module, removal: Removal, optimizer: Optimizer | None) -> None:
+        self._optimizer = optimizer
+        self._cuts, attributes = _cuts(dict(named_modules(model)), removal)
+        self._attributes = [(m, key, getattr(m, key)) for m, key, _ in attributes]
+        self._handles: list[Any] = []
+        self._check_zero()
+        for cut in self._cuts:
+            if isinstance(cut.tensor, nn.Parameter):
+                self._resize(cut, cut.take)
+            else:
+                cut.aside = cut.tensor.detach()
+                cut.tensor.data = cut.take(cut.aside)
+        for module, key, value in attributes:
+            setattr(module, key, value)
+        self._watch_states()
+
+    def grow(self) -> None:
+        """Put everything back."""
+        for handle in self._handles:
+            handle.remove()
+        for cut in self._cuts:
+            if isinstance(cut.tensor, nn.Parameter):
+                self._resize(cut, cut.fill)
+            else:
+                cut.tensor.data = cut.fill(cut.tensor.detach(), cut.aside)
+        for module, key, value in self._attributes:
+            setattr(module, key, value)
+
+    def _states(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {} if self._optimizer is None else state_tensors(self._optimizer, parameter)
+
+    def _check_zero(self) -> None:
+        """What goes must be zero, or taking it out would change the network."""
+        if any(
+            int(cut.tensor.count_nonzero()) != int(cut.take(cut.tensor.detach()).count_nonzero())
+            for cut in self._cuts
+            if isinstance(cut.tensor, nn.Parameter)
+        ):
+            raise RuntimeError("pruned filters are not zero")
+
+    def _resize(self, cut: _Cut, change: Callable[[Tensor], Tensor]) -> None:
+        """Change a parameter, its gradient and its optimizer state alike."""
+        parameter = cut.tensor
+        states, gradient = self._states(parameter), parameter.grad
+        parameter.grad = None
+        data = change(parameter.detach())
+        # Whatever keeps the node alive that accumulates the gradient (an old loss, a replaced
+        # DistributedDataParallel) would keep its shape; another type makes torch drop the node.
+        other = torch.float64 if data.dtype != torch.float64 else torch.float32
+        parameter.data = torch.empty(0, dtype=other, device=data.device)
+        parameter.data = data
+        if gradient is not None:
+            parameter.grad = change(gradient)
+        for key, state in states.items():
+            self._optimizer.state[parameter][key] = change(state)
+
+    # --- full-size state dicts
+
+    def _watch_states(self) -> None:
+        by_module: dict[nn.Module, list[_Cut]] = {}
+        for cut in self._cuts:
+            by_module.setdefault(cut.module, []).append(cut)
+        for module, cuts in by_module.items():
+            writes, loads = _model_hooks(cuts)
+            self._handles.append(module._register_state_dict_hook(writes))
+            self._handles.append(module._register_load_state_dict_pre_hook(loads))
+        if self._optimizer is not None:
+            hooks = _optimizer_hooks(self._cuts)
+            self._handles.append(self._optimizer.register_state_dict_post_hook(hooks[0]))
+            self._handles.append(self._optimizer.register_load_state_dict_pre_hook(hooks[1]))
+
+
+def _model_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
+    """What makes a module write full-size tensors into a state dict, and accept them."""
+
+    def writes(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for cut in cuts:
+            key = prefix + cut.name
+            if key in state:
+                state[key] = cut.fill(state[key].detach(), cut.aside)
+
+    def loads(state: dict[str, Any], prefix: str, *_: Any) -> None:
+        for cut in cuts:
+            key = prefix + cut.name
+            if key in state and state[key].shape == cut.shape:
+                state[key] = cut.take(state[key])
+
+    return writes, loads
+
+
+def _optimizer_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
+    """The same for the state of an optimizer."""
+    by_parameter = {id(cut.tensor): cut for cut in cuts}
+
+    def changed(
+        optimizer: Optimizer, state: dict[str, Any], change: Callable[[_Cut, Tensor], Tensor]
+    ) -> dict[str, Any]:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [n for group in state["param_groups"] for n in group["params"]]
+        entries = dict(state["state"])
+        for number, parameter in zip(numbers, parameters, strict=False):
+            cut = by_parameter.get(id(parameter))
+            if cut is not None and number in entries:
+                entries[number] = {
+                    key: change(cut, value) if isinstance(value, Tensor) else value
+                    for key, value in entries[number].items()
+                }
+        return {**state, "state": entries}
+
+    def writes(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return changed(
+            optimizer, state, lambda cut, v: cut.fill(v) if v.shape == cut.tensor.shape else v
+        )
+
+    def loads(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return changed(optimizer, state, lambda cut, v: cut.take(v) if v.shape == cut.shape else v)
+
+    return writes, loads
+
+
+# --- what a removal means for modules
+
+Attribute = tuple[nn.Module, str, int]
+
+
+def _cuts(modules: dict[str, nn.Module], removal: Removal) -> tuple[list[_Cut], list[Attribute]]:
+    """The tensors that get smaller, and the modules' numbers that say how large they are."""
+    cuts: list[_Cut] = []
+    attributes: list[Attribute] = []
+    for name in removal.filters.keys() | removal.inputs.keys():
+        module = modules[name]
+        rows, columns = removal.filters.get(name), removal.inputs.get(name)
+        index = _weight_index(module, rows, columns)
+        cuts.append(_Cut(module, "weight", index, module.weight.shape))
+        if rows is not None and getattr(module, "bias", None) is not None:
+            cuts.append(_Cut(module, "bias", (_kept(rows),), module.bias.shape))
+        for gone, keys in (
+            (rows, ("out_channels", "out_features")), (columns, ("in_channels", "in_features"))
+        ):  # fmt: skip
+            if gone is not None:
+                attributes += [(module, k, int((~gone).sum())) for k in keys if hasattr(module, k)]
+    for name, gone in removal.norms.items():
+        for module in modules[name].modules():
+            for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and tensor.shape == gone.shape:
+                    cuts.append(_Cut(module, key, (_kept(gone),), tensor.shape))
+            if getattr(module, "num_features", None) == len(gone):
+                attributes.append((module, "num_features", int((~gone).sum())))
+    return cuts, attributes
+
+
+def _kept(gone: Tensor) -> Tensor:
+    return (~gone).nonzero().flatten()
+
+
+def _weight_index(
+    module: nn.Module, rows: Tensor | None, columns: Tensor | None
+) -> tuple[Tensor, ...]:
+    """What is kept of a weight, as indices of its first two dimensions.
+
+    Args:
+        module: a conv (plain, grouped, transposed) or a linear layer.
+        rows: output channels that go, or None.
+        columns: input channels that go, or None; equally many in every group, as of ``rows``.
+    """
+    weight, groups = module.weight, getattr(module, "groups", 1)
+    outer, inner = (columns, rows) if isinstance(module, _ConvTransposeNd) else (rows, columns)
+    if outer is None:
+        outer = torch.zeros(weight.shape[0], dtype=torch.bool)
+    if inner is None:
+        inner = torch.zeros(weight.shape[1] * groups, dtype=torch.bool)
+    first = _kept(outer)
+    second = torch.stack([_kept(part) for part in inner.reshape(groups, -1)])
+    second = second[first // (len(outer) // groups)] if groups > 1 else second
+    return first[:, None].to(weight.device), second.to(weight.device)
+
+
+def _smaller_layers(
+    layers: Sequence[FilterLayer], pruned: dict[str, Tensor], removal: Removal
+) -> tuple[list[FilterLayer], dict[str, Tensor]]:
+    """The layers in the smaller network, and which filters are gone, by name of the layer."""
+    smaller, all_gone = [], {}
+    for layer in layers:
+        gone = removal.filters.get(layer.name, torch.zeros_like(pruned[layer.name]))
+        norms = tuple(
+            NormLink(
+                link.name,
+                link.module,
+                *_renumbered(link, gone, removal.norms.get(link.name)),
+                link.dim,
+            )
+            for link in layer.norms
+        )
+        smaller.append(FilterLayer(layer.name, layer.module, norms))
+        all_gone[layer.name] = gone
+    return smaller, all_gone
+
+
+def _renumbered(link: NormLink, filters: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Filters and channels of a link, counted without those that are gone."""
+    stays = ~filters[link.filters]
+    new_filters = (~filters).cumsum(0)[link.filters[stays]] - 1
+    if channels is None:
+        return new_filters, link.channels[stays]
+    return new_filters, (~channels).cumsum(0)[link.channels[stays]] - 1
+
+
+# --- what it costs
+
+
+def _multiple(device: torch.device, precision: Callable[[], Any]) -> int:
+    """What the number of filters should be a multiple of: tensor cores work in blocks."""
+    if device.type != "cuda":
+        return 1
+    with precision():
+        return 16 if torch.is_autocast_enabled() else 8
+
+
+def _cost(model: nn.Module, run: Callable[[], Any]) -> Cost:
+    counter = FlopCounterMode(display=False)
+    with preserved(model), torch.no_grad(), eager(), counter:
+        run()
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Cost(parameters, counter.get_total_flops() // 2)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def rewrapped(model: DistributedDataParallel) -> DistributedDataParallel:
+    """The model in a new wrapper like the one it is in, whose buckets hold the parameters' sizes.
+
+    Every process does so at the same moment. Buffers stay each process's own; the size of buckets
+    becomes the default one, and communication hooks are taken over.
+    """
+    buffers = [(b, b.detach().clone()) for b in model.module.buffers()]
+    new = DistributedDataParallel(
+        model.module,
+        device_ids=model.device_ids,
+        output_device=model.output_device,
+        dim=model.dim,
+        broadcast_buffers=model.broadcast_buffers,
+        process_group=model.process_group,
+        find_unused_parameters=model.find_unused_parameters,
+        gradient_as_bucket_view=model.gradient_as_bucket_view,
+        static_graph=model.static_graph,
+    )
+    for hook, state in getattr(model, "_comm_hooks", []):
+        new.register_comm_hook(state, hook)
+    with torch.no_grad():
+        for buffer, value in buffers:
+            buffer.copy_(value)
+    return new

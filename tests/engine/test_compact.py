@@ -1,0 +1,340 @@
+"""The physically smaller network of S2 is the masked one, up to the order of additions."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from torch import nn
+
+from repr_det import RePr, RePrSchedule
+from repr_det.engine.batches import training_loss
+from repr_det.engine.compact import Compact
+from repr_det.method.graph import preserved
+from tests.detectors import plain_cfg
+from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
+from tests.method.test_exact import clip_all_by_norm, clip_by_norm, clip_by_value, train_step
+
+S1, S2, AFTER = 2, 4, 3
+
+
+class Run:
+    """A network with its optimizer and method, physically smaller in S2 or not."""
+
+    def __init__(self, model, optimizer, compact, clip=None, ratio=0.3, copies=()):
+        self.model, self.clip, self.losses = model, clip, []
+        self.dtype = next(model.parameters()).dtype
+        self.optimizer = OPTIMIZERS[optimizer](model.parameters())
+        schedule = RePrSchedule(S1, S2, 1)
+        self.method = RePr(
+            model, self.optimizer, schedule, ratio, batches=self.batches, loss=loss, copies=copies
+        )
+        self.compact = None
+        self.shrunk = None
+        if compact:
+            self.compact = Compact(
+                model, self.optimizer, copies=copies, batches=self.batches, loss=loss
+            )
+
+    def batches(self):
+        return (batch(i, self.dtype) for i in range(90, 94))
+
+    def until(self, end, begin=0):
+        for i in range(begin, end):
+            if self.compact and self.method.due(i):
+                self.compact.grow()
+            self.method.step(i)
+            if self.compact and self.method.phase == "sub" and not self.compact.active:
+                self.shrunk = self.compact.shrink(self.method)
+            self.losses.append(train_step(self.model, self.optimizer, i, self.dtype, self.clip))
+        return self
+
+
+def flat_state(optimizer):
+    return {
+        f"{number}.{key}": value
+        for number, entry in optimizer.state_dict()["state"].items()
+        for key, value in entry.items()
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def without_idle_variances(run):
+    """The model's state dict without what nothing reads: running variances of pruned channels."""
+    state = {key: value.clone() for key, value in run.model.state_dict().items()}
+    norms = run.method.graph.norms
+    for name, mask in run.method.pruned.items():
+        for link in norms.get(name, []):
+            if f"{link.name}.running_var" in state:
+                state[f"{link.name}.running_var"][link.channels_of(mask)] = 0
+    return state
+
+
+def assert_same(a, b, tolerance=1e-9):
+    torch.testing.assert_close(a.losses, b.losses, rtol=tolerance, atol=tolerance)
+    for mine, theirs in (
+        (without_idle_variances(a), without_idle_variances(b)),
+        (flat_state(a.optimizer), flat_state(b.optimizer)),
+    ):
+        assert mine.keys() == theirs.keys()
+        for key, value in mine.items():
+            torch.testing.assert_close(
+                value,
+                theirs[key],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda m, k=key: f"{k}: {m}",
+            )
+
+
+def side_by_side(name, optimizer, clip=None):
+    masked, compact = (Run(net(name), optimizer, on, clip) for on in (False, True))
+    parameters = list(compact.model.parameters())
+    shapes = [p.shape for p in parameters]
+    for run in (masked, compact):
+        run.until(S1 + S2)
+    assert compact.compact.active
+    assert any(p.shape != s for p, s in zip(parameters, shapes, strict=True))
+    assert compact.shrunk.after.multiply_adds < compact.shrunk.before.multiply_adds
+    assert compact.shrunk.after.parameters < compact.shrunk.before.parameters
+    # What a checkpoint written now would hold.
+    assert_same(masked, compact)
+    compact.compact.grow()
+    assert all(p is q for p, q in zip(parameters, compact.model.parameters(), strict=True))
+    assert [p.shape for p in parameters] == shapes
+    assert_same(masked, compact)
+    # New directions are a discontinuous function of the survivors where eigenvalues are equal, so
+    # the return starts from the same digits.
+    hand_over(masked, compact)
+    for run in (masked, compact):
+        run.until(S1 + S2 + AFTER, begin=S1 + S2)
+    assert_same(masked, compact)
+    return masked, compact
+
+
+def hand_over(a, b):
+    """Load one run's state into another's."""
+    model, optimizer, method = (
+        copy.deepcopy(x.state_dict()) for x in (a.model, a.optimizer, a.method)
+    )
+    b.model.load_state_dict(model)
+    b.optimizer.load_state_dict(optimizer)
+    b.method.load_state_dict(method)
+
+
+EVERYDAY = {("chain", o) for o in OPTIMIZERS} | {(n, "momentum") for n in NETS}
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    [
+        pytest.param(n, o, marks=() if (n, o) in EVERYDAY else pytest.mark.slow)
+        for n in NETS
+        for o in OPTIMIZERS
+    ],
+)
+def test_trains_as_the_masked_network(name, optimizer):
+    side_by_side(name, optimizer)
+
+
+@pytest.mark.parametrize("clip", [clip_by_norm, clip_all_by_norm, clip_by_value])
+def test_clipping(clip):
+    side_by_side("residual-bias", "momentum", clip)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_checkpoint_of_one_mode_goes_on_in_the_other(first):
+    middle = S1 + 2
+    run = Run(net("residual"), "adam", first).until(middle)
+    resumed = Run(net("residual"), "adam", not first)
+    hand_over(run, resumed)
+    assert [p.shape for p in resumed.model.parameters()] == [
+        p.shape for p in net("residual").parameters()
+    ]
+    resumed.losses = run.losses[:]
+    for one in (run, resumed):
+        one.until(S1 + S2, begin=middle)
+    assert [one.compact is not None and one.compact.active for one in (run, resumed)] == [
+        first, not first
+    ]  # fmt: skip
+    assert_same(run, resumed)
+
+
+def test_full_size_state_can_be_loaded_into_the_smaller_network():
+    """As is done to evaluate averaged weights and go on with one's own."""
+    run, other = (Run(net("residual"), "adam", True).until(S1 + 2) for _ in range(2))
+    own = copy.deepcopy((other.model.state_dict(), other.optimizer.state_dict()))
+    other.model.load_state_dict({k: 0 * v for k, v in own[0].items()})
+    other.model.load_state_dict(own[0])
+    other.optimizer.load_state_dict(own[1])
+    for one in (run, other):
+        one.until(S1 + S2, begin=S1 + 2)
+    assert_same(run, other, 0)
+
+
+def test_module_alone_writes_full_size_tensors_through_a_wrapper():
+    run = Run(net("chain"), "sgd", True).until(S1 + 1)
+    assert run.model[7].weight.shape[0] < 8
+    assert run.model[7].state_dict()["weight"].shape == (8, 8, 3, 3)
+    wrapped = nn.DataParallel(run.model).state_dict()
+    assert wrapped["module.7.weight"].shape == (8, 8, 3, 3)
+    assert wrapped["module.8.running_mean"].shape == (8,)
+
+
+def test_averaged_copy_shrinks_and_grows_with_the_model():
+    runs = []
+    for on in (False, True):
+        model = net("chain")
+        average = copy.deepcopy(model)
+        run = Run(model, "momentum", on, copies=[average])
+        for i in range(S1 + S2 + AFTER):
+            run.until(i + 1, begin=i)
+            with torch.no_grad():
+                for mine, theirs in zip(model.parameters(), average.parameters(), strict=True):
+                    theirs.lerp_(mine, 0.5)
+        runs.append(average.state_dict())
+    for key, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][key], rtol=1e-9, atol=1e-9)
+
+
+def test_gradients_of_the_last_step_go_on():
+    """For loops that accumulate gradients or zero them without setting them to None."""
+    grads = []
+    for on in (False, True):
+        run = Run(net("residual"), "sgd", on).until(S1)
+        run.method.step(S1)
+        run.method.mask_gradients()
+        if on:
+            run.compact.shrink(run.method)
+        loss(run.model, batch(7)).backward()
+        if on:
+            run.compact.grow()
+        grads.append([p.grad for p in run.model.parameters()])
+    for name, a, b in zip(dict(run.model.named_parameters()), *grads, strict=True):
+        # What read a dropped filter at the last step reads nothing now.
+        kept = b != 0
+        torch.testing.assert_close(a[kept], b[kept], rtol=1e-9, atol=1e-9, msg=name)
+
+
+def test_node_that_outlives_a_step_does_not_keep_old_shapes():
+    run = Run(net("chain"), "sgd", True).until(S1)
+    old = loss(run.model, batch(0))  # holds every parameter's node
+    run.until(S1 + 1, begin=S1)
+    assert old.requires_grad
+    run.until(S1 + S2 + 1, begin=S1 + 1)
+
+
+def test_measuring_leaves_everything_as_it_was():
+    run = Run(net("residual"), "adam", True).until(S1)
+    run.method.step(S1)
+    dropout = torch.get_rng_state()
+    before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
+    gradients = [p.grad.clone() for p in run.model.parameters()]
+    assert run.compact.speedup(run.method, rounds=1) > 0
+    assert not run.compact.active
+    assert torch.equal(torch.get_rng_state(), dropout)
+    for key, value in run.model.state_dict().items():
+        assert torch.equal(value, before[0][key])
+    for key, value in flat_state(run.optimizer).items():
+        number, name = key.split(".")
+        assert torch.equal(value, before[1]["state"][int(number)][name])
+    for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
+        assert torch.equal(parameter.grad, gradient)
+
+
+def test_compiled_model():
+    losses = []
+    for on in (False, True):
+        model = net("chain")
+        run = Run(model, "momentum", on)
+        run.model = torch.compile(model, backend="eager")
+        losses.append(run.until(S1 + S2 + AFTER).losses)
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+
+
+def pruned_classifier(name):
+    torch.manual_seed(0)
+    model = getattr(torchvision.models, name)(weights=None, num_classes=10).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.uniform_(tensor, -0.5, 0.5)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method = RePr(model, optimizer, RePrSchedule(1, 1, 1), 0.3)
+    method.step(1)
+    return model, optimizer, method
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in (
+                "resnet50", "resnext50_32x4d", "densenet121", "googlenet", "shufflenet_v2_x0_5",
+                "mobilenet_v3_small", "efficientnet_b0", "squeezenet1_0", "vgg11_bn",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_classifiers_say_the_same(name):
+    model, optimizer, method = pruned_classifier(name)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+
+    def run(training):
+        with preserved(model), torch.no_grad():
+            model.train(training)
+            torch.manual_seed(3)
+            out = model(x)
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    expected = [run(False), run(True)]
+    compact = Compact(model, optimizer)
+    shrunk = compact.shrink(method)
+    assert shrunk.removed > 0
+    assert shrunk.after.multiply_adds < 0.99 * shrunk.before.multiply_adds
+    for training, values in zip((False, True), expected, strict=True):
+        torch.testing.assert_close(run(training), values, rtol=1e-9, atol=1e-9)
+
+
+def test_detector_has_the_same_gradients(tmp_path):
+    model = build_model(plain_cfg(tmp_path))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    objects = Instances((64, 96))
+    objects.gt_boxes = Boxes(torch.tensor([[10.0, 10, 60, 50], [5, 20, 30, 60]]))
+    objects.gt_classes = torch.tensor([3, 7])
+    record = {"image": torch.randint(0, 255, (3, 64, 96), dtype=torch.uint8), "instances": objects}
+
+    def batches():
+        return iter([[dict(record)]])
+
+    method = RePr(model, optimizer, RePrSchedule(1, 1, 1), 0.3)
+    compact = Compact(model, optimizer, batches=batches, loss=training_loss)
+    method.step(1)
+
+    def gradients():
+        model.zero_grad()
+        with preserved(model):
+            model.train()
+            torch.manual_seed(5)
+            value = training_loss(model, *batches())
+            value.backward()
+        return value.item()
+
+    expected = gradients(), [p.grad for p in model.parameters()]
+    shrunk = compact.shrink(method)
+    assert shrunk.after.multiply_adds < 0.9 * shrunk.before.multiply_adds
+    # float32, in which norms over six positions multiply rounding: measured 3e-5.
+    assert gradients() == pytest.approx(expected[0], rel=1e-5)
+    compact.grow()
+    for (name, parameter), gradient in zip(model.named_parameters(), expected[1], strict=True):
+        # What reads a pruned channel has no gradient at all.
+        scale = float(gradient.abs().max())
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0, atol=1e-3 * scale, msg=name)
