@@ -3,11 +3,11 @@
 
     python benchmarks/step_time.py demo_faster_rcnn.yaml cifar10_c3_32.yaml [--steps 60]
 
-Four trainers with one seed take turns, one step each, in one process: standard; RePr in its full
-phase; RePr in S2; standard in deterministic mode. All see batches of the same sizes. The ratios to
-standard training are taken step by step, of steps that ran one after the other; reported are their
-median and the 95 % interval of the median. A step is the whole step with its hooks; nothing is
-evaluated, saved or written.
+Five trainers with one seed take turns, one step each, in one process: standard; RePr in its full
+phase; RePr in S2; RePr in S2 without the pruned filters; standard in deterministic mode. All see
+batches of the same sizes. The ratios to standard training are taken step by step, of steps that ran
+one after the other; reported are their median and the 95 % interval of the median. A step is the
+whole step with its hooks; nothing is evaluated, saved or written.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg, trainer_for
 
 RESULT = Path(__file__).with_suffix(".json")
-STANDARD, FULL, SUB, DETERMINISTIC = "standard", "RePr, full phase", "RePr, S2", "deterministic"
+STANDARD, FULL, DETERMINISTIC = "standard", "RePr, full phase", "deterministic"
+SUB, SMALLER = "RePr, S2", "RePr, S2, physically smaller"
 WARM_UP = 5
 NEVER = 10**6
 
@@ -45,9 +46,10 @@ def make_step(config: str, variant: str, folder: str) -> Callable[[], float]:
         if key.endswith("_EPOCHS"):
             cfg.SOLVER[key] = 0.0
     cfg.SOLVER.MAX_ITER, cfg.SEED = NEVER, 0
-    cfg.REPR.ENABLED = variant in (FULL, SUB)
+    cfg.REPR.ENABLED = variant in (FULL, SUB, SMALLER)
+    cfg.REPR.COMPACT = "on" if variant == SMALLER else "off"
     cfg.REPR.UNIT, cfg.REPR.N = "iteration", 1
-    cfg.REPR.S1, cfg.REPR.S2 = (1, NEVER // 2) if variant == SUB else (NEVER // 2, 1)
+    cfg.REPR.S1, cfg.REPR.S2 = (1, NEVER // 2) if variant in (SUB, SMALLER) else (NEVER // 2, 1)
     deterministic = cfg.DETERMINISTIC = variant == DETERMINISTIC
     seed_all_rng(0)
     trainer = trainer_for(cfg)(cfg)
@@ -84,7 +86,7 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 def measure(config: str, steps: int) -> dict:
     """Ratios of one config."""
     with tempfile.TemporaryDirectory() as folder:
-        variants = (STANDARD, FULL, SUB, DETERMINISTIC)
+        variants = (STANDARD, FULL, SUB, SMALLER, DETERMINISTIC)
         run = {v: make_step(config, v, f"{folder}/{i}") for i, v in enumerate(variants)}
         seconds: dict[str, list[float]] = {variant: [] for variant in variants}
         for index in range(WARM_UP + steps):
