@@ -28,7 +28,7 @@ from repr_det.engine.trainer import RePrTrainer, check_weights
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
 """What checks raise for mistakes in config, arguments and data: told in one sentence."""
 
-GRACE_S = 10.0
+GRACE_S = 60.0
 """How long a process waits for the main process to tell a mistake that both have made."""
 
 TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
