@@ -6,11 +6,11 @@ tools/predict.py photo.jpg clip.mp4 --run output/repr --output drawn/ --json fou
 tools/predict.py photos/ --config repr_faster_rcnn.yaml --json found.json \
     --opts MODEL.WEIGHTS model_final.pth
 
-Pictures keep their names, videos become .mp4. The JSON holds COCO's results, each with file_name
-and, in videos, frame (from 0). Class names, and the ids of classes and images in the JSON, are
-those of --annotations; without it, classes are those of a registered dataset that the config names,
-and otherwise numbers from 1. Images that cannot be read are left out and named at the end; the exit
-status is 1 then.
+Pictures keep their names (small ones are enlarged), videos become .mp4. The JSON holds COCO's
+results, each with file_name and, in videos, frame (from 0). Class names, and ids of classes and
+images in it, are those of --annotations; without it, classes are those of a registered dataset
+that the config names, and otherwise numbers from 1. Images that cannot be read are left out and
+named at the end; the exit status is 1 then.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def draw_instances(
     Returns:
         uint8 (height * zoom, width * zoom, 3), RGB, with one whole-number zoom.
     """
-    zoom = max(1, round(side / max(image.shape[:2])))
+    zoom = _zoom(image, side)
     canvas = cv2.resize(image, None, fx=zoom, fy=zoom, interpolation=cv2.INTER_CUBIC)
     fields = {name.split("_", 1)[-1]: value for name, value in instances.get_fields().items()}
     classes = fields["classes"].tolist()
@@ -79,7 +79,9 @@ def draw_instances(
     return np.asarray(picture)
 
 
-def draw_over(image: np.ndarray, instances: Instances, class_names: Sequence[str]) -> np.ndarray:
+def draw_over(
+    image: np.ndarray, instances: Instances, class_names: Sequence[str], side: int = 384
+) -> np.ndarray:
     """Draw all that a detector says with Detectron2's Visualizer: boxes, masks, keypoints, labels.
 
     A class has one colour on all images, :data:`COLOURS` in turn.
@@ -88,14 +90,16 @@ def draw_over(image: np.ndarray, instances: Instances, class_names: Sequence[str
         image: uint8 (height, width, 3), RGB.
         instances: detections on the CPU, in pixels of ``image``.
         class_names: names of the contiguous class ids.
+        side: see :func:`draw_instances`.
 
     Returns:
-        uint8 (height, width, 3), RGB; the image itself where there are no detections.
+        uint8 (height * zoom, width * zoom, 3), RGB, with one whole-number zoom.
     """
+    zoom = _zoom(image, side)
     if not len(instances):
-        return image
+        return image.repeat(zoom, axis=0).repeat(zoom, axis=1)
     classes = instances.pred_classes.tolist()
-    drawn = Visualizer(image).overlay_instances(
+    drawn = Visualizer(image, scale=zoom).overlay_instances(
         boxes=instances.pred_boxes,
         masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
         keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
@@ -106,6 +110,10 @@ def draw_over(image: np.ndarray, instances: Instances, class_names: Sequence[str
         assigned_colors=[tuple(c / 255 for c in _colour(label)) for label in classes],
     )
     return drawn.get_image()
+
+
+def _zoom(image: np.ndarray, side: int) -> int:
+    return max(1, round(side / max(image.shape[:2])))
 
 
 def _colour(label: int) -> tuple[int, int, int]:

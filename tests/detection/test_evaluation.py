@@ -7,7 +7,12 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
-from repr_det.detection.evaluation import annotation_file, evaluable_types, evaluate
+from repr_det.detection.evaluation import (
+    annotation_file,
+    evaluable_types,
+    evaluate,
+    instances_of,
+)
 from tests.coco_files import CLASSES, direct, make_results, make_truth, read
 
 
@@ -38,6 +43,11 @@ def test_what_can_be_evaluated(tmp_path):
     assert evaluable_types(boxes, truth) == (BBOX,)
     del content["annotations"][0]["segmentation"]
     assert evaluable_types(results, read(tmp_path, content)) == (BBOX,)
+
+
+def test_no_detector():
+    with pytest.raises(ValueError, match="does not answer with instances but with sem_seg: give"):
+        instances_of({"sem_seg": None})
 
 
 def test_no_coco_dataset():

@@ -140,6 +140,13 @@ def refused(tool, capsys, *arguments):
             ("--config", "repr_faster_rcnn.yaml", "DATASETS.TEST", "()"),
             "names no dataset to test on",
         ),
+        (
+            (
+                *("--config", "repr_faster_rcnn.yaml", "--save-results", "out.json"),
+                *("DATASETS.TEST", "('one', 'two')"),
+            ),
+            "--save-results is for the detections of one dataset",
+        ),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(
@@ -149,6 +156,18 @@ def test_mistakes_are_told_in_one_sentence(
     before = set(tmp_path.iterdir())
     assert sentence in refused(tool, capsys, *options)
     assert set(tmp_path.iterdir()) == before
+
+
+def test_boxes_against_masks(tool, files, tmp_path, capsys):
+    content, results = files
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    for entry in results:
+        del entry["bbox"]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    arguments = ["--results", tmp_path / "results.json", "--annotations", tmp_path / "val.json"]
+    assert "of val share neither boxes nor masks" in refused(tool, capsys, *arguments)
 
 
 @pytest.mark.parametrize(

@@ -107,13 +107,15 @@ def test_a_folder(tool, run, predictor, tmp_path, capsys, batch_size):
     assert sorted(p.name for p in out.iterdir()) == [p.name for p in paths]
     for path in paths:
         image, drawn = cv2.imread(str(path)), cv2.imread(str(out / path.name))
+        zoom = 6  # what makes 60 to 64 pixels about 384
+        image = image.repeat(zoom, axis=0).repeat(zoom, axis=1)
         assert drawn.shape == image.shape
         changed = (image != drawn).any(axis=2)
         boxes = [e["bbox"] for e in entries if e["file_name"] == str(path)]
         assert bool(boxes) == bool(changed.any())
         for x, y, w, h in boxes:
-            part = changed[int(y) : int(y + h) + 2, int(x) : int(x + w) + 2]
-            assert part.any()
+            left, top, right, bottom = (int(zoom * v) for v in (x, y, x + w, y + h))
+            assert changed[top : bottom + 2, left : right + 2].any()
 
 
 def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
@@ -237,3 +239,16 @@ def test_not_one_image_can_be_read(tool, run, inputs, capsys):
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("predict.py: error: Image half.png (") and "cannot be read." in line
     assert not (inputs / "out").exists() and not (inputs / "found.json").exists()
+
+
+def test_no_encoder_for_videos(tool, run, video, tmp_path, monkeypatch, capsys):
+    class Without:
+        open = staticmethod(lambda *arguments: False)
+        isOpened = staticmethod(lambda: False)  # noqa: N815
+        release = staticmethod(lambda: None)
+
+    monkeypatch.setattr(cv2, "VideoWriter", Without)
+    monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *letters: 0, raising=False)
+    assert call(tool, run, video, "--output", tmp_path / "out") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.endswith("cannot be written: OpenCV has no encoder for it, give --json.")
