@@ -97,6 +97,7 @@ def _style() -> AbstractContextManager:
             "axes.spines.right": False,
             "axes.grid": True,
             "axes.axisbelow": True,
+            "axes.facecolor": "none",
             "grid.color": _FAINT,
             "grid.linewidth": 0.5,
             "text.color": _INK,
@@ -136,8 +137,9 @@ def curves(
     if not panels:
         raise ValueError("Nothing was recorded yet that could be drawn over iterations.")
     with _style():
-        figure = _figure(0.4 + 1.9 * len(panels))
+        figure = _figure(0.4 + 2.2 * len(panels))
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        told: list[str] = []
         last = max(np.max(line.x) for panel in panels for line in panel.lines if len(line.x))
         for axes, panel in zip(every, panels, strict=True):
             for begin, end in spans:
@@ -156,8 +158,10 @@ def curves(
             axes.set_ylabel(panel.ylabel)
             axes.set_ylim(bottom=panel.bottom)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            columns = 2 if len(handles) > 3 else 1
-            axes.legend(handles.values(), handles.keys(), loc="best", ncols=columns)
+            if list(handles) != told:  # above the axes, where no line is in the way
+                place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
+                axes.legend(handles.values(), handles.keys(), ncols=2, **place)
+                told = list(handles)
         every[-1].set_xlabel("iteration")
         every[-1].set_xlim(0, 1.02 * max(last, 1))
         every[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -235,10 +239,12 @@ def map_of_layers(
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Names without the dotted parts with which all of them begin."""
+    """Names without the dotted parts with which all of them begin; a number never stands alone."""
     parts = [name.split(".") for name in names]
-    common = os.path.commonprefix([p[:-1] for p in parts]) if len(parts) > 1 else []
-    return [".".join(p[len(common) :]) for p in parts]
+    common = len(os.path.commonprefix([p[:-1] for p in parts])) if len(parts) > 1 else 0
+    if common and any(p[common:] == [p[-1]] and p[-1].isdigit() for p in parts):
+        common -= 1
+    return [".".join(p[common:]) for p in parts]
 
 
 def _row_labels(axes: Axes, names: Sequence[str]) -> None:

@@ -52,6 +52,13 @@ def test_the_map_has_a_cell_for_each_layer_and_cycle():
     assert [text.get_text() for text in axes.texts] == ["50", "10", "30"]
 
 
+def test_names_are_short_but_no_mere_numbers():
+    short = figures.short_names
+    assert short(["net.features.3", "net.features.6"]) == ["features.3", "features.6"]
+    assert short(["net.a.conv", "net.b.3"]) == ["a.conv", "b.3"]
+    assert short(["backbone.stem.conv1"]) == ["backbone.stem.conv1"]
+
+
 def test_heat_maps_leave_out_the_diagonal_and_give_the_mean_of_the_rest():
     table = np.array([[1.0, 0.2, 0.6], [0.2, 1.0, 0.4], [0.6, 0.4, 1.0]])
     constant = np.full((3, 3), np.nan)
@@ -90,6 +97,7 @@ def test_svg_follows_the_readers_colours():
     for variable in ("--ink", "--faint", "--shade"):
         assert f"var({variable})" in without_style
     assert "#1a1a1a" not in without_style
+    assert "#ffffff" not in without_style  # the ground is the reader's, too
     assert figures.as_svg(figures.curves(two_runs(), spans=[(40, 80)])) == text
     uri = figures.data_uri(text, "image/svg+xml")
     assert base64.b64decode(uri.partition(",")[2]).decode() == text
