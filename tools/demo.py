@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     run = read_run(args.output)
     curves = FIGURES["curves"].draw(Material([run])).figure
-    figures.save(curves, args.output / "run.png")
+    over_time = figures.save(curves, args.output / "run.png")
     detections = draw_dataset_detections(
         cfg, trainer.model, cfg.DATASETS.TEST[0], args.output / "detections.png"
     )
@@ -97,7 +97,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("AP", "AP50", "AP75", *sorted(n for n in last if n.startswith("AP-"))):
         print(f"  {name:<12}{last[name]:6.1f}")
     page = write_report([run], args.output / "report.html")
-    print(f"Detections: {detections}\nReport:     {page}")
+    print(f"The run over time: {over_time}\nDetections: {detections}\nReport: {page}")
 
 
 if __name__ == "__main__":
