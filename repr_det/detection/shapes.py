@@ -461,7 +461,10 @@ def prepare_shapes(spec: ShapesSpec = ShapesSpec()) -> Path:
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    folder = shapes_folder(spec)
+    return _drawn(shapes_folder(spec), spec)
+
+
+def _drawn(folder: Path, spec: ShapesSpec) -> Path:
     if folder.is_dir():
         return folder
     logger.info("Drawing the built-in dataset into %s (once; takes half a minute)", folder)
@@ -491,7 +494,7 @@ def register_shapes(spec: ShapesSpec = ShapesSpec(), prefix: str = "shapes") -> 
             continue
 
         def load(part: str = part, name: str = name, images: Path = images) -> list[dict]:
-            prepare_shapes(spec)
+            _drawn(folder, spec)
             return load_coco_json(str(folder / f"{part}.json"), str(images), name)
 
         DatasetCatalog.register(name, load)
