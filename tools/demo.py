@@ -88,6 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     detections = draw_dataset_detections(
         cfg, trainer.model, cfg.DATASETS.TEST[0], args.output / "detections.png"
     )
+    page = write_report([run], args.output / "report.html")
     last = {
         name.removeprefix("bbox/"): values[-1]
         for name, (_, values) in run.metrics.items()
@@ -96,7 +97,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\nOn {cfg.DATASETS.TEST[0]}, in %:")
     for name in ("AP", "AP50", "AP75", *sorted(n for n in last if n.startswith("AP-"))):
         print(f"  {name:<12}{last[name]:6.1f}")
-    page = write_report([run], args.output / "report.html")
     print(f"The run over time: {over_time}\nDetections: {detections}\nReport: {page}")
 
 
