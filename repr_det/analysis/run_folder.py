@@ -156,7 +156,10 @@ class RunFolder:
 
     @property
     def rate_drops(self) -> list[float]:
-        """See :func:`learning_rate_drops`."""
+        """Where the learning rate falls: the config's steps in iterations, else as was recorded."""
+        solver = self.cfg.SOLVER
+        if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not solver.get("MAX_EPOCHS", 0):
+            return [float(step) for step in solver.STEPS if step < self.iterations]
         return learning_rate_drops(*self.metrics["lr"]) if "lr" in self.metrics else []
 
     @property

@@ -51,6 +51,12 @@ def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not():
     assert learning_rate_drops(written, rates) == [79, 99]
 
 
+def test_learning_rate_falls_where_the_config_says(tmp_path):
+    """Not where the rate was next recorded, and no step counts that the run has not reached."""
+    run = read_run(write_run(tmp_path / "run", {"SOLVER.STEPS": (50, 130, 900)}, length=200))
+    assert run.rate_drops == [50, 130]
+
+
 def test_time_counts_the_steps_between_records():
     seconds = {"time": (np.array([19.0, 39.0, 44.0]), np.array([0.5, 1.0, 2.0]))}
     assert training_seconds(seconds) == 20 * 0.5 + 20 * 1.0 + 5 * 2.0
