@@ -16,6 +16,7 @@ from tests.analysis.folders import detections, write_run
 from tests.analysis.test_comparison import HALF, squares
 from tests.browser import Browser, needs_chromium
 from tests.classification.settings import register_corners, small_cfg
+from tests.tools.loading import load_tool
 
 
 def text_of(page) -> str:
@@ -152,22 +153,45 @@ _INK = """(async () => {
 })()"""
 
 
-@needs_chromium
-def test_a_browser_shows_every_figure_on_a_desk_and_on_a_phone(page, tmp_path):
-    with Browser(tmp_path) as browser:
+def assert_readable(page, expected, folder):
+    """On a desk and on a phone: nothing too wide, every figure drawn, no complaints."""
+    with Browser(folder) as browser:
         for width, scheme in ((1280, "light"), (390, "dark")):
             browser.open(page, width, scheme=scheme)
             state = browser.ask(_STATE)
             assert state["width"] <= width
-            assert len(state["pictures"]) == len(EVERY_FIGURE)
+            assert len(state["pictures"]) >= len(expected)
             assert all(size > 0 and right <= width for size, right in state["pictures"])
             drawn = browser.ask(_INK)
-            assert list(drawn) == EVERY_FIGURE
+            assert list(drawn) == expected
             assert min(drawn.values()) > 300, drawn
             bright = sum(map(int, re.findall(r"\d+", state["ground"])[:3])) > 380
             assert bright == (scheme == "light")
             assert len(browser.picture()) > 20_000
             assert browser.problems == []
+
+
+@needs_chromium
+def test_a_browser_shows_every_figure(page, tmp_path):
+    assert_readable(page, EVERY_FIGURE, tmp_path)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_browser_shows_detectors_of_the_built_in_dataset(tmp_path):
+    for name in ("standard", "repr"):
+        load_tool("demo").main(
+            [
+                *("--output", str(tmp_path / name), "REPR.ENABLED", str(name == "repr")),
+                *("SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "7", "SOLVER.STEPS", "()"),
+                *("REPR.S1", "2", "REPR.S2", "1", "REPR.N", "2", "TEST.EVAL_PERIOD", "7"),
+            ]
+        )
+    runs = [read_run(tmp_path / name) for name in ("standard", "repr")]
+    page = write_report(runs, tmp_path / "report.html", images=24)
+    expected = [*EVERY_FIGURE, "classes", "sizes"]
+    assert set(figures_of(page)) == set(expected)
+    assert_readable(page, figures_of(page), tmp_path)
 
 
 def test_the_page_of_the_same_runs_is_the_same_but_for_the_time(page, pair, tmp_path):
