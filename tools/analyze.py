@@ -22,7 +22,7 @@ from repr_det.analysis.comparison import check_comparable
 from repr_det.analysis.gallery import FIGURES, Material, class_names, compute_contributions
 from repr_det.analysis.run_folder import RunFolder, of_checkpoint, read_run
 from repr_det.detection.drawing import draw_detections
-from repr_det.engine.command_line import USER_ERRORS, check_folder_of, tell
+from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.tasks import add_data_arguments, use_data
 
 DETECTIONS = "detections"
@@ -45,15 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_data_arguments(parser)
     args = parser.parse_args(arguments)
-    try:
-        _draw(args)
-    except USER_ERRORS as error:
-        return tell("analyze.py", error)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
-    print(args.output)
-    return 0
+    return exit_status("analyze.py", lambda: _draw(args), stopped="Stopped; nothing was written.")
 
 
 def _runs(args: argparse.Namespace) -> list[RunFolder]:
@@ -78,6 +70,7 @@ def _draw(args: argparse.Namespace) -> None:
         titles = ("ground truth", *material.sides)
         names = class_names(runs[0])
         draw_detections(examples, names, args.output, titles, columns=1)
+        print(args.output)
         return
     if args.figure == "contributions":
         for group in material.sides.values():
@@ -89,6 +82,7 @@ def _draw(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps(drawn.values, indent=1) + "\n")
     figures.save(drawn.figure, args.output)
     print(drawn.caption)
+    print(args.output)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from repr_det.detection.coco_results import (
     read_truth,
     results_path,
 )
-from repr_det.engine.command_line import USER_ERRORS, check_folder_of, tell
+from repr_det.engine.command_line import check_folder_of, exit_status
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,20 +47,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the resamples, default 0")
     parser.add_argument("--json", type=Path, metavar="OUT", help="write everything to a JSON file")
     args = parser.parse_args(arguments)
-    try:
-        record, text = _compare(args)
-        if args.json:
-            args.json.write_text(json.dumps(record, indent=2) + "\n")
-    except USER_ERRORS as error:
-        return tell("compare_coco.py", error)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
-    print(text)
-    return 0
+    return exit_status(
+        "compare_coco.py",
+        lambda: print(_compare(args)),
+        stopped="Stopped; nothing was written.",
+    )
 
 
-def _compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+def _compare(args: argparse.Namespace) -> str:
     if args.resamples < 1:
         raise ValueError(f"--resamples is {args.resamples}; give at least 1.")
     if args.seed < 0:
@@ -113,7 +107,9 @@ def _compare(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "of resamples in which it is strictly better. Do not trust the interval of a class with "
         "objects in a few images only: resamples of them show too little."
     )
-    return record, "\n\n".join([*parts, caption])
+    if args.json:
+        args.json.write_text(json.dumps(record, indent=2) + "\n")
+    return "\n\n".join([*parts, caption])
 
 
 def _runs(paths: list[Path]) -> str:

@@ -33,7 +33,7 @@ from repr_det.detection.evaluation import (
     evaluate,
     read_detections,
 )
-from repr_det.engine.command_line import USER_ERRORS, check_folder_of, tell
+from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
 from repr_det.tasks import trained_detector_cfg
 
@@ -63,15 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args(arguments)
-    try:
-        text = _evaluate(args)
-    except USER_ERRORS as error:
-        return tell("evaluate_coco.py", error)
-    except KeyboardInterrupt:
-        print("Stopped.", file=sys.stderr)
-        return 130
-    print(text)
-    return 0
+    return exit_status("evaluate_coco.py", lambda: print(_evaluate(args)), stopped="Stopped.")
 
 
 def _evaluate(args: argparse.Namespace) -> str:

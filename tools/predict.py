@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 from repr_det.detection.prediction import Detector, find_sources, labels_for, predict
-from repr_det.engine.command_line import USER_ERRORS, check_folder_of, tell
+from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
 from repr_det.tasks import trained_detector_cfg
 
@@ -44,13 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="of the config"
     )
     args = parser.parse_args(arguments)
-    try:
-        return _predict(args)
-    except USER_ERRORS as error:
-        return tell("predict.py", error)
-    except KeyboardInterrupt:
-        print("Stopped; what is drawn so far stays.", file=sys.stderr)
-        return 130
+    return exit_status(
+        "predict.py", lambda: _predict(args), stopped="Stopped; what is drawn so far stays."
+    )
 
 
 def _predict(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from repr_det.analysis.report import write_report
 from repr_det.analysis.run_folder import read_run
-from repr_det.engine.command_line import USER_ERRORS, tell
+from repr_det.engine.command_line import exit_status
 from repr_det.tasks import add_data_arguments, use_data
 
 
@@ -35,24 +35,21 @@ def main(arguments: list[str] | None = None) -> int:
     )
     add_data_arguments(parser)
     args = parser.parse_args(arguments)
-    try:
-        runs = [read_run(folder) for folder in args.runs]
-        for run in runs:
-            use_data(run.cfg, args)
-        page = write_report(
-            runs,
-            args.output,
-            images=args.images,
-            resamples=args.resamples,
-            progress=sys.stderr.isatty(),
-        )
-    except USER_ERRORS as error:
-        return tell("report.py", error)
-    except KeyboardInterrupt:
-        print("Stopped; nothing was written.", file=sys.stderr)
-        return 130
+    return exit_status("report.py", lambda: _report(args), stopped="Stopped; nothing was written.")
+
+
+def _report(args: argparse.Namespace) -> None:
+    runs = [read_run(folder) for folder in args.runs]
+    for run in runs:
+        use_data(run.cfg, args)
+    page = write_report(
+        runs,
+        args.output,
+        images=args.images,
+        resamples=args.resamples,
+        progress=sys.stderr.isatty(),
+    )
     print(page)
-    return 0
 
 
 if __name__ == "__main__":

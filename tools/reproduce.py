@@ -24,7 +24,7 @@ from repr_det.analysis.runs import (
     write_table,
 )
 from repr_det.analysis.tables import TABLES, only
-from repr_det.engine.command_line import USER_ERRORS, tell
+from repr_det.engine.command_line import exit_status
 
 SEEDS = {FULL: 3, QUICK: 1}
 
@@ -66,29 +66,30 @@ def main(arguments: list[str] | None = None) -> int:
         help="record a finished run of tools/train_net.py as the one row that --rows names",
     )
     args = parser.parse_args(arguments)
+    return exit_status(
+        "reproduce.py",
+        lambda: _reproduce(args),
+        stopped="Stopped; the same command goes on where it stopped.",
+    )
+
+
+def _reproduce(args: argparse.Namespace) -> None:
     seeds = SEEDS[args.scale] if args.seeds is None else args.seeds
-    try:
-        if seeds < 1:
-            raise ValueError(f"--seeds is {seeds}; give at least 1.")
-        table = TABLES[args.table]
-        if args.import_run:
-            if len(args.rows) != 1:
-                raise ValueError("--import-run needs --rows with the one row that the run is of.")
-            import_run(args.import_run, table, table.row(args.rows[0]), args.scale, args.output)
-            args.show = True
-        else:
-            table = only(table, args.rows)
-        if args.show:
-            text = write_table(table, args.scale, args.output)
-        else:
-            text = reproduce(table, range(seeds), args.scale, args.output)
-    except USER_ERRORS as error:
-        return tell("reproduce.py", error)
-    except KeyboardInterrupt:
-        print("Stopped; the same command goes on where it stopped.", file=sys.stderr)
-        return 130
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}; give at least 1.")
+    table = TABLES[args.table]
+    if args.import_run:
+        if len(args.rows) != 1:
+            raise ValueError("--import-run needs --rows with the one row that the run is of.")
+        import_run(args.import_run, table, table.row(args.rows[0]), args.scale, args.output)
+        args.show = True
+    else:
+        table = only(table, args.rows)
+    if args.show:
+        text = write_table(table, args.scale, args.output)
+    else:
+        text = reproduce(table, range(seeds), args.scale, args.output)
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

@@ -178,6 +178,23 @@ def tell(program: str, error: Exception) -> int:
     return 2
 
 
+def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -> int:
+    """Do a tool's work; returns its exit status: 0, 2 after a user's mistake, 130 if interrupted.
+
+    Args:
+        program: the program's name.
+        work: does it, and returns another exit status than 0 if need be.
+        stopped: what to say to somebody who interrupts it.
+    """
+    try:
+        return work() or 0
+    except USER_ERRORS as error:
+        return tell(program, error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
+
+
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
     """Turn a user's mistake into its sentence, told by one process, and exit status 2."""
