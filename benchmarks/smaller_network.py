@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from step_time import environment
 from torch import Tensor, nn
 
 from repr_det import RePr, RePrSchedule
@@ -117,14 +117,11 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
             "ratio": round(statistics.median(ratios), 4),
             "range": [round(min(ratios), 4), round(max(ratios), 4)],
         }
-    return result | {
+    result |= {
         "rounds": rounds,
         "seconds_standard": round(statistics.median(seconds["standard"]), 4),
-        "torch": torch.__version__,
-        "machine": torch.cuda.get_device_name()
-        if DEVICE == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
     }
+    return result | environment()
 
 
 def main() -> None:

@@ -106,6 +106,15 @@ def measure(config: str, steps: int) -> dict:
     return result
 
 
+def environment() -> dict[str, str]:
+    """What the measurement was made on and with."""
+    processor = f"{platform.machine()}, {torch.get_num_threads()} thread(s)"
+    return {
+        "torch": torch.__version__,
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor,
+    }
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -117,13 +126,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
     for config in args.configs:
-        record[config] = measure(config, args.steps) | {
-            "steps": args.steps,
-            "torch": torch.__version__,
-            "machine": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        }
+        record[config] = measure(config, args.steps) | {"steps": args.steps} | environment()
         print(config, json.dumps(record[config], indent=1), flush=True)
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -23,6 +23,7 @@ from repr_det.detection.coco_results import (
     read_truth,
 )
 from repr_det.detection.evaluation import annotation_file
+from repr_det.engine.command_line import sentence
 
 Sides = dict[str, list[RunFolder]]
 
@@ -161,8 +162,7 @@ def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = F
     try:
         return _with_bootstrap(iteration, rows, sides, resamples, progress)
     except (ValueError, FileNotFoundError, KeyError) as error:
-        reason = error.args[0] if error.args else error
-        return Outcome(iteration, rows, f"No interval could be computed. {reason}")
+        return Outcome(iteration, rows, f"No interval could be computed. {sentence(error)}")
 
 
 def _one_side(sides: Sides) -> str:

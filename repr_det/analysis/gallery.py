@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -82,7 +82,6 @@ class Material:
     runs: Sequence[RunFolder]
     images: int = 32
     progress: bool = False
-    _networks: dict[str, Network] = field(default_factory=dict)
 
     @property
     def sides(self) -> Sides:
@@ -160,9 +159,8 @@ class Material:
         Raises:
             FileNotFoundError, ValueError, KeyError: no results, or no images.
         """
+        _detection_only(self)
         firsts = [group[0] for group in self.sides.values()]
-        if firsts[0].task != DETECTION:
-            raise ValueError("This is of detection.")
         truth = read_truth(annotation_file(firsts[0].test_set))
         results = [read_results(run.folder, truth) for run in firsts]
         counts, ids = [], sorted(truth.getImgIds())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,8 @@ from repr_det.analysis.run_folder import (
     settings_that_differ,
 )
 from repr_det.detection.drawing import draw_instances
-from repr_det.engine.command_line import USER_ERRORS
+from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.command_line import USER_ERRORS, sentence
 
 _TILE = 480
 """Pixels of the longer side of a held-out image."""
@@ -122,12 +122,7 @@ def write_report(
     if resamples < 0:
         raise ValueError(f"There are no {resamples} resamples: give 0 or more.")
     page = _template().render(_content(runs, images, resamples, progress))
-    aside = path.with_name(f".{path.name}.writing")
-    try:
-        aside.write_text(page, encoding="utf-8")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(path, lambda file: file.write(page.encode()))
     return path
 
 
@@ -183,7 +178,7 @@ def _tried(title: str, make: Callable[[], Any], missing: Missing) -> Any:
     try:
         return make()
     except USER_ERRORS as error:
-        missing.append((title, str(error.args[0] if error.args else error)))
+        missing.append((title, sentence(error)))
         return None
 
 

@@ -24,8 +24,8 @@ from repr_det.detection.coco_results import (
     BBOX,
     IOU_75,
     METRICS,
-    SEGM,
     check_iou_type,
+    common_iou_types,
     evaluated_classes,
     read_results,
     read_truth,
@@ -90,12 +90,8 @@ def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str
 
     Results without any detection are compared by boxes: nobody knows what they would have held.
     """
-    entries = (*results, *truth.dataset["annotations"])
-    return tuple(
-        iou_type
-        for iou_type, key in ((BBOX, "bbox"), (SEGM, "segmentation"))
-        if all(key in entry for entry in entries) and (results or iou_type == BBOX)
-    )
+    common = common_iou_types([[results, truth.dataset["annotations"]]])
+    return tuple(iou_type for iou_type in common if results or iou_type == BBOX)
 
 
 def evaluate(

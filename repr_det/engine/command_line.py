@@ -162,6 +162,16 @@ def check_folder_of(option: str, path: Path | None) -> None:
         raise FileNotFoundError(f"Folder {path.parent} of {option} does not exist: create it.")
 
 
+def sentence(error: Exception) -> str:
+    """What one of :data:`USER_ERRORS` says."""
+    # The text of a KeyError would be its message in quotes.
+    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if message.startswith("Caught "):
+        # A loader's process sends its traceback, which ends with the error itself.
+        message = message.strip().splitlines()[-1].partition(": ")[2]
+    return message
+
+
 def tell(program: str, error: Exception) -> int:
     """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
 
@@ -169,12 +179,7 @@ def tell(program: str, error: Exception) -> int:
         program: the program's name.
         error: one of :data:`USER_ERRORS`.
     """
-    # The text of a KeyError would be its message in quotes.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if message.startswith("Caught "):
-        # A loader's process sends its traceback, which ends with the error itself.
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    print(f"{program}: error: {message}", file=sys.stderr)
+    print(f"{program}: error: {sentence(error)}", file=sys.stderr)
     return 2
 
 
