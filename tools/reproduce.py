@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print a table of the paper with its numbers and ours side by side.
+"""Print a table of the paper with its numbers and ours side by side, or a study of our own.
 
 tools/reproduce.py criteria --scale quick          minutes: everything runs, but no result
 tools/reproduce.py criteria --seeds 5              trains what is missing, records it, prints it
@@ -15,6 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from repr_det.analysis import studies, tables
 from repr_det.analysis.runs import (
     DEFAULT_OUTPUT,
     FULL,
@@ -23,9 +24,9 @@ from repr_det.analysis.runs import (
     reproduce,
     write_table,
 )
-from repr_det.analysis.tables import TABLES, only
 from repr_det.engine.command_line import exit_status
 
+TABLES = tables.TABLES | studies.STUDIES
 SEEDS = {FULL: 3, QUICK: 1}
 
 
@@ -84,7 +85,7 @@ def _reproduce(args: argparse.Namespace) -> None:
         import_run(args.import_run, table, table.row(args.rows[0]), args.scale, args.output)
         args.show = True
     else:
-        table = only(table, args.rows)
+        table = tables.only(table, args.rows)
     if args.show:
         text = write_table(table, args.scale, args.output)
     else:

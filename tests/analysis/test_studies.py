@@ -1,0 +1,32 @@
+"""The studies can be trained, and choose nothing on test data."""
+
+from __future__ import annotations
+
+import pytest
+
+from repr_det import RePrSchedule
+from repr_det.analysis.runs import _differences, _settings, row_cfg
+from repr_det.analysis.studies import STUDIES
+from repr_det.classification import resolve_epochs
+
+ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]
+
+
+@pytest.mark.parametrize(("table", "row"), ROWS, ids=lambda x: x.name)
+def test_row(table, row):
+    cfg = row_cfg(row, 3)
+    resolved = resolve_epochs(cfg, 50_000 - cfg.DATASETS.HELD_OUT)
+    if cfg.REPR.ENABLED:
+        schedule = RePrSchedule(resolved.REPR.S1, resolved.REPR.S2, resolved.REPR.N)
+        schedule.check_fits(resolved.SOLVER.MAX_ITER)
+        standard = row_cfg(table.row(row.standard), 3)
+        changed = _differences(_settings(standard), _settings(cfg))
+        assert changed and all(key.startswith("REPR.") for key in changed), changed
+    else:
+        assert row.standard is None
+
+
+def test_screening_looks_at_no_test_image():
+    table = STUDIES["screening"]
+    assert {row_cfg(row, 0).DATASETS.TEST for row in table.rows} == {("cifar10_heldout",)}
+    assert {row_cfg(row, 0).DATASETS.HELD_OUT for row in table.rows} == {30_000}
