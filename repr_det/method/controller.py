@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from repr_det.method.data_criteria import check_second_derivatives
 from repr_det.method.filters import (
     FilterLayer,
     NormLink,
+    Slot,
     finite,
     named_modules,
     select_layers,
@@ -46,6 +48,7 @@ from repr_det.method.pruning import (
     zero_filters,
 )
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
+from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 
 CALIBRATION_BATCHES = 4
@@ -180,6 +183,10 @@ class RePr:
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
         self._stand_in: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
+
+    @cached_property
+    def _removable(self) -> Removable:
+        return Removable(self.graph)
 
     # --- what takes part
 
@@ -391,7 +398,7 @@ class RePr:
         }
         self._aside = []
         for layers, readers, optimizer in self._everywhere():
-            self._aside.append(set_aside(readers, pruned, optimizer))
+            self._aside.append(set_aside(readers, pruned, optimizer, self.reinit.outgoing))
             for layer in layers:
                 zero_filters(layer, pruned[layer.name], optimizer)
         self._pruned = pruned
@@ -441,10 +448,16 @@ class RePr:
         ]
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
-        slots = itertools.chain.from_iterable(
-            layer.filter_slots(pruned[layer.name]) for layer in layers if pruned[layer.name].any()
-        )
-        self._mask = GradientMask(slots)
+        slots: list[Slot] = []
+        unread: list[Slot] = []
+        # The columns that read them are zero, so nothing flows back into filters that could go.
+        silent = self._removable.choose(pruned).filters if layers is self.layers else {}
+        for layer in layers:
+            chosen = pruned[layer.name]
+            if chosen.any():
+                quiet = layer.name in silent and torch.equal(silent[layer.name], chosen)
+                (unread if quiet else slots).extend(layer.filter_slots(chosen))
+        self._mask = GradientMask(slots, unread)
 
     def _release(self) -> None:
         if self._mask is not None:

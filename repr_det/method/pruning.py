@@ -6,8 +6,9 @@ zero as backward accumulates them. An optimizer that works elementwise then leav
 exactly zero: weight decay and momentum of zero are zero. So nothing is added to the forward pass or
 the step, and any loop that calls ``backward()`` and ``optimizer.step()`` is supported.
 
-The weights that read a pruned channel are set aside with their optimizer state and come back
-unmoved. With them at zero nothing flows back into a pruned channel either.
+The weights that read a pruned channel are zero meanwhile, with their optimizer state, and come back
+as they were, times a factor. With them at zero nothing flows back into a pruned channel either, so
+where they are all that reads it, its gradients are zero by themselves and cost nothing to hold.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.filters import FilterLayer, Slot, column_slots
 from repr_det.method.graph import Reader
@@ -91,20 +93,33 @@ class GradientMask:
 
     Before clipping, unscaling and the step, wherever these happen, and before
     DistributedDataParallel averages them.
+
+    Args:
+        slots: always set to zero.
+        unread: likewise until the first backward shows that they are zero anyway. That they are
+            must follow from the network, too: one batch alone proves nothing.
     """
 
-    def __init__(self, slots: Iterable[Slot]) -> None:
+    def __init__(self, slots: Iterable[Slot], unread: Iterable[Slot] = ()) -> None:
         self._slots: dict[Tensor, list[Slot]] = {}
-        for slot in slots:
-            if slot.tensor.requires_grad:
-                self._slots.setdefault(slot.tensor, []).append(slot)
-        self._handles = [
-            parameter.register_post_accumulate_grad_hook(self._mask) for parameter in self._slots
-        ]
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        for some, hook in ((slots, self._mask), (unread, self._mask_or_let_go)):
+            for slot in some:
+                if slot.tensor.requires_grad:
+                    self._slots.setdefault(slot.tensor, []).append(slot)
+                    if slot.tensor not in self._handles:
+                        handle = slot.tensor.register_post_accumulate_grad_hook(hook)
+                        self._handles[slot.tensor] = handle
 
     def _mask(self, parameter: Tensor) -> None:
         for slot in self._slots[parameter]:
             slot.fill(0.0, like=parameter.grad)
+
+    def _mask_or_let_go(self, parameter: Tensor) -> None:
+        if not any(slot.read(like=parameter.grad).any() for slot in self._slots[parameter]):
+            # Each hook is a call into Python and, for a weight, a pass over its rows.
+            self._handles[parameter].remove()
+        self._mask(parameter)
 
     def apply(self) -> None:
         """Set them to zero now: for loops that write gradients without backward."""
@@ -114,7 +129,7 @@ class GradientMask:
 
     def remove(self) -> None:
         """Let gradients through again."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
 
 
@@ -133,7 +148,10 @@ def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None
 
 
 def set_aside(
-    readers: Sequence[Reader], pruned: dict[str, Tensor], optimizer: Optimizer | None
+    readers: Sequence[Reader],
+    pruned: dict[str, Tensor],
+    optimizer: Optimizer | None,
+    factor: float,
 ) -> dict[str, list[dict[str, Any]]]:
     """Copy the weights that read pruned channels, with their optimizer state, and set them to zero.
 
@@ -141,6 +159,7 @@ def set_aside(
         readers: the layers that read filters.
         pruned: bool of shape (J,) by layer name.
         optimizer: whose state to treat likewise; None for a model that is not trained.
+        factor: what :func:`put_back` will be given; with 0 nothing is copied that it would not use.
 
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
@@ -150,12 +169,12 @@ def set_aside(
         entries = []
         for slot in column_slots(reader.module, reader.dead(pruned)):
             states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
-            entries.append(
-                {
-                    "value": slot.read(),
-                    "state": {key: slot.read(like=state) for key, state in states.items()},
-                }
-            )
+            kept = {
+                key: slot.read(like=state)
+                for key, state in states.items()
+                if factor or key in SECOND_MOMENTS
+            }
+            entries.append({"value": slot.read(), "state": kept} if factor else {"state": kept})
             for tensor in (None, *states.values()):
                 slot.fill(0.0, like=tensor)
         if entries:
@@ -174,7 +193,10 @@ def put_back(
     for reader in readers:
         slots = column_slots(reader.module, reader.dead(pruned))
         for slot, entry in zip(slots, aside.get(reader.name, []), strict=True):
-            slot.write(factor * entry["value"])
+            if factor:
+                slot.write(factor * entry["value"])
+            else:
+                slot.fill(0.0)
             if optimizer is None:
                 continue
             for key, state in state_tensors(optimizer, slot.tensor).items():

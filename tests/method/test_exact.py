@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from repr_det import RePr, RePrSchedule
-from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
+from tests.method.nets import NETS, OPTIMIZERS, batch, chain, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
 STEPS = 50
@@ -146,6 +146,25 @@ def test_regulariser_in_the_loss_does_not_wake_a_filter():
         trainer.step()
     for layer in method.layers:
         assert layer.weight[method.pruned[layer.name]].abs().sum() == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "free"),
+    [(NETS["chain"], True), (NETS["residual"], False), (lambda: chain("GN"), False)],
+)
+def test_only_filters_that_get_a_gradient_are_held(make, free):
+    """Where all that reads a filter is known, its gradient is zero, and no hook costs time."""
+    torch.manual_seed(0)
+    model = make().double()
+    trainer = OPTIMIZERS["momentum"](model.parameters())
+    method = RePr(model, trainer, RePrSchedule(1, 9, 1), 0.3)
+    for i in range(3):
+        method.step(i)
+        train_step(model, trainer, i, torch.float64)
+    held = {layer.name for layer in method.layers if layer.weight._post_accumulate_grad_hooks}
+    pruned = {layer.name for layer in method.layers if method.pruned[layer.name].any()}
+    assert held <= pruned and pruned
+    assert not held if free else held
 
 
 def test_mask_gradients_serves_loops_without_backward():
