@@ -118,7 +118,7 @@ class ImageClassifier(nn.Module):
             "aux_weight": keys.AUX_WEIGHT,
             "label_weight": label_weight,
             "extra_losses": extra_losses,
-            "channels_last": keys.CHANNELS_LAST,
+            "channels_last": cfg.MODEL.CHANNELS_LAST,
         }
 
     @property

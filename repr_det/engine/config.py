@@ -65,6 +65,10 @@ def _add_trainer_config(cfg: CfgNode) -> None:
     cfg.DETERMINISTIC = False
     # Precision of mixed-precision training: "auto" is float16 on a GPU and bfloat16 on a CPU.
     cfg.SOLVER.AMP.PRECISION = "auto"
+    # Keep weights and images channels last in memory: the same numbers up to rounding.
+    cfg.MODEL.CHANNELS_LAST = False
+    # Compile the backbone of a detector, the network of a classifier, with torch.compile.
+    cfg.MODEL.COMPILE = False
 
 
 def get_cfg(*additions: Callable[[CfgNode], None]) -> CfgNode:

@@ -12,6 +12,7 @@ from detectron2.solver.build import (
     maybe_add_gradient_clipping,
 )
 from fvcore.common.param_scheduler import ParamScheduler
+from torch.optim import Optimizer
 
 TRIANGULAR = "Triangular"
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
@@ -25,6 +26,8 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # Decay rate of RMSprop's second moment.
     cfg.SOLVER.RMSPROP_ALPHA = 0.99
+    # Take the optimizer's step in one kernel. What it gains is recorded in benchmarks/README.md.
+    cfg.SOLVER.FUSED = False
     # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": the learning rate climbs in a straight
     # line from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and back within CYCLE_ITERS iterations, over
     # and over.
@@ -32,15 +35,31 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CYCLE_AMPLITUDE = 0.005
 
 
-def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
 
     Raises:
-        ValueError: an optimizer that is none of :data:`OPTIMIZERS`.
+        ValueError: an optimizer that is none of :data:`OPTIMIZERS`, or has no fused step.
     """
     solver = cfg.SOLVER
-    if solver.OPTIMIZER == "SGD":
-        return detectron2.solver.build_optimizer(cfg, model)
+    optimizer = (
+        detectron2.solver.build_optimizer(cfg, model)
+        if solver.OPTIMIZER == "SGD"
+        else _build_adaptive(cfg, model)
+    )
+    if solver.FUSED:
+        if solver.OPTIMIZER == "RMSprop":
+            raise ValueError(
+                "SOLVER.FUSED: PyTorch has no fused RMSprop; turn it off or choose another "
+                "SOLVER.OPTIMIZER."
+            )
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, False
+    return optimizer
+
+
+def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
+    solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
         raise ValueError(
             f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give one of {', '.join(OPTIMIZERS)}."
@@ -82,7 +101,7 @@ class TriangularParamScheduler(ParamScheduler):
         return 1 + (self._peak - 1) * (1 - abs(2 * phase - 1))
 
 
-def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     """The learning-rate schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
 
     Detectron2's own, and "Triangular", the cyclical rate of the paper's study, with Detectron2's

@@ -67,6 +67,11 @@ class RePrTrainer(DefaultTrainer):
             use_deterministic_algorithms()
 
         model = self.build_model(cfg)
+        if cfg.MODEL.CHANNELS_LAST:
+            model.to(memory_format=torch.channels_last)
+        if cfg.MODEL.COMPILE:
+            # In place, so that names in checkpoints stay as they are.
+            getattr(model, "backbone", getattr(model, "network", model)).compile()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device_ids = [comm.get_local_rank()] if device == "cuda" else None

@@ -89,7 +89,7 @@ def test_auxiliary_outputs_add_weighted_losses(batch):
 
 def test_channels_last_changes_the_order_of_memory_only(model, batch):
     cfg = small_cfg()
-    cfg.MODEL.CLASSIFIER.CHANNELS_LAST = True
+    cfg.MODEL.CHANNELS_LAST = True
     other = build_model(cfg)
     other.load_state_dict(model.state_dict())
     images = other.preprocess_image(batch)

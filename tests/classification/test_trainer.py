@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
+from torch import nn
 
 from repr_det.classification import ClassificationTrainer
 from repr_det.classification.loader import SampleOrder
@@ -85,6 +87,28 @@ def test_a_resumed_run_ends_with_the_same_bits(cfg, tmp_path, stop):
     assert resumed.start_iter == stop
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("option", ["MODEL.CHANNELS_LAST", "MODEL.COMPILE", "SOLVER.FUSED"])
+def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
+    """Through a drop and a return; the network is compiled without a compiler's code."""
+    monkeypatch.setattr(
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager")
+    )
+    cfg.MODEL.CLASSIFIER.NAME = "c3_8_bn"
+    cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N, cfg.REPR.COMPACT = 4, 4, 1, "off"
+    trained = []
+    for value in (False, True):
+        cfg.merge_from_list([option, value])
+        torch.manual_seed(0)
+        trained.append(run(cfg).model.state_dict())
+    for name, value in trained[0].items():
+        assert torch.allclose(value.float(), trained[1][name].float(), atol=1e-4), name
+    is_last = trained[1]["network.features.4.weight"].is_contiguous(
+        memory_format=torch.channels_last
+    )
+    assert is_last == (option == "MODEL.CHANNELS_LAST")
 
 
 def interrupt_after(trainer, iteration):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from detectron2.config import get_cfg
@@ -131,3 +133,26 @@ def test_cyclical_without_a_period(cfg, model):
     cfg.SOLVER.LR_SCHEDULER_NAME = "Triangular"
     with pytest.raises(ValueError, match="SOLVER.CYCLE_ITERS is 0"):
         build_lr_scheduler(cfg, build_optimizer(cfg, model))
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_fused_step_is_the_same_step(cfg, model, name):
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.WEIGHT_DECAY = name, 0.1
+    other = copy.deepcopy(model)
+    optimizers = [build_optimizer(cfg, model)]
+    cfg.SOLVER.FUSED = True
+    optimizers.append(build_optimizer(cfg, other))
+    assert all(group["fused"] for group in optimizers[1].param_groups)
+    for _ in range(3):
+        for network, optimizer in zip((model, other), optimizers, strict=True):
+            optimizer.zero_grad()
+            network(torch.ones(2, 3, 3, 3)).square().sum().backward()
+            optimizer.step()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_rmsprop_has_no_fused_step(cfg, model):
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.FUSED = "RMSprop", True
+    with pytest.raises(ValueError, match="no fused RMSprop"):
+        build_optimizer(cfg, model)
