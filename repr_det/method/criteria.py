@@ -239,15 +239,12 @@ def choose(
     together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
     owner = torch.cat([torch.full((layer.num_filters,), i) for i, layer in enumerate(layers)])
     order = torch.sort(together, descending=True, stable=True).indices
-    left = layer_limits(layers, max_layer_ratio)
-    missing = number_to_prune(layers, ratio)
+    # How many of a filter's own layer come before it; those within the layer's limit may go.
+    by_layer = torch.sort(owner[order], stable=True).indices
+    before = torch.empty_like(order)
+    before[by_layer] = torch.cat([torch.arange(layer.num_filters) for layer in layers])
+    within = before < torch.tensor(layer_limits(layers, max_layer_ratio))[owner[order]]
     chosen = torch.zeros(len(together), dtype=torch.bool)
-    for index, layer in zip(order.tolist(), owner[order].tolist(), strict=True):
-        if missing == 0:
-            break
-        if left[layer]:
-            left[layer] -= 1
-            missing -= 1
-            chosen[index] = True
+    chosen[order[within][: number_to_prune(layers, ratio)]] = True
     parts = chosen.split([layer.num_filters for layer in layers])
     return {layer.name: part.clone() for layer, part in zip(layers, parts, strict=True)}
