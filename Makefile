@@ -1,6 +1,7 @@
 # make demo      train Faster R-CNN with RePr on the built-in dataset; results in output/demo
 # make test      lint, then every test that is not marked slow
 # make test-all  lint, then every test
+# make bench     everything about speed (an hour, on a quiet machine); SIZE=quick takes minutes
 # make lint      ruff alone
 # make clean     delete the demo's output and all caches; the environment stays (rm -r .venv)
 #
@@ -8,6 +9,7 @@
 # nothing is created or installed: make test PYTHON=python3
 
 PYTHON = .venv/bin/python
+SIZE = full
 ENVIRONMENT = .venv/.installed
 
 # Import names, one for every package that setup.py and its extra `dev` ask for.
@@ -21,7 +23,7 @@ endif
 # This checkout comes before any other repr_det that the environment may hold.
 RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON)
 
-.PHONY: demo test test-all lint clean check
+.PHONY: demo test test-all bench lint clean check
 
 demo: $(ENVIRONMENT)
 	$(RUN) tools/demo.py --output output/demo
@@ -31,6 +33,9 @@ test: lint
 
 test-all: lint
 	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+
+bench: $(ENVIRONMENT)
+	$(RUN) benchmarks/bench.py $(SIZE)
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check

@@ -293,8 +293,14 @@ class RePrHook(HookBase):
         if torch.are_deterministic_algorithms_enabled():
             logger.info(f"RePr: a deterministic run measures no times, so {stays}")
             return False
+        if _deeply_wrapped(self.trainer.model):
+            logger.info(
+                f"RePr: DistributedDataParallel lies inside another wrapper and cannot be renewed "
+                f"for a smaller network, so {stays}"
+            )
+            return False
         total = self.schedule.s2 * self.schedule.cycles
-        if total < MEASURING_PAYS_FROM or _deeply_wrapped(self.trainer.model):
+        if total < MEASURING_PAYS_FROM:
             logger.info(f"RePr: {total} iterations in S2 are too few to measure times, so {stays}")
             return False
         try:

@@ -1,0 +1,222 @@
+#!/usr/bin/env python3
+"""Everything about speed: `make bench` (an hour) or `make bench SIZE=quick` (minutes).
+
+    python benchmarks/bench.py full [--parts steps whole ...] [--networks resnet50 ...]
+    python benchmarks/bench.py quick
+
+Times are ratios of steps that ran one after the other in one process; see networks.py, speed.py
+and ranking.py. The full size writes benchmarks/speed.json and its tables in benchmarks/README.md,
+part by part, so it may be stopped; the quick one prints its tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import platform
+import re
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import detectron2
+import ranking
+import speed
+import torch
+import torchvision
+from networks import NETWORKS
+
+from repr_det.engine.config import config_path
+
+HERE = Path(__file__).resolve().parent
+RESULT, README = HERE / "speed.json", HERE / "README.md"
+
+FULL, QUICK = "full", "quick"
+SMALL = ("c3_32", "resnet20", "demo")
+ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
+DETECTOR_ROUNDS = 4
+EPOCH = {"c3_32": 20, "demo": 2, "resnet50": 6}
+"""Iterations that stand for an epoch in whole runs: long enough for drops to weigh as they do."""
+
+
+def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
+    """What is measured, by part and name."""
+    if size == QUICK:
+        return {
+            "steps": {"c3_32": partial(speed.step_ratios, "c3_32", 6)},
+            "whole": {"c3_32": partial(speed.whole_run, "c3_32", 2)},
+            "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
+            "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
+            "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
+            "loading": {"demo": partial(_loading, "demo_faster_rcnn.yaml", 4)},
+            "memory": {"c3_32": partial(speed.peak_memory, "c3_32")},
+        }
+    return {
+        "steps": {
+            name: partial(speed.step_ratios, name, ROUNDS.get(name, DETECTOR_ROUNDS))
+            for name in NETWORKS
+        },
+        "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
+        "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
+        "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
+        "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
+        "loading": {"demo": partial(_loading, "demo_faster_rcnn.yaml", 30)},
+        "memory": {name: partial(speed.peak_memory, name) for name in NETWORKS},
+    }
+
+
+def _loading(config: str, steps: int) -> dict[str, Any]:
+    return speed.loading_share(config_path(config), steps)
+
+
+def environment() -> dict[str, Any]:
+    """What the measurement was made on and with."""
+    cpu = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file() and (model := re.search(r"model name\s*: (.*)", info.read_text())):
+        cpu = model[1].strip()
+    return {
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "detectron2": detectron2.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+# --- tables
+
+
+def _times(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
+
+
+def _table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
+
+
+def _steps(found: dict[str, Any]) -> str:
+    head = ["step / standard", "full phase", "S2, filters as zeros", "S2, physically smaller",
+            "its multiply-adds"]  # fmt: skip
+    rows = [
+        [NETWORKS[name].title, *(_times(one[v]) for v in ("full", "masked", "smaller")),
+         f"{one['multiply_adds']:.2f}"]
+        for name, one in found.items()
+    ]  # fmt: skip
+    return _table(head, rows)
+
+
+def _whole(found: dict[str, Any]) -> str:
+    head = ["whole run / standard", "measured", "step ratio r in S2", "1.02 (80 + 30 r) / 110",
+            "iterations"]  # fmt: skip
+    return _table(
+        head,
+        [
+            [NETWORKS[name].title, f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
+             f"{one['bound']:.3f}", one["iterations"]]
+            for name, one in found.items()
+        ],
+    )  # fmt: skip
+
+
+def _options(found: dict[str, Any]) -> str:
+    rows = [
+        [option, *(_times(one[option]) if option in one else "" for one in found.values())]
+        for option in speed.OPTIONS
+    ]
+    return _table(["standard step / without", *(NETWORKS[n].title for n in found)], rows)
+
+
+def _ranking(found: dict[str, Any]) -> str:
+    return _table(
+        [
+            "filters of",
+            "layers",
+            "filters",
+            "drop, s",
+            "return, s",
+            "pivoted QR (SciPy), s",
+            "times",
+        ],
+        [[name, *one.values()] for name, one in found.items()],
+    )
+
+
+def _growth(found: dict[str, Any]) -> str:
+    (one,) = found.values()
+    rows = [[width, v["rank"], v["back"]] for width, v in one.items()]
+    return _table(["width of a 3 x 3 layer", "ranking, s", "re-initialisation, s"], rows)
+
+
+def _loading_line(found: dict[str, Any]) -> str:
+    return "Waiting for data, share of a step: " + ", ".join(
+        f"{NETWORKS[name].title} {100 * one['share']:.1f} %" for name, one in found.items()
+    )
+
+
+def _memory(found: dict[str, Any]) -> str:
+    return _table(
+        ["peak memory, MiB", "standard", "full phase", "S2, filters as zeros", "S2, smaller"],
+        [[NETWORKS[name].title, *one.values()] for name, one in found.items()],
+    )
+
+
+TABLES = {
+    "steps": _steps, "whole": _whole, "options": _options, "ranking": _ranking,
+    "growth": _growth, "loading": _loading_line, "memory": _memory,
+}  # fmt: skip
+
+
+def tables(record: dict[str, Any]) -> str:
+    """All tables in Markdown."""
+    made = [TABLES[part](record[part]) for part in TABLES if record.get(part)]
+    about = record["environment"]
+    made.append(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    return "\n\n".join(made)
+
+
+def write_readme(record: dict[str, Any]) -> None:
+    """Put the tables between their marks."""
+    begin, end = "<!-- speed.json -->\n", "<!-- end of speed.json -->"
+    text = README.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    README.write_text(before + begin + "\n" + tables(record) + "\n\n" + end + after)
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("size", choices=(FULL, QUICK))
+    parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--networks", nargs="+", help="only these names in each part")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    keep = args.size == FULL
+    record = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
+    record["environment"] = environment()
+    for part, named in jobs(args.size).items():
+        for name, measure in named.items() if part in args.parts else ():
+            if args.networks and name not in args.networks:
+                continue
+            record.setdefault(part, {})[name] = measure()
+            print(part, name, json.dumps(record[part][name]), flush=True)
+            if keep:
+                RESULT.write_text(json.dumps(record, indent=1) + "\n")
+                write_readme(record)
+    print(tables(record))
+
+
+if __name__ == "__main__":
+    main()

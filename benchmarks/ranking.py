@@ -1,0 +1,111 @@
+"""Time of a drop and of a return, against a full pivoted QR decomposition per layer by SciPy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import scipy.linalg
+import torch
+import torchvision
+from detectron2 import model_zoo
+from detectron2.modeling import build_model
+from torch import nn
+
+from repr_det import RePr, RePrSchedule
+from repr_det.method.criteria import ortho
+from repr_det.method.filters import FilterLayer
+from repr_det.method.reinit import orthogonal_directions
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS = 3
+SHARE = 0.3
+
+
+def _fpn() -> nn.Module:
+    cfg = model_zoo.get_config("COCO-Detection/faster_rcnn_R_101_FPN_3x.yaml")
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE, cfg.MODEL.BACKBONE.FREEZE_AT = "", DEVICE, 0
+    return build_model(cfg)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **{f"ResNet-{n}": getattr(torchvision.models, f"resnet{n}") for n in (18, 34, 50, 101, 152)},
+    "ResNet-101-FPN": _fpn,
+}
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    work()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def drop_and_return(name: str) -> dict[str, Any]:
+    """Seconds of a drop (ranking) and of a return (re-initialisation) of a network's filters.
+
+    Weights are drawn anew before each, since those of a filter that has just come back are special.
+
+    Args:
+        name: in :data:`MODELS`.
+    """
+    torch.manual_seed(0)
+    model = MODELS[name]().to(DEVICE)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    method = RePr(model, optimizer, RePrSchedule(1, 1, ROUNDS + 1), SHARE)
+    seconds: dict[str, list[float]] = {"drop": [], "return": []}
+    for index in range(1, 2 * ROUNDS + 3):
+        if index % 2:
+            for layer in method.layers:
+                nn.init.kaiming_normal_(layer.weight)
+        took = _seconds(lambda now=index: method.step(now))
+        if index > 2:  # the first of each also builds what the later ones use
+            seconds["drop" if index % 2 else "return"].append(took)
+    took_ours = {kind: statistics.median(values) for kind, values in seconds.items()}
+    baseline = _pivoted_qr(method.layers)
+    return {
+        "layers": len(method.layers),
+        "filters": sum(layer.num_filters for layer in method.layers),
+        **{kind: round(value, 3) for kind, value in took_ours.items()},
+        "scipy": round(baseline, 1),
+        "ratio": round(baseline / sum(took_ours.values()), 1),
+    }
+
+
+def _pivoted_qr(layers: list[FilterLayer]) -> float:
+    """Seconds of a decomposition of all layers; layers of one shape are measured once."""
+    shapes: dict[tuple[int, int], int] = {}
+    for layer in layers:
+        shape = (layer.dimension, layer.num_filters)
+        shapes[shape] = shapes.get(shape, 0) + 1
+    total = 0.0
+    for shape, count in shapes.items():
+        matrix = torch.randn(shape).numpy()
+        begin = time.perf_counter()
+        scipy.linalg.qr(matrix, pivoting=True, check_finite=False)
+        total += count * (time.perf_counter() - begin)
+    return total
+
+
+def growth(widths: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds for one 3 x 3 convolution, by its width: as many channels in as out."""
+    generator = torch.Generator().manual_seed(0)
+    found: dict[str, Any] = {}
+    for width in widths:
+        layer = FilterLayer("layer", nn.Conv2d(width, width, 3).to(DEVICE))
+        rows, gone = layer.matrix(), round(SHARE * width)
+        values = []
+        for _ in range(ROUNDS + 1):
+            rank = _seconds(lambda layer=layer: ortho([layer]))
+            back = _seconds(
+                lambda rows=rows, gone=gone: orthogonal_directions(
+                    rows[:gone], rows[gone:], generator
+                )
+            )
+            values.append((rank, back))
+        rank, back = (statistics.median(v) for v in zip(*values[1:], strict=True))
+        found[str(width)] = {"rank": round(rank, 5), "back": round(back, 5)}
+    return found

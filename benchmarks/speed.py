@@ -1,0 +1,181 @@
+"""Step times, whole runs, ways to be faster, data loading and memory, all as ratios to standard."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.utils.events import EventStorage
+from networks import NETWORKS, VARIANTS, make_trainer, stepper
+
+from repr_det.engine.compact import Compact
+from repr_det.tasks import get_cfg, trainer_for
+
+WARM_UP = 2
+CYCLES, S1, S2, LENGTH = 3, 20, 10, 110
+"""The paper's schedule, in epochs."""
+
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    "channels last": ("MODEL.CHANNELS_LAST", True),
+    "bfloat16 (float16 on a GPU)": ("SOLVER.AMP.ENABLED", True),
+    "fused optimizer": ("SOLVER.FUSED", True),
+    "torch.compile": ("MODEL.COMPILE", True),
+    "deterministic": ("DETERMINISTIC", True),
+}
+
+
+def median_interval(values: list[float]) -> dict[str, Any]:
+    """The median of ratios with its distribution-free 95 % interval (order statistics).
+
+    Of fewer than six values that interval is the whole range, and covers less.
+    """
+    ranked, n = sorted(values), len(values)
+    reach = round(1.96 * n**0.5 / 2)
+    low, high = max(n // 2 - reach, 0), min(n // 2 + reach, n - 1)
+    return {
+        "ratio": round(statistics.median(ranked), 4),
+        "interval": [round(ranked[low], 4), round(ranked[high], 4)],
+    }
+
+
+def _turns(steps: dict[str, Any], rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
+    """Seconds of each, a step each in turn; nobody always runs behind the same other one."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(warm_up + rounds):
+        for name in list(steps)[:: 1 if index % 2 else -1]:
+            value = steps[name]()
+            if index >= warm_up:
+                seconds[name].append(value)
+    return seconds
+
+
+def _ratios(seconds: dict[str, list[float]], to: str) -> dict[str, Any]:
+    return {
+        name: median_interval([a / b for a, b in zip(values, seconds[to], strict=True)])
+        for name, values in seconds.items()
+        if name != to
+    }
+
+
+def step_ratios(name: str, rounds: int) -> dict[str, Any]:
+    """Time of a step of each variant / standard, and multiply-adds of the smaller network."""
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            variant: make_trainer(NETWORKS[name], folder, *overrides)
+            for variant, overrides in VARIANTS.items()
+        }
+        seconds = _turns({v: stepper(t) for v, t in trainers.items()}, rounds)
+        result = _ratios(seconds, "standard")
+        result["multiply_adds"] = _multiply_adds(trainers["masked"])
+    result["seconds_standard"] = round(statistics.median(seconds["standard"]), 4)
+    return result | {"rounds": rounds}
+
+
+def _multiply_adds(masked: Any) -> float:
+    """Of the smaller network / of the whole one, in a forward pass."""
+    hook = masked._repr_hook
+    arguments = {"batches": hook.method._batches, "loss": hook.method._loss}
+    compact = Compact(masked.model, masked.optimizer, **arguments)
+    with EventStorage():
+        shrunk = compact.shrink(hook.method)
+        compact.grow()
+    return round(shrunk.after.multiply_adds / shrunk.before.multiply_adds, 4)
+
+
+def whole_run(name: str, epoch: int) -> dict[str, Any]:
+    """Time of a whole RePr run / of a standard one, of equal iterations, step beside step.
+
+    Args:
+        name: of the network.
+        epoch: iterations that stand for one epoch; the run has :data:`LENGTH` of them.
+    """
+    cycles = ("REPR.S1", S1 * epoch, "REPR.S2", S2 * epoch, "REPR.N", CYCLES)
+    with tempfile.TemporaryDirectory() as folder:
+        trainers = {
+            "standard": make_trainer(NETWORKS[name], folder, "REPR.ENABLED", False),
+            "RePr": make_trainer(
+                NETWORKS[name], folder, "REPR.ENABLED", True, "REPR.COMPACT", "on", *cycles
+            ),
+        }
+        seconds = _turns({v: stepper(t) for v, t in trainers.items()}, LENGTH * epoch, warm_up=0)
+    in_s2 = [
+        index % ((S1 + S2) * epoch) > S1 * epoch and index < CYCLES * (S1 + S2) * epoch
+        for index in range(LENGTH * epoch)
+    ]
+    pairs = list(zip(seconds["RePr"], seconds["standard"], in_s2, strict=True))
+    step = statistics.median(a / b for a, b, sub in pairs if sub)
+    full = CYCLES * S2
+    return {
+        "ratio": round(sum(seconds["RePr"]) / sum(seconds["standard"]), 4),
+        "step_ratio_in_s2": round(step, 4),
+        "bound": round(1.02 * (LENGTH - full + full * step) / LENGTH, 4),
+        "iterations": LENGTH * epoch,
+    }
+
+
+def option_ratios(name: str, rounds: int) -> dict[str, Any]:
+    """Time of a standard step with each option / without any."""
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {}
+        for option, overrides in {"none": (), **OPTIONS}.items():
+            off = ("REPR.ENABLED", False, "MODEL.CHANNELS_LAST", False)
+            steps[option] = stepper(make_trainer(NETWORKS[name], folder, *off, *overrides))
+        seconds = _turns(steps, rounds)
+    return _ratios(seconds, "none") | {"rounds": rounds}
+
+
+def loading_share(config: str, steps: int) -> dict[str, Any]:
+    """Share of a real step in which the trainer waits for its data, a median over steps."""
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = get_cfg()
+        cfg.merge_from_file(config)
+        cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.REPR.ENABLED = folder, 10**9, False
+        trainer = trainer_for(cfg)(cfg)
+        shares = []
+        with EventStorage() as trainer._trainer.storage:
+            for index in range(WARM_UP + steps):
+                trainer._trainer.iter = index
+                begin = time.perf_counter()
+                trainer._trainer.run_step()
+                whole = time.perf_counter() - begin
+                waited = trainer._trainer.storage.history("data_time").latest()
+                if index >= WARM_UP:
+                    shares.append(waited / whole)
+    return {"share": round(statistics.median(shares), 4), "steps": steps}
+
+
+def peak_memory(name: str) -> dict[str, int]:
+    """Peak memory of a few steps of each variant, in MiB, each in a process of its own.
+
+    Of the GPU where there is one, else of the whole process.
+    """
+    found = {}
+    for variant in VARIANTS:
+        command = [sys.executable, str(Path(__file__).resolve()), name, variant]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[variant] = int(output.split()[-1])
+    return found
+
+
+def _print_peak_memory(name: str, variant: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        step = stepper(make_trainer(NETWORKS[name], folder, *VARIANTS[variant]))
+        for _ in range(3):  # the second is the first of S2
+            step()
+    if torch.cuda.is_available():
+        print(torch.cuda.max_memory_allocated() // 2**20)
+    else:
+        # Not getrusage: its peak survives exec, so it would be that of the process that started us.
+        status = Path("/proc/self/status").read_text()
+        print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) // 2**10)
+
+
+if __name__ == "__main__":
+    _print_peak_memory(*sys.argv[1:])
