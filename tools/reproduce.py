@@ -3,6 +3,7 @@
 
 tools/reproduce.py criteria --scale quick          minutes: everything runs, but no result
 tools/reproduce.py criteria --seeds 5              trains what is missing, records it, prints it
+tools/reproduce.py criteria --together 20          the same, up to 20 runs at once; for a GPU
 tools/reproduce.py criteria --show --output benchmarks/results      prints what is recorded there
 tools/reproduce.py criteria --rows ortho --import-run output/mine   records a run of train_net.py
 
@@ -58,6 +59,15 @@ def main(arguments: list[str] | None = None) -> int:
         default=DEFAULT_OUTPUT,
         help=f"folder of runs, records and tables, by default {DEFAULT_OUTPUT}",
     )
+    parser.add_argument(
+        "--together",
+        type=int,
+        default=1,
+        metavar="K",
+        help="train up to K runs at once that differ only in seed and REPR keys, on arrays of "
+        "images, as one batched network; others are trained alone, and it is said why. Each "
+        "gets an equal share of the time in its record. A batch that is stopped starts again",
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--show", action="store_true", help="train nothing, print what is recorded")
     what.add_argument(
@@ -78,6 +88,8 @@ def _reproduce(args: argparse.Namespace) -> None:
     seeds = SEEDS[args.scale] if args.seeds is None else args.seeds
     if seeds < 1:
         raise ValueError(f"--seeds is {seeds}; give at least 1.")
+    if args.together < 1:
+        raise ValueError(f"--together is {args.together}; give at least 1.")
     table = TABLES[args.table]
     if args.import_run:
         if len(args.rows) != 1:
@@ -89,7 +101,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     if args.show:
         text = write_table(table, args.scale, args.output)
     else:
-        text = reproduce(table, range(seeds), args.scale, args.output)
+        text = reproduce(table, range(seeds), args.scale, args.output, args.together)
     print(text)
 
 

@@ -33,6 +33,7 @@ from repr_det.analysis.summary import run_accuracy, table_in_markdown
 from repr_det.analysis.tables import Row, Table
 from repr_det.classification.datasets import load_images
 from repr_det.classification.epochs import resolve_epochs
+from repr_det.classification.together import Together, common_settings, obstacle
 from repr_det.classification.trainer import check_data
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import has_run
@@ -44,7 +45,7 @@ QUICK_SHARE = 0.1
 
 DEFAULT_OUTPUT = Path("output/reproduce")
 
-CHECKPOINT = "model_final.pth"
+CHECKPOINT, LOG = "model_final.pth", "log.txt"
 
 _NO_SETTINGS = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.WEIGHTS")
 """Keys that say where a run was and not what it was."""
@@ -368,6 +369,14 @@ def _logged_to(path: Path) -> Iterator[None]:
             log.propagate, log.handlers = propagate, handlers
 
 
+def _prepare_folder(run: Run) -> None:
+    """Make a run's folder, empty unless it holds a checkpoint to go on from."""
+    if run.folder.exists() and not has_run(str(run.folder)):
+        shutil.rmtree(run.folder)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / "config.yaml").write_text(run.cfg.dump())
+
+
 def execute(run: Run, bar: tqdm) -> Record:
     """Train a run, going on from its last checkpoint if there is one, and make its record.
 
@@ -381,12 +390,9 @@ def execute(run: Run, bar: tqdm) -> Record:
     if has_run(cfg.OUTPUT_DIR):
         found = yaml.safe_load((folder / "config.yaml").read_text())
         _check_settings(found, cfg, folder)
-    elif folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump())
+    _prepare_folder(run)
     record = _header(run) | _environment(cfg.MODEL.DEVICE)
-    with _logged_to(folder / "log.txt"):
+    with _logged_to(folder / LOG):
         clock = RunClock(bar)
         seed_all_rng(cfg.SEED)
         trainer = trainer_for(cfg)(cfg)
@@ -403,6 +409,37 @@ def execute(run: Run, bar: tqdm) -> Record:
         if run.table.correlates and "diverged" not in record:
             record["correlations"] = oracle_correlations(trainer)
     return record | clock.seconds | {"evaluations": read_evaluations(run, folder)}
+
+
+def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
+    """Train several runs at once from their beginning, and make their records.
+
+    A record says under ``"together"`` how many runs there were; its times are an equal share of
+    what all of them took.
+
+    Args:
+        runs: what :func:`repr_det.classification.together.Together` can train, without checkpoints.
+        bar: advanced by every run's iterations.
+    """
+    start = time.perf_counter(), time.process_time()
+    for run in runs:
+        _prepare_folder(run)
+    together = Together(
+        [run.resolved for run in runs], lambda cfg: _logged_to(Path(cfg.OUTPUT_DIR) / LOG)
+    )
+    together.train(lambda iterations: bar.update(iterations * len(runs)))
+    seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+    shares = {
+        key: round(value / len(runs), 1)
+        for key, value in zip(("wall_seconds", "cpu_seconds"), seconds, strict=True)
+    }
+    records = []
+    for run, network in zip(runs, together.networks, strict=True):
+        record = _header(run) | _environment(run.cfg.MODEL.DEVICE) | {"together": len(runs)}
+        if network.diverged is not None:
+            record["diverged"] = network.diverged
+        records.append(record | shares | {"evaluations": read_evaluations(run, run.folder)})
+    return records
 
 
 def write_record(path: Path, record: Record) -> None:
@@ -464,17 +501,63 @@ def write_table(table: Table, scale: str, output: Path) -> str:
     return text
 
 
-def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> str:
+def batches(runs: Sequence[Run], together: int) -> tuple[list[list[Run]], list[str]]:
+    """Which runs are trained at once.
+
+    Args:
+        runs: what is to be trained; whatever a run needs stands before it.
+        together: at most so many at once.
+
+    Returns:
+        All of the runs in batches, in an order that keeps that, and a sentence for each reason why
+        some of them are trained alone.
+    """
+    partners: dict[str, list[Run]] = {}
+    alone: dict[str, list[str]] = {}
+    obstacles: dict[str, str | None] = {}
+    for run in runs if together > 1 else ():
+        key = common_settings(run.resolved)
+        if run.table.correlates:
+            reason = "the table looks into the trained network"
+        elif has_run(str(run.folder)):
+            reason = "it goes on from its checkpoint"
+        else:
+            if key not in obstacles or run.cfg.REPR.COMPACT == "on":
+                obstacles[key] = obstacle(run.resolved)
+            reason = obstacles[key]
+        if reason:
+            alone.setdefault(reason, []).append(f"{run.row.name} seed {run.seed}")
+        else:
+            partners.setdefault(key, []).append(run)
+    by_run = {}
+    for group in partners.values():
+        for begin in range(0, len(group), together):
+            batch = group[begin : begin + together]
+            by_run.update({run.record_path: batch for run in batch})
+    # A batch is trained when its first run is due; only students, who train alone, need others.
+    found = {
+        id(batch): batch for run in runs if (batch := by_run.setdefault(run.record_path, [run]))
+    }
+    sentences = [
+        f"Trained alone, because {reason}: {', '.join(names)}." for reason, names in alone.items()
+    ]
+    return list(found.values()), sentences
+
+
+def reproduce(
+    table: Table, seeds: Sequence[int], scale: str, output: Path, together: int = 1
+) -> str:
     """Train and record what is missing of a table, and write the table.
 
-    May be stopped at any moment; called again, it goes on with the run that was stopped. The table
-    is written anew after every run.
+    May be stopped at any moment; called again, it goes on with the run that was stopped, while
+    runs that were trained at once start again. The table is written anew after every run.
 
     Args:
         table: which.
         seeds: one run of each row for each of them.
         scale: :data:`FULL` or :data:`QUICK`.
         output: folder of all tables.
+        together: at most so many runs are trained at once.
 
     Returns:
         The table in Markdown.
@@ -485,22 +568,31 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
     """
     runs = [plan(table, row, seed, scale, output) for seed in seeds for row in table.rows]
     missing = _missing(runs)
+    planned, sentences = batches(missing, together)
     quiet = 0.5 if sys.stderr.isatty() else 30.0
     total = sum(run.max_iter for run in missing)
     with tqdm(total=total, unit="it", mininterval=quiet, disable=not missing) as bar:
-        for number, run in enumerate(missing, 1):
-            bar.set_description(f"run {number}/{len(missing)} {run.row.name} seed {run.seed}")
+        for sentence in sentences:
+            bar.write(sentence, file=sys.stderr)
+        number = 0
+        for batch in planned:
+            first, number = number + 1, number + len(batch)
+            numbers = f"run {first}" if len(batch) == 1 else f"runs {first}-{number}"
+            name = f"{batch[0].row.name} seed {batch[0].seed}"
+            more = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+            bar.set_description(f"{numbers}/{len(missing)} {name}{more}")
             bar.set_postfix_str("", refresh=False)
-            record = execute(run, bar)
-            write_record(run.record_path, record)
+            records = execute_together(batch, bar) if len(batch) > 1 else [execute(batch[0], bar)]
+            for run, record in zip(batch, records, strict=True):
+                write_record(run.record_path, record)
+                accuracy = run_accuracy(record)
+                outcome = "diverged" if accuracy is None else f"top-1 {accuracy:.2f} %"
+                bar.write(
+                    f"{table.name} {run.row.name} seed {run.seed}: {outcome}, "
+                    f"{record['wall_seconds']:.0f} s",
+                    file=sys.stderr,
+                )
             write_table(table, scale, output)
-            accuracy = run_accuracy(record)
-            outcome = "diverged" if accuracy is None else f"top-1 {accuracy:.2f} %"
-            bar.write(
-                f"{table.name} {run.row.name} seed {run.seed}: {outcome}, "
-                f"{record['wall_seconds']:.0f} s",
-                file=sys.stderr,
-            )
     return write_table(table, scale, output)
 
 

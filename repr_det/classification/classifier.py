@@ -146,7 +146,10 @@ class ImageClassifier(nn.Module):
             images = torch.stack([item["image"] for item in batch])
         images = images.to(self.device, non_blocking=True)
         # While they are small: everything behind keeps this order of memory.
-        images = images.contiguous(memory_format=self.memory_format)
+        return self.normalized(images.contiguous(memory_format=self.memory_format))
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Images ``(..., 3, H, W)`` on the model's device as the network takes them."""
         return (images - self.pixel_mean) / self.pixel_std
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:

@@ -329,3 +329,57 @@ def test_correlation_with_the_oracle(tmp_path, output, stop_at):
     del done[:]
     assert reproduce(only(table, ["standard"]), [0], FULL, output) == text
     assert not done
+
+
+def test_runs_are_trained_together(table, output, tmp_path, capsys):
+    """The table is the same; students come after their teachers, alone."""
+    rows = only(table, ["taught", "repr"])
+    torch.set_default_dtype(torch.float64)
+    try:
+        alone = reproduce(rows, [0, 1], FULL, tmp_path / "alone")
+        capsys.readouterr()
+        assert reproduce(rows, [0, 1], FULL, output, together=3) == alone
+    finally:
+        torch.set_default_dtype(torch.float32)
+    said = capsys.readouterr().err
+    assert "because it learns from a teacher: taught seed 0, taught seed 1." in said
+    for mine, theirs in zip(
+        read_records(rows, FULL, output), read_records(rows, FULL, tmp_path / "alone"), strict=True
+    ):
+        # The fourth of those that could go together was left over.
+        student, left_over = mine["row"] == "taught", (mine["row"], mine["seed"]) == ("repr", 1)
+        assert mine.pop("together", None) == (None if student or left_over else 3)
+        assert mine["wall_seconds"] > 0
+        evaluations = mine["evaluations"]["small_test"], theirs["evaluations"]["small_test"]
+        for entry, other in zip(*evaluations, strict=True):
+            assert entry == pytest.approx(other)
+        for key in set(theirs) - {"evaluations", "wall_seconds", "cpu_seconds"}:
+            assert mine[key] == theirs[key]
+
+
+def test_a_batch_that_is_stopped_starts_again(table, output, monkeypatch):
+    rows = only(table, ["repr"])
+    original = runs.Together.train
+
+    def stop(together, progress):
+        raise StopError
+
+    monkeypatch.setattr(runs.Together, "train", stop)
+    with pytest.raises(StopError):
+        reproduce(rows, [0], FULL, output, together=2)
+    assert not read_records(rows, FULL, output)
+    monkeypatch.setattr(runs.Together, "train", original)
+    reproduce(rows, [0], FULL, output, together=2)
+    assert [record["together"] for record in read_records(rows, FULL, output)] == [2, 2]
+
+
+def test_what_goes_on_from_a_checkpoint_is_trained_alone(table, output, stop_at):
+    rows = only(table, ["repr"])
+    stop_at(2 * EPOCH + 5)
+    with pytest.raises(StopError):
+        reproduce(rows, [0], FULL, output)
+    batches, sentences = runs.batches(
+        [plan(table, row, seed, FULL, output) for seed in (0, 1) for row in rows.rows], 8
+    )
+    assert [len(batch) for batch in batches] == [1, 3]
+    assert sentences == ["Trained alone, because it goes on from its checkpoint: standard seed 0."]

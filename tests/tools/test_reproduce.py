@@ -51,6 +51,7 @@ def test_imports(tool, tmp_path, capsys):
     ("arguments", "sentence"),
     [
         (["--seeds", "0"], "reproduce.py: error: --seeds is 0; give at least 1."),
+        (["--together", "0"], "reproduce.py: error: --together is 0; give at least 1."),
         (["--rows", "nothing"], "reproduce.py: error: Table small has no row 'nothing'"),
     ],
 )
