@@ -147,6 +147,7 @@ class Compact:
         self._precision, self._agree = precision, agree
         self._removable: Removable | None = None
         self._example: Callable[[], Any] | None = None
+        self._whole: Cost | None = None
         self._bodies: list[_Body] = []
         self._method: RePr | None = None
 
@@ -166,7 +167,8 @@ class Compact:
                 would go is not zero; the network is as it was then.
         """
         run = self._runner()
-        before = _cost(self._model, run)
+        if self._whole is None:
+            self._whole = _cost(self._model, run)
         removed = self._take_out(method)
         try:
             after = _cost(self._model, run)
@@ -175,7 +177,7 @@ class Compact:
             raise RuntimeError(
                 f"the smaller network could not be run ({type(error).__name__}: {error})"
             ) from error
-        return Shrunk(before, after, removed, method.num_pruned - removed)
+        return Shrunk(self._whole, after, removed, method.num_pruned - removed)
 
     def _prepare(self) -> None:
         if self._removable is None:
