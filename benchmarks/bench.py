@@ -104,11 +104,11 @@ def _table(head: list[str], rows: list[list[Any]]) -> str:
 
 
 def _steps(found: dict[str, Any]) -> str:
-    head = ["step / standard", "full phase", "S2, filters as zeros", "S2, physically smaller",
-            "its multiply-adds"]  # fmt: skip
+    head = ["step / standard", "full phase", "S2, filters as zeros", "of it, holding them",
+            "S2, physically smaller", "its multiply-adds"]  # fmt: skip
     rows = [
-        [NETWORKS[name].title, *(_times(one[v]) for v in ("full", "masked", "smaller")),
-         f"{one['multiply_adds']:.2f}"]
+        [NETWORKS[name].title, _times(one["full"]), _times(one["masked"]),
+         f"{100 * one['holding']:.2f} %", _times(one["smaller"]), f"{one['multiply_adds']:.2f}"]
         for name, one in found.items()
     ]  # fmt: skip
     return _table(head, rows)

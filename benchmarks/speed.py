@@ -8,14 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from detectron2.utils.events import EventStorage
 from networks import NETWORKS, VARIANTS, make_trainer, stepper
 
 from repr_det.engine.compact import Compact
+from repr_det.method.pruning import GradientMask
 from repr_det.tasks import get_cfg, trainer_for
 
 WARM_UP = 2
@@ -65,17 +68,41 @@ def _ratios(seconds: dict[str, list[float]], to: str) -> dict[str, Any]:
 
 
 def step_ratios(name: str, rounds: int) -> dict[str, Any]:
-    """Time of a step of each variant / standard, and multiply-adds of the smaller network."""
+    """Time of a step of each variant / standard, and multiply-adds of the smaller network.
+
+    Under ``"holding"`` the share of a masked step in which gradients are set to zero.
+    """
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             variant: make_trainer(NETWORKS[name], folder, *overrides)
             for variant, overrides in VARIANTS.items()
         }
-        seconds = _turns({v: stepper(t) for v, t in trainers.items()}, rounds)
+        steps = {v: stepper(t) for v, t in trainers.items()}
+        holding = _watch_holding(steps["masked"])
+        seconds = _turns(steps, rounds)
         result = _ratios(seconds, "standard")
+        share = sum(holding) / (WARM_UP + rounds) / statistics.median(seconds["masked"])
+        result["holding"] = round(share, 5)
         result["multiply_adds"] = _multiply_adds(trainers["masked"])
     result["seconds_standard"] = round(statistics.median(seconds["standard"]), 4)
     return result | {"rounds": rounds}
+
+
+def _watch_holding(masked_step: Callable[[], float]) -> list[float]:
+    """Go into S2; the list gets the seconds of every gradient that is set to zero from then on."""
+    spent: list[float] = []
+    mask = GradientMask._mask
+
+    def timed(*arguments: Any) -> None:
+        begin = time.perf_counter()
+        mask(*arguments)
+        spent.append(time.perf_counter() - begin)
+
+    with patch.object(GradientMask, "_mask", timed):
+        masked_step()
+        masked_step()
+    spent.clear()
+    return spent
 
 
 def _multiply_adds(masked: Any) -> float:
