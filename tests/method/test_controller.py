@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.method.criteria import chance_overlap
@@ -263,6 +264,23 @@ def test_state_holds_only_plain_values():
         for i in (0, 3, 5):
             method.step(i)
             check(method.state_dict())
+
+
+@pytest.mark.parametrize("name", ["chain", "residual-bias"])
+def test_what_is_kept_is_no_larger_than_the_pruned_filters(name):
+    """With the default return; kept outgoing weights and second moments come on top."""
+    model, trainer, method = build(name)
+    for i in range(4):
+        method.step(i)
+        train(model, trainer, i)
+    state = method.state_dict()
+    kept = sum(t.nbytes for t in tree_leaves([state["before"], state["aside"]]))
+    filters = sum(
+        slot.read().nbytes
+        for layer in method.layers
+        for slot in layer.filter_slots(method.pruned[layer.name])
+    )
+    assert 0 < kept <= filters
 
 
 def test_resumed_pruned_run_holds_its_filters():
