@@ -420,14 +420,23 @@ def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
     Args:
         runs: what :func:`repr_det.classification.together.Together` can train, without checkpoints.
         bar: advanced by every run's iterations.
+
+    Raises:
+        ValueError: the GPU's memory does not hold so many; whatever the runs' own trainers refuse.
     """
     start = time.perf_counter(), time.process_time()
     for run in runs:
         _prepare_folder(run)
-    together = Together(
-        [run.resolved for run in runs], lambda cfg: _logged_to(Path(cfg.OUTPUT_DIR) / LOG)
-    )
-    together.train(lambda iterations: bar.update(iterations * len(runs)))
+    try:
+        together = Together(
+            [run.resolved for run in runs], lambda cfg: _logged_to(Path(cfg.OUTPUT_DIR) / LOG)
+        )
+        together.train(lambda iterations: bar.update(iterations * len(runs)))
+    except torch.cuda.OutOfMemoryError as error:
+        raise ValueError(
+            f"{len(runs)} runs at once need more memory than the GPU has: give a smaller "
+            "--together."
+        ) from error
     seconds = time.perf_counter() - start[0], time.process_time() - start[1]
     shares = {
         key: round(value / len(runs), 1)
@@ -512,36 +521,34 @@ def batches(runs: Sequence[Run], together: int) -> tuple[list[list[Run]], list[s
         All of the runs in batches, in an order that keeps that, and a sentence for each reason why
         some of them are trained alone.
     """
-    partners: dict[str, list[Run]] = {}
-    alone: dict[str, list[str]] = {}
+    if together == 1:
+        return [[run] for run in runs], []
+    found: list[list[Run]] = []
+    latest: dict[str, list[Run]] = {}
     obstacles: dict[str, str | None] = {}
-    for run in runs if together > 1 else ():
+    alone: dict[str, list[str]] = {}
+    for run in runs:
         key = common_settings(run.resolved)
+        if key not in obstacles:
+            obstacles[key] = obstacle(run.resolved)
+        reason = obstacles[key]
         if run.table.correlates:
             reason = "the table looks into the trained network"
         elif has_run(str(run.folder)):
             reason = "it goes on from its checkpoint"
-        else:
-            if key not in obstacles or run.cfg.REPR.COMPACT == "on":
-                obstacles[key] = obstacle(run.resolved)
-            reason = obstacles[key]
-        if reason:
+        if reason is not None:
             alone.setdefault(reason, []).append(f"{run.row.name} seed {run.seed}")
+            found.append([run])
+        elif key in latest and len(latest[key]) < together:
+            # Before its turn: only students need other runs, and they are trained alone.
+            latest[key].append(run)
         else:
-            partners.setdefault(key, []).append(run)
-    by_run = {}
-    for group in partners.values():
-        for begin in range(0, len(group), together):
-            batch = group[begin : begin + together]
-            by_run.update({run.record_path: batch for run in batch})
-    # A batch is trained when its first run is due; only students, who train alone, need others.
-    found = {
-        id(batch): batch for run in runs if (batch := by_run.setdefault(run.record_path, [run]))
-    }
+            latest[key] = [run]
+            found.append(latest[key])
     sentences = [
         f"Trained alone, because {reason}: {', '.join(names)}." for reason, names in alone.items()
     ]
-    return list(found.values()), sentences
+    return found, sentences
 
 
 def reproduce(

@@ -60,6 +60,7 @@ def obstacle(cfg: CfgNode) -> str | None:
     keys = cfg.MODEL.CLASSIFIER
     reasons = {
         "it learns from a teacher": cfg.DISTILL.TEACHER,
+        "it has dropout": keys.DROPOUT,
         "it is trained dense, sparse, dense": cfg.DSD.ENABLED,
         "it has an orthogonality loss": keys.ORTHO_LOSS,
         "it uses mixed precision": cfg.SOLVER.AMP.ENABLED,
@@ -69,7 +70,7 @@ def obstacle(cfg: CfgNode) -> str | None:
         "it is deterministic": cfg.DETERMINISTIC,
         "it has no seed": cfg.SEED < 0,
         "its statistics are measured anew for evaluations": cfg.TEST.PRECISE_BN.ENABLED,
-        "pruned filters leave its network": cfg.REPR.ENABLED and cfg.REPR.COMPACT == "on",
+        "pruned filters leave its network": cfg.REPR.COMPACT == "on",
     }
     for reason, holds in reasons.items():
         if holds:
@@ -85,7 +86,7 @@ def obstacle(cfg: CfgNode) -> str | None:
                 torch.empty(2, 2, 3, size, size, device="meta")
             )
     except (RuntimeError, AssertionError) as error:
-        return f"its network cannot be ({str(error).splitlines()[0].rstrip('.')})"
+        return f"its network cannot be batched ({str(error).splitlines()[0].rstrip('.')})"
     return None if isinstance(found, Tensor) else "its network has further outputs"
 
 
@@ -93,7 +94,8 @@ def common_settings(cfg: CfgNode) -> str:
     """What runs that are trained together have in common, as text: equal for equal settings."""
     cfg = cfg.clone()
     cfg.defrost()
-    for key in ("REPR", "SEED", "OUTPUT_DIR"):
+    cfg.REPR = CfgNode({"COMPACT": cfg.REPR.COMPACT})
+    for key in ("SEED", "OUTPUT_DIR"):
         del cfg[key]
     return cfg.dump()
 
@@ -128,8 +130,8 @@ class Network(TrainerBase):
 
     @property
     def in_s2(self) -> bool:
-        """Whether it trains without some filters now."""
-        return self.hook is not None and self.hook.method.num_pruned > 0
+        """Whether filters must be held at zero now."""
+        return self.diverged is None and self.hook is not None and self.hook.method.num_pruned > 0
 
     def at(self, iteration: int) -> Network:
         """Itself, with its clocks at an iteration."""
@@ -240,8 +242,7 @@ class Together:
                 evaluates = iteration == last or (period > 0 and done % period == 0)
                 records = iteration == last or done % WINDOW == 0
                 if evaluates or records or done in self._changes:
-                    progress(len(self._unseen))
-                    self._look(iteration)
+                    progress(self._look(iteration))
                 if records:
                     self._record(iteration)
                 if evaluates:
@@ -309,8 +310,8 @@ class Together:
                     parameter.grad = None
         return {stacked[name]: mask for name, mask in masks.items() if not mask.all()}
 
-    def _look(self, iteration: int) -> None:
-        """Read the losses of the steps up to this one, and see who diverged."""
+    def _look(self, iteration: int) -> int:
+        """Read the losses of the steps up to this one, and see who diverged; returns how many."""
         found = torch.stack(self._unseen).double().cpu().numpy()  # (steps, 2, K)
         self._unseen.clear()
         self._recent.extend(found)
@@ -322,6 +323,7 @@ class Together:
                 network.diverged = f"The loss became {loss} at iteration {first + lost[0]}."
                 with self._around(network.cfg):
                     logger.warning(network.diverged)
+        return len(found)
 
     def _record(self, iteration: int) -> None:
         """Record the scalars that Detectron2's hooks record, medians over the last window."""

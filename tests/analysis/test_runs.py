@@ -373,6 +373,15 @@ def test_a_batch_that_is_stopped_starts_again(table, output, monkeypatch):
     assert [record["together"] for record in read_records(rows, FULL, output)] == [2, 2]
 
 
+def test_too_many_runs_for_the_memory_of_a_gpu(table, output, monkeypatch):
+    def fail(together, progress):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(runs.Together, "train", fail)
+    with pytest.raises(ValueError, match="2 runs at once need .* give a smaller --together"):
+        reproduce(only(table, ["repr"]), [0], FULL, output, together=2)
+
+
 def test_what_goes_on_from_a_checkpoint_is_trained_alone(table, output, stop_at):
     rows = only(table, ["repr"])
     stop_at(2 * EPOCH + 5)
