@@ -13,7 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,18 @@ from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from repr_det.analysis.correlation import oracle_correlations
+from repr_det.analysis.measures import MEASURES, Measure, Record
 from repr_det.analysis.run_folder import flat_settings, read_metrics, training_seconds
-from repr_det.analysis.summary import run_accuracy, table_in_markdown
+from repr_det.analysis.summary import table_in_markdown
 from repr_det.analysis.tables import Row, Table
-from repr_det.classification.datasets import load_images
-from repr_det.classification.epochs import resolve_epochs
 from repr_det.classification.together import Together, common_settings, obstacle
-from repr_det.classification.trainer import check_data
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import has_run
 from repr_det.tasks import get_cfg, trainer_for
 
 FULL, QUICK = "full", "quick"
 QUICK_SHARE = 0.1
-"""The shortened runs have this share of all lengths in epochs."""
+"""The shortened runs have this share of all lengths."""
 
 DEFAULT_OUTPUT = Path("output/reproduce")
 
@@ -50,7 +48,11 @@ CHECKPOINT, LOG = "model_final.pth", "log.txt"
 _NO_SETTINGS = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.WEIGHTS")
 """Keys that say where a run was and not what it was."""
 
-Record = dict[str, Any]
+_LENGTHS = (
+    "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CYCLE_ITERS",
+    "SOLVER.CHECKPOINT_PERIOD", "DSD.DENSE_ITERS", "DSD.SPARSE_ITERS", "REPR.S1", "REPR.S2",
+)  # fmt: skip
+"""Keys that are in iterations once :meth:`RePrTrainer.in_iterations` has seen them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class Run:
         """Length in iterations."""
         return self.resolved.SOLVER.MAX_ITER
 
+    @property
+    def measure(self) -> Measure:
+        """What it is judged by."""
+        return MEASURES[self.table.metric]
+
 
 def table_folder(output: Path, table: Table, scale: str) -> Path:
     """Where a table's runs, records and Markdown lie."""
@@ -132,46 +139,47 @@ def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
     cfg.OUTPUT_DIR = str(run_folder(output, table, row.name, seed, scale))
     if scale == QUICK:
         cfg = shortened(cfg, table.quick_images)
-    check_data(cfg)
-    images = _training_images(cfg)
-    return Run(table, row, seed, scale, output, cfg, resolve_epochs(cfg, images), images)
+    trainer = trainer_for(cfg)
+    trainer.check(cfg)
+    resolved, images = trainer.in_iterations(cfg), trainer.training_images(cfg)
+    return Run(table, row, seed, scale, output, cfg, resolved, images)
 
 
 def shortened(cfg: CfgNode, images: int) -> CfgNode:
-    """A config with fewer training images, and every length a tenth of its epochs.
+    """A config with fewer training images, and every length a tenth.
 
     The images that are left out become held-out ones, so they are the same for all seeds and rows.
     Evaluates at the end only.
 
     Args:
-        cfg: lengths in epochs; not changed.
-        images: at most so many training images.
+        cfg: not changed.
+        images: at most so many training images, of which ``DATASETS.TRAIN_SHARE`` is taken.
 
     Returns:
         Lengths in iterations.
     """
-    cfg = cfg.clone()
-    held_out, cfg.DATASETS.HELD_OUT = cfg.DATASETS.HELD_OUT, 0
-    cfg.DATASETS.HELD_OUT = max(held_out, _training_images(cfg) - images)
-    _scale_epochs(cfg, QUICK_SHARE)
-    if cfg.REPR.UNIT == "epoch":
-        cfg.REPR.S1 *= QUICK_SHARE
-        cfg.REPR.S2 *= QUICK_SHARE
+    trainer = trainer_for(cfg)
+    cfg, every = cfg.clone(), cfg.clone()
+    every.DATASETS.HELD_OUT, every.DATASETS.TRAIN_SHARE = 0, 1.0
+    trainer.check(every)
+    left_out = trainer.training_images(every) - images
+    cfg.DATASETS.HELD_OUT = max(cfg.DATASETS.HELD_OUT, left_out)
     cfg.TEST.EVAL_EPOCHS = cfg.TEST.EVAL_PERIOD = 0
-    return resolve_epochs(cfg, _training_images(cfg))
+    trainer.check(cfg)
+    cfg = trainer.in_iterations(cfg)
+    for key in _LENGTHS:
+        *path, name = key.split(".")
+        node = cfg
+        for part in path:
+            node = node[part]
+        node[name] = _scaled(node[name])
+    return cfg
 
 
-def _training_images(cfg: CfgNode) -> int:
-    return len(load_images(cfg, cfg.DATASETS.TRAIN[0]))
-
-
-def _scale_epochs(node: CfgNode, share: float) -> None:
-    for key, value in node.items():
-        if isinstance(value, CfgNode):
-            _scale_epochs(value, share)
-        elif key.endswith("_EPOCHS"):
-            scaled = tuple(v * share for v in value) if isinstance(value, tuple) else value * share
-            node[key] = scaled
+def _scaled(length: int | tuple[int, ...]) -> int | tuple[int, ...]:
+    if isinstance(length, tuple):
+        return tuple(_scaled(part) for part in length)
+    return math.ceil(round(length * QUICK_SHARE, 6))
 
 
 def _settings(cfg: Any) -> Any:
@@ -278,29 +286,26 @@ def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]
     """What a run evaluated, by dataset.
 
     Returns:
-        For each evaluation the iterations and epochs done, ``top1``, ``top5`` and ``loss``, and
-        ``train_top1``: accuracy on the training batches of the epoch before it, a mean of medians
-        over 20 iterations.
+        For each evaluation the iterations and epochs done, the measure's metrics (those that there
+        are), and of classifiers ``train_top1``: accuracy on the training batches of the epoch
+        before it, a mean of medians over 20 iterations.
     """
     metrics = read_metrics(folder)
     names = list(run.cfg.DATASETS.TEST)
+    undefined = run.measure.undefined
     epoch = run.images / run.cfg.SOLVER.IMS_PER_BATCH
     found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for name, entries in found.items():
-        prefix = "accuracy" if len(names) == 1 else f"{name}/accuracy"
-        if f"{prefix}/top1" not in metrics:
-            continue
-        values = {key: metrics[f"{prefix}/{key}"][1] for key in ("top1", "top5", "loss")}
-        by_done = {
-            # The evaluation after training is written with the iteration behind the last.
-            min(int(iteration) + 1, run.max_iter): number
-            for number, iteration in enumerate(metrics[f"{prefix}/top1"][0])
-        }
-        for done, number in by_done.items():
-            entry = {"iteration": done, "epoch": round(done / epoch, 2)}
-            for key, series in values.items():
-                value = float(series[number])
-                entry[key] = value if math.isfinite(value) else None
+        prefix = "" if len(names) == 1 else f"{name}/"
+        by_done: dict[int, dict[str, float]] = {}
+        for key, metric in run.measure.metrics.items():
+            for iteration, value in zip(*metrics.get(prefix + metric, ((), ())), strict=True):
+                # The evaluation after training is written with the iteration behind the last.
+                done = min(int(iteration) + 1, run.max_iter)
+                finite = math.isfinite(value)
+                by_done.setdefault(done, {})[key] = float(value) if finite else undefined
+        for done, values in sorted(by_done.items()):
+            entry = {"iteration": done, "epoch": round(done / epoch, 2), **values}
             if "train/top1" in metrics:
                 iterations, training = metrics["train/top1"]
                 training = training[(done - epoch <= iterations) & (iterations < done)]
@@ -317,10 +322,11 @@ class RunClock(HookBase):
 
     Args:
         bar: advanced by one an iteration.
+        measure: whose first column the bar shows.
     """
 
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
+    def __init__(self, bar: tqdm, measure: Measure) -> None:
+        self._bar, self._measure = bar, measure
         self._wall = -time.perf_counter()
         self._cpu = -time.process_time()
 
@@ -335,10 +341,11 @@ class RunClock(HookBase):
     def after_step(self) -> None:
         """One more iteration."""
         self._bar.update()
-        for name in ("accuracy/top1", f"{self.trainer.cfg.DATASETS.TEST[-1]}/accuracy/top1"):
+        metric = self._measure.metrics[self._measure.columns[0].name]
+        for name in (metric, f"{self.trainer.cfg.DATASETS.TEST[-1]}/{metric}"):
             if name in self.trainer.storage.latest():
                 value, _ = self.trainer.storage.latest()[name]
-                self._bar.set_postfix_str(f"top-1 {value:.2f} %", refresh=False)
+                self._bar.set_postfix_str(self._measure.printed.format(value), refresh=False)
 
     def state_dict(self) -> dict[str, float]:
         """Time until now."""
@@ -352,7 +359,7 @@ class RunClock(HookBase):
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """Detectron2's log lines go to a file instead of the console."""
+    """Detectron2's log lines, and what pycocotools prints, go to a file instead of the console."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
     before = [(log.level, log.propagate, log.handlers) for log in loggers]
     handler = logging.FileHandler(path)
@@ -361,7 +368,8 @@ def _logged_to(path: Path) -> Iterator[None]:
         log.setLevel(logging.INFO)
         log.propagate, log.handlers = False, [handler]
     try:
-        yield
+        with redirect_stdout(handler.stream):
+            yield
     finally:
         handler.close()
         for log, (level, propagate, handlers) in zip(loggers, before, strict=True):
@@ -393,7 +401,7 @@ def execute(run: Run, bar: tqdm) -> Record:
     _prepare_folder(run)
     record = _header(run) | _environment(cfg.MODEL.DEVICE)
     with _logged_to(folder / LOG):
-        clock = RunClock(bar)
+        clock = RunClock(bar, run.measure)
         seed_all_rng(cfg.SEED)
         trainer = trainer_for(cfg)(cfg)
         trainer.register_hooks([clock])
@@ -592,8 +600,8 @@ def reproduce(
             records = execute_together(batch, bar) if len(batch) > 1 else [execute(batch[0], bar)]
             for run, record in zip(batch, records, strict=True):
                 write_record(run.record_path, record)
-                accuracy = run_accuracy(record)
-                outcome = "diverged" if accuracy is None else f"top-1 {accuracy:.2f} %"
+                value = run.measure.value(record)
+                outcome = "diverged" if value is None else run.measure.printed.format(value)
                 bar.write(
                     f"{table.name} {run.row.name} seed {run.seed}: {outcome}, "
                     f"{record['wall_seconds']:.0f} s",

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from typing import Any
 
 from repr_det.analysis.correlation import EVERYWHERE
+from repr_det.analysis.measures import MEASURES, Record
 from repr_det.analysis.statistics import Estimate, estimate, paired_difference
 from repr_det.analysis.tables import ERROR, Row, Table
-
-LAST = 5
-"""A run's accuracy is the mean of so many last evaluations."""
-
-Record = dict[str, Any]
-
-
-def run_accuracy(record: Record) -> float | None:
-    """Top-1 accuracy of a run in per cent: the mean of its last :data:`LAST` evaluations.
-
-    The last one alone where there are fewer; None for a run that diverged.
-    """
-    if "diverged" in record:
-        return None
-    evaluations = list(record["evaluations"].values())[-1]
-    last = evaluations[-LAST:] if len(evaluations) >= LAST else evaluations[-1:]
-    return statistics.fmean(entry["top1"] for entry in last)
 
 
 def table_in_markdown(table: Table, shortened: bool, records: Sequence[Record]) -> str:
@@ -41,47 +23,56 @@ def table_in_markdown(table: Table, shortened: bool, records: Sequence[Record]) 
         heading = (
             f"# {table.title} (SHORTENED RUNS)\n\n"
             f"**Shortened: at most {table.quick_images:,} training images and a tenth of the "
-            "epochs. These numbers only show that everything runs; they cannot be compared with "
-            "the paper's.**\n"
+            "length. These numbers only show that everything runs; they are no result.**\n"
         )
-    body = _correlations(table, records) if table.correlates else _accuracies(table, records)
+    body = _correlations(table, records) if table.correlates else _values(table, records)
     return f"{heading}\n{body}"
 
 
-def _accuracies(table: Table, records: Sequence[Record]) -> str:
-    by_row: dict[str, dict[int, float]] = {row.name: {} for row in table.rows}
-    diverged = dict.fromkeys(by_row, 0)
+def _values(table: Table, records: Sequence[Record]) -> str:
+    measure = MEASURES[table.metric]
+    columns = measure.columns
+    by_row: dict[str, list[Record]] = {row.name: [] for row in table.rows}
     for record in records:
-        accuracy = run_accuracy(record)
-        if accuracy is None:
-            diverged[record["row"]] += 1
-        else:
-            by_row[record["row"]][record["seed"]] = accuracy
-    lines = [
-        "| | Paper | Ours | Seeds | Paper's gain | Our gain, 95 % interval |",
-        "|---|---|---|---|---|---|",
-    ]
+        by_row[record["row"]].append(record)
+    values = {
+        (name, column): {r["seed"]: measure.value(r, column.name) for r in found if _ended(r)}
+        for name, found in by_row.items()
+        for column in columns
+    }
+    papers = any(row.paper is not None for row in table.rows)
+    gains = [f"{column.gain}, 95 % interval" for column in columns]
+    head = ["", *(column.label for column in columns), "Seeds", *gains]
+    if papers:
+        head[1:1], head[-1:-1] = ["Paper"], ["Paper's gain"]
+    lines = [_line(head), "|---" * len(head) + "|"]
     for row in table.rows:
-        accuracies = by_row[row.name]
-        ours = "not run"
-        if accuracies:
-            values = accuracies.values()
-            ours = _spread(estimate([100 - v if table.metric == ERROR else v for v in values]))
-        seeds = str(len(accuracies))
-        if diverged[row.name]:
-            seeds += f" ({diverged[row.name]} more diverged)"
-        gain = None
-        if row.standard:
-            gain = paired_difference(accuracies, by_row[row.standard])
-        cells = [row.label, _number(row.paper), ours, seeds, _paper_gain(table, row), _gain(gain)]
-        lines.append(_line(cells))
+        ours, own_gains = [], []
+        for column in columns:
+            found = values[row.name, column]
+            shown = [100 - v if table.metric == ERROR else v for v in found.values()]
+            ours.append(_spread(estimate(shown)) if shown else "not run")
+            standard = values[row.standard, column] if row.standard else {}
+            own_gains.append(_gain(paired_difference(found, standard)))
+        ended = len(values[row.name, columns[0]])
+        diverged = len(by_row[row.name]) - ended
+        seeds = f"{ended} ({diverged} more diverged)" if diverged else str(ended)
+        cells = [row.label, *ours, seeds]
+        if papers:
+            cells[1:1] = [_number(row.paper)]
+            cells.append(_paper_gain(table, row))
+        lines.append(_line([*cells, *own_gains]))
     caption = (
-        f"Ours: the mean of a run's last {LAST} evaluations (the last one where there are fewer); "
-        "then mean ± standard deviation over seeds. Gain: accuracy minus that of standard "
-        "training with the same seed (same initial weights, same data order), in points, so above "
-        "zero is better; in brackets the t-interval of its mean with n - 1 degrees of freedom."
+        f"{measure.caption}; then mean ± standard deviation over seeds. Gain: {measure.compared} "
+        "minus that of standard training with the same seed (same initial weights, same data "
+        "order), in points, so above zero is better; in brackets the t-interval of its mean with "
+        "n - 1 degrees of freedom."
     )
     return "\n".join([*lines, "", " ".join([caption, *table.notes]), ""])
+
+
+def _ended(record: Record) -> bool:
+    return "diverged" not in record
 
 
 def _correlations(table: Table, records: Sequence[Record]) -> str:

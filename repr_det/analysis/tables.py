@@ -11,7 +11,7 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-ACCURACY, ERROR = "accuracy", "error"
+ACCURACY, ERROR, AP = "accuracy", "error", "AP"
 
 Overrides = tuple[str | float | int | bool, ...]
 
@@ -54,7 +54,7 @@ class Table:
         name: names the table on the command line and its folder.
         title: its heading.
         rows: in the order in which they are printed and run; teachers before their students.
-        metric: what the numbers of the paper are, :data:`ACCURACY` or :data:`ERROR`.
+        metric: what its numbers are: :data:`ACCURACY`, :data:`ERROR`, or :data:`AP` of detectors.
         notes: printed below the table, sentences.
         quick_images: training images of the shortened runs.
         correlates: every trained network's criteria are correlated with the greedy oracle, with

@@ -27,10 +27,6 @@ def add_classification_config(cfg: CfgNode) -> None:
     # Image folders in training: smallest share of the image's area in a random crop.
     cfg.INPUT.CROP_MIN_AREA = 0.08
 
-    # So many images are taken out of the training set, always the same ones. DATASETS.TEST names
-    # them by the training set's name with "_heldout" in place of "_train".
-    cfg.DATASETS.HELD_OUT = 0
-
     # Images in a test batch, per process.
     cfg.TEST.IMS_PER_BATCH = 500
     # Epochs between evaluations, instead of TEST.EVAL_PERIOD.

@@ -30,7 +30,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
-HELD_OUT_SUFFIX = "_heldout"
+from repr_det.engine.parts import HELD_OUT_SUFFIX, datasets_root, held_out_name, part_indices
+
 HELD_OUT_DEFAULT = 5000
 DOWNLOAD_TIMEOUT_S = 15
 
@@ -218,11 +219,6 @@ CIFAR100 = CifarRelease(
 )
 
 
-def datasets_root() -> Path:
-    """The folder in ``DETECTRON2_DATASETS``, by default ``./datasets``."""
-    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
-
-
 def read_cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
     """Read CIFAR-10 or CIFAR-100, downloading it where it is missing and a network is there.
 
@@ -319,33 +315,12 @@ def _cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
     return read_cifar(release, split, root)
 
 
-def held_out_name(train_name: str) -> str:
-    """The name of the held-out part of a training set: ``cifar10_heldout`` of ``cifar10_train``."""
-    return train_name.removesuffix("_train") + HELD_OUT_SUFFIX
-
-
-def split_held_out(data: ImageData, count: int) -> tuple[ImageData, ImageData]:
-    """Split off a fixed random part.
-
-    The same images for every seed and run; a larger part contains the smaller ones.
-
-    Args:
-        data: N images.
-        count: images in the held-out part, at least 0 and below N.
-
-    Returns:
-        The remaining images and the held-out ones, each in the original order.
-
-    Raises:
-        ValueError: a count out of range.
-    """
-    if not 0 <= count < len(data):
-        raise ValueError(
-            f"DATASETS.HELD_OUT is {count}, but the training set has {len(data)} images: hold out "
-            "fewer."
-        )
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return data.select(order[count:].sort().values), data.select(order[:count].sort().values)
+def split_images(
+    data: ImageData, held_out: int = 0, share: float = 1.0
+) -> tuple[ImageData, ImageData]:
+    """Images to train on and held-out ones; see :func:`repr_det.engine.parts.part_indices`."""
+    training, rest = part_indices(len(data), held_out, share)
+    return data.select(training), data.select(rest)
 
 
 def _read(name: str) -> ImageData:
@@ -380,37 +355,46 @@ def _check(data: ImageData, name: str, cfg: CfgNode) -> ImageData:
 
 
 @functools.lru_cache(maxsize=2)
-def _split(name: str, count: int, read: Callable[[], ImageData]) -> tuple[ImageData, ImageData]:
-    return split_held_out(read(), count)
+def _parts(
+    name: str, held_out: int, share: float, read: Callable[[], ImageData]
+) -> tuple[ImageData, ImageData]:
+    return split_images(read(), held_out, share)
 
 
 def load_images(cfg: CfgNode, name: str) -> ImageData:
     """A dataset that the config names, checked against the config.
 
     With ``DATASETS.HELD_OUT`` set, the training set comes without its held-out part, and
-    :func:`held_out_name` of it is that part.
+    :func:`repr_det.engine.parts.held_out_name` of it is that part. Of what is left,
+    ``DATASETS.TRAIN_SHARE`` is taken.
 
     Raises:
         KeyError: a name that is not registered.
         FileNotFoundError: a dataset that is missing.
-        ValueError: more than one training set, a dataset that is damaged, labels or images that
-            do not fit the config.
+        ValueError: more than one training set, a part of it that cannot be had, a dataset that is
+            damaged, labels or images that do not fit the config.
     """
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(
             f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset."
         )
     train_name = cfg.DATASETS.TRAIN[0]
-    count = cfg.DATASETS.HELD_OUT
+    count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if name == held_out_name(train_name) and not count:
         raise ValueError(
             f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold out."
         )
-    if count and name in (train_name, held_out_name(train_name)):
+    parted = (train_name, held_out_name(train_name)) if count else (train_name,)
+    if (count or share != 1) and name in parted:
         _read(train_name)
-        rest, held_out = _split(train_name, count, MetadataCatalog.get(train_name).read_images)
-        return _check(rest if name == train_name else held_out, name, cfg)
+        read = MetadataCatalog.get(train_name).read_images
+        training, held_out = _parts(train_name, count, share, read)
+        return _check(training if name == train_name else held_out, name, cfg)
     return _check(_read(name), name, cfg)
+
+
+def _held_out(data: ImageData) -> ImageData:
+    return split_images(data, HELD_OUT_DEFAULT)[1]
 
 
 def register_builtin() -> None:
@@ -423,9 +407,7 @@ def register_builtin() -> None:
             )
         register_images(
             release.name + HELD_OUT_SUFFIX,
-            lambda r=release: split_held_out(_cifar(r, "train", datasets_root()), HELD_OUT_DEFAULT)[
-                1
-            ],
+            lambda r=release: _held_out(_cifar(r, "train", datasets_root())),
         )
     for split in ("train", "val"):
         register_images(

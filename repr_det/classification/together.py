@@ -59,6 +59,7 @@ def obstacle(cfg: CfgNode) -> str | None:
     """
     keys = cfg.MODEL.CLASSIFIER
     reasons = {
+        "it is a detector": cfg.MODEL.META_ARCHITECTURE != "ImageClassifier",
         "it learns from a teacher": cfg.DISTILL.TEACHER,
         "it has dropout": keys.DROPOUT,
         "it is trained dense, sparse, dense": cfg.DSD.ENABLED,

@@ -38,8 +38,35 @@ class ClassificationTrainer(RePrTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        check_data(cfg)
-        super().__init__(resolve_epochs(cfg, len(load_images(cfg, cfg.DATASETS.TRAIN[0]))))
+        self.check(cfg)
+        super().__init__(self.in_iterations(cfg))
+
+    @classmethod
+    def check(cls, cfg: CfgNode) -> None:
+        """Read every dataset that the config names, so that mistakes come before training.
+
+        Raises:
+            ValueError: also where a test set has other classes than the training set.
+        """
+        classes = load_images(cfg, cfg.DATASETS.TRAIN[0]).classes
+        for name in cfg.DATASETS.TEST:
+            found = load_images(cfg, name).classes
+            if found != classes:
+                raise ValueError(
+                    f"{name} has other classes than {cfg.DATASETS.TRAIN[0]} ({len(found)} and "
+                    f"{len(classes)}): labels would not mean the same, so give both the same "
+                    "folders."
+                )
+
+    @classmethod
+    def training_images(cls, cfg: CfgNode) -> int:
+        """How many images a config trains on; reads the data."""
+        return len(load_images(cfg, cfg.DATASETS.TRAIN[0]))
+
+    @classmethod
+    def in_iterations(cls, cfg: CfgNode) -> CfgNode:
+        """See :func:`repr_det.classification.epochs.resolve_epochs`; reads the data."""
+        return resolve_epochs(cfg, cls.training_images(cfg))
 
     def build_hooks(self) -> list[HookBase]:
         """The hooks of every task, and Dense-Sparse-Dense where the config asks for it."""
@@ -100,22 +127,6 @@ class ClassificationTrainer(RePrTrainer):
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> AccuracyEvaluator:
         """Top-1 and top-5 accuracy and loss."""
         return AccuracyEvaluator()
-
-
-def check_data(cfg: CfgNode) -> None:
-    """Read every dataset that the config names, so that mistakes come before training.
-
-    Raises:
-        ValueError: also where a test set has other classes than the training set.
-    """
-    classes = load_images(cfg, cfg.DATASETS.TRAIN[0]).classes
-    for name in cfg.DATASETS.TEST:
-        found = load_images(cfg, name).classes
-        if found != classes:
-            raise ValueError(
-                f"{name} has other classes than {cfg.DATASETS.TRAIN[0]} ({len(found)} and "
-                f"{len(classes)}): labels would not mean the same, so give both the same folders."
-            )
 
 
 def _device(cfg: CfgNode) -> torch.device:

@@ -14,6 +14,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
 
+from repr_det.engine.parts import datasets_root
+
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 NUM_CLASSES_KEYS = {"RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
@@ -225,8 +227,17 @@ def check_dataset(name: str) -> None:
         if path is not None and not Path(path).exists():
             raise FileNotFoundError(
                 f"Dataset {name} needs {Path(path).resolve()}, which does not exist: set "
-                f"DETECTRON2_DATASETS to the folder that holds coco/ (make demo needs no data)."
+                f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)} (make demo needs "
+                f"no data)."
             )
+
+
+def _folder_of(path: str) -> str:
+    """Which folder of the datasets' root a file of a dataset is in: ``coco/`` for COCO's."""
+    try:
+        return f"{Path(path).relative_to(datasets_root()).parts[0]}/"
+    except ValueError:
+        return "it"
 
 
 def check_num_classes(cfg: CfgNode, dataset: str) -> None:

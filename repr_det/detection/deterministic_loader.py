@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import get_detection_dataset_dicts
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -127,12 +126,13 @@ class DeterministicLoader:
 
 
 def build_deterministic_loader(
-    cfg: CfgNode, mapper: Callable[[dict], dict | None]
+    cfg: CfgNode, records: list[dict[str, Any]], mapper: Callable[[dict], dict | None]
 ) -> DeterministicLoader:
     """The deterministic counterpart of Detectron2's training loader.
 
     Args:
         cfg: a config with ``DETERMINISTIC``.
+        records: of the training images, in Detectron2's format.
         mapper: makes a training example of a record, or None to skip it.
 
     Raises:
@@ -149,14 +149,6 @@ def build_deterministic_loader(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {world_size} "
             f"processes: make it a multiple of that."
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     plan = BatchPlan(
         [record["width"] > record["height"] for record in records] if grouped else None,

@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
 
+from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import (
     BBOX,
     IOU_75,
@@ -32,7 +33,6 @@ from repr_det.detection.coco_results import (
     results_path,
 )
 from repr_det.detection.datasets import check_dataset, check_num_classes
-from repr_det.detection.shapes import register_shapes
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.trained import load_trained
 
@@ -73,7 +73,7 @@ def annotation_file(dataset: str) -> Path:
         FileNotFoundError: they, or the images, do not exist.
         ValueError: nobody registered the dataset, or it is not COCO's.
     """
-    register_shapes()
+    register_builtin()
     check_dataset(dataset)
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("drawn_on_first_use"):

@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from repr_det.detection.builtin import register_builtin
 from repr_det.detection.datasets import category_names, num_classes, num_classes_key, read_coco
 from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
-from repr_det.detection.shapes import register_shapes
 from repr_det.engine.trained import load_trained
 
 Pixels = NDArray[np.uint8]
@@ -147,7 +147,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
         categories = sorted(category["id"] for category in content["categories"])
         images = {image["file_name"]: image["id"] for image in content["images"]}
         return Labels(names, categories, images)
-    register_shapes()
+    register_builtin()
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         names = dataset in MetadataCatalog.list() and MetadataCatalog.get(dataset).get(
             "thing_classes"

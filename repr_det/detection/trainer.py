@@ -13,9 +13,10 @@ from detectron2.data import (
 )
 from detectron2.evaluation import COCOEvaluator
 
+from repr_det.detection.builtin import register_builtin
 from repr_det.detection.datasets import NamedImages, check_datasets, check_num_classes
 from repr_det.detection.deterministic_loader import build_deterministic_loader
-from repr_det.detection.shapes import register_shapes
+from repr_det.detection.parts import register_held_out, training_records
 from repr_det.engine.trainer import RePrTrainer
 
 
@@ -36,18 +37,25 @@ class DetectionTrainer(RePrTrainer):
 
     @classmethod
     def check(cls, cfg: CfgNode) -> None:
-        """Refuse datasets that are not there; registers the built-in one."""
-        register_shapes()
+        """Refuse datasets that are not there; registers those that the config implies."""
+        register_builtin()
+        register_held_out(cfg)
         check_datasets(cfg)
+
+    @classmethod
+    def training_images(cls, cfg: CfgNode) -> int:
+        """How many images a config trains on; reads the annotations."""
+        return len(training_records(cfg))
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader, or with ``cfg.DETERMINISTIC`` its counterpart."""
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=cfg.INPUT.SKIP_BAD_IMAGES)
+        records = training_records(cfg)
         if cfg.DETERMINISTIC:
-            loader = build_deterministic_loader(cfg, mapper)
+            loader = build_deterministic_loader(cfg, records, mapper)
         else:
-            loader = build_detection_train_loader(cfg, mapper=mapper)
+            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=records)
         # Only now does the catalog know the classes of a dataset that was just read.
         check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
         return loader
@@ -65,6 +73,8 @@ class DetectionTrainer(RePrTrainer):
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             use_fast_impl=_has_fast_evaluation(),
+            # What is kept of a held-out part in OUTPUT_DIR may be another config's.
+            allow_cached_coco=False,
         )
 
 

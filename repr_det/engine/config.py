@@ -69,6 +69,11 @@ def _add_trainer_config(cfg: CfgNode) -> None:
     cfg.MODEL.CHANNELS_LAST = False
     # Compile the backbone of a detector, the network of a classifier, with torch.compile.
     cfg.MODEL.COMPILE = False
+    # So many images are taken out of the training set, always the same ones. DATASETS.TEST names
+    # them by the training set's name with "_heldout" in place of "_train".
+    cfg.DATASETS.HELD_OUT = 0
+    # Share of the other training images to train on, always the same ones.
+    cfg.DATASETS.TRAIN_SHARE = 1.0
 
 
 def get_cfg(*additions: Callable[[CfgNode], None]) -> CfgNode:

@@ -99,6 +99,16 @@ class RePrTrainer(DefaultTrainer):
             ValueError, FileNotFoundError: what is wrong.
         """
 
+    @classmethod
+    def training_images(cls, cfg: CfgNode) -> int:
+        """How many images a config trains on; reads the data."""
+        raise NotImplementedError
+
+    @classmethod
+    def in_iterations(cls, cfg: CfgNode) -> CfgNode:
+        """The config with every length in iterations; may read the data."""
+        return cfg
+
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, with RePr's before those that save, evaluate and write."""
         built = super().build_hooks()

@@ -14,9 +14,9 @@ from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from repr_det.analysis import runs
+from repr_det.analysis.measures import MEASURES
 from repr_det.analysis.runs import FULL, QUICK, import_run, plan, read_records, reproduce
-from repr_det.analysis.summary import run_accuracy
-from repr_det.analysis.tables import only
+from repr_det.analysis.tables import ACCURACY, only
 from repr_det.tasks import argument_parser, configure, trainer_for
 from tests.analysis.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
 
@@ -114,7 +114,7 @@ def test_what_a_record_holds(table, output, tmp_path):
     assert name == "small_test"
     assert [e["iteration"] for e in evaluations] == [24, 48, 72]
     assert [e["epoch"] for e in evaluations] == [1, 2, 3]
-    assert run_accuracy(record) == evaluations[-1]["top1"]
+    assert MEASURES[ACCURACY].value(record) == evaluations[-1]["top1"]
     assert all(0 <= e["train_top1"] <= 100 for e in evaluations)
 
 
@@ -254,14 +254,14 @@ def test_a_run_that_diverges_is_recorded_as_such(tmp_path, output):
         "wild", "Wild", None, config, ("SOLVER.BASE_LR", 1e30, "REPR.ENABLED", False)
     )
     text = reproduce(table.__class__("wild", "Wild", (row,)), [0], FULL, output)
-    assert "| Wild | | not run | 0 (1 more diverged) | | |" in text
+    assert "| Wild | not run | 0 (1 more diverged) | |" in text
     record = json.loads((output / "wild" / "wild" / "seed_0.json").read_text())
     assert "inf" in record["diverged"] or "nan" in record["diverged"]
 
 
 def test_time_adds_up_over_interruptions(table, output, stop_at):
     run = plan(table, table.row("standard"), 0, FULL, output)
-    clock = runs.RunClock(bar())
+    clock = runs.RunClock(bar(), run.measure)
     clock.load_state_dict({"wall_seconds": 1000.0, "cpu_seconds": 500.0})
     assert 1000 <= clock.seconds["wall_seconds"] < 1100
     assert 500 <= clock.seconds["cpu_seconds"] < 600

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from repr_det import RePrSchedule
+from repr_det.analysis.run_folder import DETECTION, task_of
 from repr_det.analysis.runs import _differences, _settings, row_cfg
 from repr_det.analysis.studies import STUDIES
+from repr_det.analysis.tables import AP
 from repr_det.classification import resolve_epochs
 
 ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]
@@ -15,10 +17,14 @@ ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]
 @pytest.mark.parametrize(("table", "row"), ROWS, ids=lambda x: x.name)
 def test_row(table, row):
     cfg = row_cfg(row, 3)
-    resolved = resolve_epochs(cfg, 50_000 - cfg.DATASETS.HELD_OUT)
+    task = task_of(cfg)
+    assert (table.metric == AP) == (task == DETECTION)
+    resolved = cfg if task == DETECTION else resolve_epochs(cfg, 50_000 - cfg.DATASETS.HELD_OUT)
     if cfg.REPR.ENABLED:
         schedule = RePrSchedule(resolved.REPR.S1, resolved.REPR.S2, resolved.REPR.N)
         schedule.check_fits(resolved.SOLVER.MAX_ITER)
+        if table.name != "screening":  # which also looks at a late return
+            assert schedule.end < resolved.SOLVER.STEPS[0]
         standard = row_cfg(table.row(row.standard), 3)
         changed = _differences(_settings(standard), _settings(cfg))
         assert changed and all(key.startswith("REPR.") for key in changed), changed

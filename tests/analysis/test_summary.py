@@ -2,8 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repr_det.analysis.summary import run_accuracy, table_in_markdown
-from repr_det.analysis.tables import ACCURACY, ERROR, Row, Table
+from repr_det.analysis.measures import MEASURES
+from repr_det.analysis.summary import table_in_markdown
+from repr_det.analysis.tables import ACCURACY, AP, ERROR, Row, Table
 
 ROWS = (
     Row("standard", "Standard", 72.1, "c.yaml"),
@@ -64,18 +65,59 @@ def test_a_shortened_table_says_so_in_its_heading():
     assert heading == [
         "# A title (SHORTENED RUNS)",
         "",
-        "**Shortened: at most 1,234 training images and a tenth of the epochs. These numbers only "
-        "show that everything runs; they cannot be compared with the paper's.**",
+        "**Shortened: at most 1,234 training images and a tenth of the length. These numbers only "
+        "show that everything runs; they are no result.**",
     ]
 
 
-def test_accuracy_of_a_run():
-    assert run_accuracy(record("a", 0, 1, 2, 3, 4, 5, 6)) == 4
-    assert run_accuracy(record("a", 0, 1, 2, 3, 9)) == 9
-    assert run_accuracy(record("a", 0, 1) | {"diverged": "so"}) is None
+def test_without_numbers_of_the_paper_there_are_no_columns_for_them():
+    rows = tuple(replace(row, paper=None) for row in ROWS[:2])
+    lines = table_in_markdown(replace(TABLE, rows=rows), False, RECORDS[:6]).splitlines()
+    assert lines[2:6] == [
+        "| | Ours | Seeds | Our gain, 95 % interval |",
+        "|---|---|---|---|",
+        "| Standard | 66.00 ± 1.00 | 3 | |",
+        "| Ortho | 67.67 ± 0.58 | 3 | +1.67 [+0.23, +3.10] |",
+    ]
+
+
+def detected(row, seed, *pairs):
+    evaluations = [{"AP": ap, "AP50": ap50} for ap, ap50 in pairs]
+    return {"row": row, "seed": seed, "evaluations": {"test": evaluations}}
+
+
+def test_detectors_are_compared_in_ap_and_ap50_of_the_last_evaluation():
+    rows = (Row("standard", "Standard", None, "c.yaml"),)
+    rows += (Row("repr", "RePr", None, "c.yaml", (), "standard"),)
+    runs = [
+        detected("standard", 0, (5.0, 9.0), (20.0, 40.0)),
+        detected("standard", 1, (5.0, 9.0), (22.0, 44.0)),
+        detected("repr", 0, (5.0, 9.0), (21.0, 40.0)),
+        detected("repr", 1, (5.0, 9.0), (21.0, 44.0)),
+    ]
+    text = table_in_markdown(Table("t", "A title", rows, AP), False, runs)
+    # By hand: differences 1, -1 of AP; deviation 1.41421; t(1) 12.7062; half width 12.7062.
+    assert text.splitlines()[2:6] == [
+        "| | AP | AP50 | Seeds | Gain in AP, 95 % interval | Gain in AP50, 95 % interval |",
+        "|---|---|---|---|---|---|",
+        "| Standard | 21.00 ± 1.41 | 42.00 ± 2.83 | 2 | | |",
+        "| RePr | 21.00 ± 0.00 | 42.00 ± 2.83 | 2 | +0.00 [-12.71, +12.71] "
+        "| +0.00 [+0.00, +0.00] |",
+    ]
+    assert "at a run's last evaluation" in text
+
+
+def test_value_of_a_run():
+    accuracy = MEASURES[ACCURACY].value
+    assert accuracy(record("a", 0, 1, 2, 3, 4, 5, 6)) == 4
+    assert accuracy(record("a", 0, 1, 2, 3, 9)) == 9
+    assert accuracy(record("a", 0, 1) | {"diverged": "so"}) is None
     # With several test sets, the last is the one.
     both = {"evaluations": {"heldout": [{"top1": 1}], "test": [{"top1": 2}]}}
-    assert run_accuracy(both) == 2
+    assert accuracy(both) == 2
+    ap = MEASURES[AP].value
+    assert ap(detected("a", 0, *((v, 2 * v) for v in range(7)))) == 6
+    assert ap(detected("a", 0, (3, 7)), "AP50") == 7
 
 
 def correlated(seed, rank, value):

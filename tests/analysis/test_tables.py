@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from repr_det import RePrSchedule
-from repr_det.analysis.runs import _differences, _scale_epochs, _settings, row_cfg
+from repr_det.analysis.runs import _differences, _settings, row_cfg
 from repr_det.analysis.tables import ACCURACY, ERROR, TABLES, Row, only
 from repr_det.classification import classifier_names, resolve_epochs
 from repr_det.method.criteria import CRITERIA
@@ -113,13 +113,6 @@ def test_only_some_rows_and_what_they_need():
         only(table, ["kd"])
     with pytest.raises(KeyError, match="no row 'kd'"):
         table.row("kd")
-
-
-def test_epochs_scale_wherever_they_are():
-    cfg = row_cfg(TABLES["schemes"].row("dsd"), 0)
-    _scale_epochs(cfg, 0.1)
-    assert cfg.SOLVER.MAX_EPOCHS == 15 and cfg.SOLVER.STEPS_EPOCHS == (10.0, 12.5)
-    assert (cfg.DSD.DENSE_EPOCHS, cfg.DSD.SPARSE_EPOCHS) == (6, 3)
 
 
 def test_a_standard_row_has_no_standard():

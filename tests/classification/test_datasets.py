@@ -15,12 +15,12 @@ from repr_det.classification.datasets import (
     CIFAR10,
     CIFAR100,
     ImageArrays,
-    held_out_name,
     load_images,
     read_cifar,
-    split_held_out,
+    split_images,
     use_image_folder,
 )
+from repr_det.engine.parts import held_out_name
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -173,14 +173,14 @@ def test_builtin_names_follow_the_environment(tmp_path, small_cifar, monkeypatch
 
 def test_held_out_part_is_fixed_and_nested():
     data = ImageArrays(*make_arrays(100, size=8), tuple("abcd"))
-    rest, held_out = split_held_out(data, 10)
+    rest, held_out = split_images(data, 10)
     assert (len(rest), len(held_out)) == (90, 10)
     together = torch.cat([rest.images, held_out.images]).flatten(1).unique(dim=0)
     assert len(together) == len(data.images.flatten(1).unique(dim=0)) == 100
-    larger = split_held_out(data, 30)[1].images.flatten(1).tolist()
+    larger = split_images(data, 30)[1].images.flatten(1).tolist()
     assert all(image in larger for image in held_out.images.flatten(1).tolist())
     with pytest.raises(ValueError, match="DATASETS.HELD_OUT is 100"):
-        split_held_out(data, 100)
+        split_images(data, 100)
 
 
 def test_config_names_the_held_out_part():
@@ -194,6 +194,16 @@ def test_config_names_the_held_out_part():
     assert len(load_images(cfg, "corners_train")) == 100
     assert len(load_images(cfg, "corners_heldout")) == 20
     assert len(load_images(cfg, "corners_test")) == 50
+    # A share is one of what is left.
+    cfg.DATASETS.TRAIN_SHARE = 0.25
+    assert len(load_images(cfg, "corners_train")) == 25
+    assert len(load_images(cfg, "corners_heldout")) == 20
+    assert len(load_images(cfg, "corners_test")) == 50
+    cfg.DATASETS.HELD_OUT = 0
+    assert len(load_images(cfg, "corners_train")) == 30
+    cfg.DATASETS.TRAIN_SHARE = 1.5
+    with pytest.raises(ValueError, match="DATASETS.TRAIN_SHARE is 1.5; give a share above 0"):
+        load_images(cfg, "corners_train")
 
 
 @pytest.mark.parametrize("label", [-1, 4])

@@ -1,0 +1,27 @@
+"""Datasets of detection that have names from the start, beside Detectron2's own."""
+
+from __future__ import annotations
+
+from detectron2.data import DatasetCatalog
+from detectron2.data.datasets import register_coco_instances
+
+from repr_det.detection.shapes import register_shapes
+from repr_det.engine.parts import datasets_root
+
+NEU_DET = {"neu_det_train": "instances_train.json", "neu_det_test": "instances_val.json"}
+"""Annotation files of NEU-DET below ``neu_det/annotations/``, the images being in
+``neu_det/images/``: defects of hot-rolled steel, Song and Yan 2013, 200 x 200 pixels."""
+
+
+def register_builtin() -> None:
+    """Register the drawn shapes and NEU-DET, which are looked for when they are first asked for.
+
+    Does nothing for a name that is registered.
+    """
+    register_shapes()
+    folder = datasets_root() / "neu_det"
+    for name, file in NEU_DET.items():
+        if name not in DatasetCatalog.list():
+            register_coco_instances(
+                name, {}, str(folder / "annotations" / file), str(folder / "images")
+            )

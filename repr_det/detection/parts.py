@@ -1,0 +1,90 @@
+"""The images that a config trains on, and those that it holds out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+
+from repr_det.engine.parts import held_out_name, part_indices
+
+_OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
+
+
+def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
+    """What a config trains on, in Detectron2's format.
+
+    Raises:
+        ValueError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, or nothing to train on.
+    """
+    records = get_detection_dataset_dicts(
+        cfg.DATASETS.TRAIN,
+        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+        if cfg.MODEL.KEYPOINT_ON
+        else 0,
+        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+    )
+    held_out, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
+    if not held_out and share == 1:
+        return records
+    # Positions count the images without annotations, too: those to be held out must not depend on
+    # what training leaves out.
+    files = [record["file_name"] for name in cfg.DATASETS.TRAIN for record in _read(name)]
+    chosen = {files[position] for position in part_indices(len(files), held_out, share)[0]}
+    records = [record for record in records if record["file_name"] in chosen]
+    if not records:
+        raise ValueError(
+            f"DATASETS.TRAIN_SHARE {share} leaves no image with annotations: give a larger share."
+        )
+    return records
+
+
+def register_held_out(cfg: CfgNode) -> None:
+    """Register the held-out part of the training set, if the config asks for one.
+
+    Its name is :func:`repr_det.engine.parts.held_out_name`'s. What another config registered
+    under it is replaced.
+
+    Raises:
+        ValueError: more than one training set, a name in use, or a test set that is held out from
+            nothing.
+    """
+    name, count = held_out_name(cfg.DATASETS.TRAIN[0]), cfg.DATASETS.HELD_OUT
+    known = name in DatasetCatalog.list()
+    ours = known and MetadataCatalog.get(name).get("held_out_of") is not None
+    if not count:
+        if name in cfg.DATASETS.TEST and (ours or not known):
+            raise ValueError(
+                f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold "
+                "out."
+            )
+        return
+    if len(cfg.DATASETS.TRAIN) != 1:
+        raise ValueError(
+            f"DATASETS.HELD_OUT takes images out of one training set, but DATASETS.TRAIN is "
+            f"{tuple(cfg.DATASETS.TRAIN)}: give one, or hold out none."
+        )
+    if known and not ours:
+        raise ValueError(
+            f"A dataset called {name} is registered already, which is how the images of "
+            "DATASETS.HELD_OUT would be called: give it another name."
+        )
+    if known:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    train = cfg.DATASETS.TRAIN[0]
+
+    def load() -> list[dict[str, Any]]:
+        records = _read(train)
+        of_train = MetadataCatalog.get(train)
+        MetadataCatalog.get(name).set(**{key: of_train.get(key) for key in _OF_CLASSES})
+        return [records[position] for position in part_indices(len(records), count)[1]]
+
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(evaluator_type="coco", held_out_of=train)
+
+
+def _read(name: str) -> list[dict[str, Any]]:
+    return DatasetCatalog.get(name)

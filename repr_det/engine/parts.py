@@ -1,0 +1,52 @@
+"""Where datasets lie, and which part of one is trained on: the same for every task."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+HELD_OUT_SUFFIX = "_heldout"
+
+
+def datasets_root() -> Path:
+    """The folder in ``DETECTRON2_DATASETS``, by default ``./datasets``."""
+    return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
+
+
+def held_out_name(train_name: str) -> str:
+    """The name of the held-out part of a training set: ``cifar10_heldout`` of ``cifar10_train``."""
+    return train_name.removesuffix("_train") + HELD_OUT_SUFFIX
+
+
+def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Which images are trained on and which are held out.
+
+    The same ones for every seed and run. A larger held-out part contains the smaller ones, and of
+    what it leaves a larger share contains the smaller ones.
+
+    Args:
+        size: images of the training set, N.
+        held_out: images in the held-out part, at least 0 and below N.
+        share: of the other images, those to train on, in (0, 1]; at least one image.
+
+    Returns:
+        Positions to train on and held-out positions, int64, increasing.
+
+    Raises:
+        ValueError: an argument out of range.
+    """
+    if not 0 <= held_out < size:
+        raise ValueError(
+            f"DATASETS.HELD_OUT is {held_out}, but the training set has {size} images: hold out "
+            "fewer."
+        )
+    if not 0 < share <= 1:
+        raise ValueError(
+            f"DATASETS.TRAIN_SHARE is {share}; give a share above 0 and at most 1, the whole."
+        )
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
+    count = max(1, round(share * (size - held_out)))
+    return order[held_out : held_out + count].sort().values, order[:held_out].sort().values
