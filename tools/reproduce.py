@@ -77,10 +77,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="record a finished run of tools/train_net.py as the one row that --rows names",
     )
     args = parser.parse_args(arguments)
+    but = ", but for runs that were trained at once, which start again" if args.together > 1 else ""
     return exit_status(
         "reproduce.py",
         lambda: _reproduce(args),
-        stopped="Stopped; the same command goes on where it stopped.",
+        stopped=f"Stopped; the same command goes on where it stopped{but}.",
     )
 
 

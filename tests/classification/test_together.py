@@ -9,6 +9,7 @@ import pytest
 import torch
 from detectron2.utils.env import seed_all_rng
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repr_det.classification import ClassificationTrainer
 from repr_det.classification.datasets import ImageArrays
@@ -137,6 +138,31 @@ def test_a_network_that_diverges_leaves_the_others_alone(tmp_path):
     evaluated = [at for name, at in recorded if name == "accuracy/top1"]
     assert evaluated == [5, 11] and max(at for _, at in recorded) <= int(iteration)
     assert not (tmp_path / "one" / "1" / "model_final.pth").exists()
+
+
+class CountOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_operations_of_a_step_are_as_many_for_any_number_of_networks(tmp_path):
+    """In S2, too, where every network has dropped filters: on a GPU each is a launch."""
+    in_s2 = []
+    for count in (2, 3):
+        cfgs = [configs(tmp_path / f"{count}-{number}")[1] for number in range(count)]
+        for cfg in cfgs:
+            cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 1, 38, 1
+            cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH, cfg.TEST.EVAL_PERIOD = 41, 2, 0
+        seen = []
+        together = Together(cfgs)
+        with CountOperations() as counted:
+            together.train(lambda done, c=counted, s=seen: s.append((done, c.count)))
+        assert [done for done, _ in seen] == [1, 19, 19, 1, 1]
+        in_s2.append((seen[2][1] - seen[1][1]) / 19)
+    assert 50 < in_s2[0] == in_s2[1] < 250
 
 
 @pytest.mark.parametrize("augmented", [False, True])
