@@ -221,7 +221,7 @@ class Together:
         """Train all runs to their end.
 
         A network whose loss ceases to be finite is left alone from then on, see
-        :attr:`Network.diverged`; the others do not notice.
+        :attr:`Network.diverged`; the others do not notice. Ends early where none is left.
 
         Args:
             progress: called with the number of iterations done since it was called last.
@@ -244,6 +244,8 @@ class Together:
                 records = iteration == last or done % WINDOW == 0
                 if evaluates or records or done in self._changes:
                     progress(self._look(iteration))
+                    if all(network.diverged for network in self.networks):
+                        return
                 if records:
                     self._record(iteration)
                 if evaluates:
@@ -380,7 +382,7 @@ def _without_compact(cfg: CfgNode) -> CfgNode:
 
 @contextmanager
 def _fastest_kernels() -> Iterator[None]:
-    """Let cuDNN try its kernels out: shapes stay the same, and for groups its guesses are poor."""
+    """Let cuDNN try out which of its kernels are fastest, since shapes stay the same."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = True
     try:

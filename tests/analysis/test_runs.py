@@ -357,6 +357,30 @@ def test_runs_are_trained_together(table, output, tmp_path, capsys):
             assert mine[key] == theirs[key]
 
 
+def test_a_finished_run_that_was_not_recorded_is_not_trained_again(table, output, stop_at):
+    rows = only(table, ["repr"])
+    reproduce(rows, [0], FULL, output, together=2)
+    path = plan(table, table.row("repr"), 0, FULL, output).record_path
+    record = json.loads(path.read_text())
+    path.unlink()
+    done = stop_at(10**6)
+    reproduce(rows, [0], FULL, output, together=2)
+    assert not done
+    assert json.loads(path.read_text())["evaluations"] == record["evaluations"]
+
+
+def test_a_batch_of_which_all_runs_diverge(tmp_path, output):
+    rows = [
+        row.__class__(name, name, None, row.config, ("SOLVER.BASE_LR", 1e30, *row.overrides))
+        for name, row in zip("ab", small_table(tmp_path).rows, strict=False)
+    ]
+    table = small_table(tmp_path, rows=tuple(rows))
+    assert "0 (1 more diverged)" in reproduce(table, [0], FULL, output, together=2)
+    for record in read_records(table, FULL, output):
+        assert record["diverged"].startswith("The loss became nan at iteration 1.")
+        assert record["evaluations"] == {"small_test": []}
+
+
 def test_a_batch_that_is_stopped_starts_again(table, output, monkeypatch):
     rows = only(table, ["repr"])
     original = runs.Together.train
