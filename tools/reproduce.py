@@ -5,6 +5,7 @@ tools/reproduce.py criteria --scale quick          minutes: everything runs, but
 tools/reproduce.py criteria --seeds 5              trains what is missing, records it, prints it
 tools/reproduce.py criteria --together 20          the same, up to 20 runs at once; for a GPU
 tools/reproduce.py criteria --show --output benchmarks/results      prints what is recorded there
+tools/reproduce.py criteria --show --plot curves.png                draws it over time, too
 tools/reproduce.py criteria --rows ortho --import-run output/mine   records a run of train_net.py
 
 It may be stopped at any moment; the same command goes on where it stopped.
@@ -16,16 +17,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from repr_det.analysis import studies, tables
+from repr_det.analysis import figures, studies, tables
+from repr_det.analysis.over_time import over_time
 from repr_det.analysis.runs import (
     DEFAULT_OUTPUT,
     FULL,
     QUICK,
     import_run,
+    read_records,
     reproduce,
     write_table,
 )
-from repr_det.engine.command_line import exit_status
+from repr_det.engine.command_line import check_folder_of, exit_status
 
 TABLES = tables.TABLES | studies.STUDIES
 SEEDS = {FULL: 3, QUICK: 1}
@@ -44,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--scale",
         choices=(QUICK, FULL),
         default=FULL,
-        help="full (default): the paper's lengths; quick: few images and a tenth of the epochs",
+        help="full (default): the paper's lengths; quick: few images and a tenth of the length",
     )
     parser.add_argument(
         "--rows",
@@ -67,6 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="train up to K runs at once that differ only in seed and REPR keys, on arrays of "
         "images, as one batched network; others are trained alone, and it is said why. Each "
         "gets an equal share of the time in its record. A batch that is stopped starts again",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FIGURE.png|svg",
+        help="draw every row beside its standard training over time, mean and spread over seeds",
     )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--show", action="store_true", help="train nothing, print what is recorded")
@@ -91,6 +100,9 @@ def _reproduce(args: argparse.Namespace) -> None:
         raise ValueError(f"--seeds is {seeds}; give at least 1.")
     if args.together < 1:
         raise ValueError(f"--together is {args.together}; give at least 1.")
+    if args.plot:
+        figures.check_suffix(args.plot)
+        check_folder_of("--plot", args.plot)
     table = TABLES[args.table]
     if args.import_run:
         if len(args.rows) != 1:
@@ -104,6 +116,10 @@ def _reproduce(args: argparse.Namespace) -> None:
     else:
         text = reproduce(table, range(seeds), args.scale, args.output, args.together)
     print(text)
+    if args.plot:
+        records = read_records(table, args.scale, args.output)
+        figures.save(over_time(table, records), args.plot)
+        print(args.plot)
 
 
 if __name__ == "__main__":

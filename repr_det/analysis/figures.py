@@ -58,6 +58,7 @@ class Line(NamedTuple):
         label: in the legend, the same for lines that mean the same.
         style: of matplotlib.
         marker: of matplotlib, or empty.
+        spread: (n,), shaded this far to both sides; None for no shade.
     """
 
     x: ArrayLike
@@ -66,6 +67,7 @@ class Line(NamedTuple):
     label: str
     style: str = "-"
     marker: str = ""
+    spread: ArrayLike | None = None
 
 
 class Panel(NamedTuple):
@@ -75,11 +77,15 @@ class Panel(NamedTuple):
         ylabel: with its unit.
         lines: what to draw.
         bottom: lower limit of y, None for matplotlib's choice.
+        spans: of S2, shaded in this panel.
+        rate_drops: where the learning rate falls, marked in this panel.
     """
 
     ylabel: str
     lines: Sequence[Line]
     bottom: float | None = None
+    spans: Sequence[tuple[float, float]] = ()
+    rate_drops: Sequence[float] = ()
 
 
 def _style() -> AbstractContextManager:
@@ -122,13 +128,18 @@ def curves(
     panels: Sequence[Panel],
     spans: Sequence[tuple[float, float]] = (),
     rate_drops: Sequence[float] = (),
+    *,
+    xlabel: str = "iteration",
+    spread: str = "",
 ) -> Figure:
     """Series over iterations, panels below one another.
 
     Args:
         panels: at least one.
-        spans: of S2, shaded.
-        rate_drops: where the learning rate falls, marked.
+        spans: of S2, shaded in every panel.
+        rate_drops: where the learning rate falls, marked in every panel.
+        xlabel: what time is counted in.
+        spread: what the spread of the lines is, where any has one.
 
     Raises:
         ValueError: nothing to draw.
@@ -142,9 +153,9 @@ def curves(
         told: list[str] = []
         last = max(np.max(line.x) for panel in panels for line in panel.lines if len(line.x))
         for axes, panel in zip(every, panels, strict=True):
-            for begin, end in spans:
+            for begin, end in (*spans, *panel.spans):
                 axes.axvspan(begin, end, color=_SHADE, zorder=0, linewidth=0)
-            for drop in rate_drops:
+            for drop in (*rate_drops, *panel.rate_drops):
                 axes.axvline(drop, color=_INK, linestyle=":", linewidth=1)
             for line in panel.lines:
                 axes.plot(
@@ -155,6 +166,11 @@ def curves(
                     marker=line.marker,
                     label=line.label,
                 )
+                if line.spread is not None:
+                    middle, around = np.asarray(line.y), np.asarray(line.spread)
+                    low, high = middle - around, middle + around
+                    colour = SIDE_COLOURS[line.side]
+                    axes.fill_between(line.x, low, high, color=colour, alpha=0.25, linewidth=0)
             axes.set_ylabel(panel.ylabel)
             axes.set_ylim(bottom=panel.bottom)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -162,13 +178,15 @@ def curves(
                 place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
                 axes.legend(handles.values(), handles.keys(), ncols=2, **place)
                 told = list(handles)
-        every[-1].set_xlabel("iteration")
+        every[-1].set_xlabel(xlabel)
         every[-1].set_xlim(0, 1.02 * max(last, 1))
         every[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         marks = {}
-        if spans:
+        if spans or any(panel.spans for panel in panels):
             marks["S2: filters dropped"] = Patch(color=_SHADE)
-        if rate_drops:
+        if any(line.spread is not None for panel in panels for line in panel.lines):
+            marks[spread] = Patch(color=_INK, alpha=0.25, linewidth=0)
+        if rate_drops or any(panel.rate_drops for panel in panels):
             marks["learning rate falls"] = Line2D([], [], color=_INK, linestyle=":", linewidth=1)
         if marks:
             figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=2)

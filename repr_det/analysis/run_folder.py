@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +78,21 @@ def sub_network_spans(iterations: np.ndarray, phases: np.ndarray) -> list[tuple[
 def learning_rate_drops(iterations: np.ndarray, rates: np.ndarray) -> list[float]:
     """Iterations by which the learning rate had fallen to less than 0.6 of the entry before."""
     return iterations[1:][rates[1:] < 0.6 * rates[:-1]].tolist()
+
+
+def rate_steps(solver: Mapping[str, Any], end: int) -> list[float] | None:
+    """Where the settings of the solver, in iterations, let the learning rate fall.
+
+    Args:
+        solver: the config's ``SOLVER``.
+        end: only falls before it.
+
+    Returns:
+        Iterations; None for a schedule without steps.
+    """
+    if solver["LR_SCHEDULER_NAME"] != "WarmupMultiStepLR" or solver.get("MAX_EPOCHS", 0):
+        return None
+    return [float(step) for step in solver["STEPS"] if step < end]
 
 
 def training_seconds(metrics: Metrics) -> float | None:
@@ -157,9 +172,8 @@ class RunFolder:
     @property
     def rate_drops(self) -> list[float]:
         """Where the learning rate falls: the config's steps in iterations, else as was recorded."""
-        solver = self.cfg.SOLVER
-        if solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and not solver.get("MAX_EPOCHS", 0):
-            return [float(step) for step in solver.STEPS if step < self.iterations]
+        if (steps := rate_steps(self.cfg.SOLVER, self.iterations)) is not None:
+            return steps
         return learning_rate_drops(*self.metrics["lr"]) if "lr" in self.metrics else []
 
     @property

@@ -42,9 +42,11 @@ def _values(table: Table, records: Sequence[Record]) -> str:
     }
     papers = any(row.paper is not None for row in table.rows)
     gains = [f"{column.gain}, 95 % interval" for column in columns]
-    head = ["", *(column.label for column in columns), "Seeds", *gains]
+    head = ["", *(column.label for column in columns), "Seeds"]
     if papers:
-        head[1:1], head[-1:-1] = ["Paper"], ["Paper's gain"]
+        head[1:1] = ["Paper"]
+        head.append("Paper's gain")
+    head += gains
     lines = [_line(head), "|---" * len(head) + "|"]
     for row in table.rows:
         ours, own_gains = [], []

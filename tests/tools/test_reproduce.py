@@ -32,6 +32,10 @@ def test_trains_shows_and_writes(tool, tmp_path, capsys):
     assert (tmp_path / "output" / "small" / "table.md").read_text() + "\n" == trained
     assert tool.main([*arguments, "--show"]) == 0
     assert capsys.readouterr().out == trained
+    plot = str(tmp_path / "plot.svg")
+    assert tool.main([*arguments, "--show", "--plot", plot]) == 0
+    assert capsys.readouterr().out == f"{trained}{plot}\n"
+    assert "RePr" in Path(plot).read_text()
 
 
 def test_imports(tool, tmp_path, capsys):
@@ -52,6 +56,8 @@ def test_imports(tool, tmp_path, capsys):
     [
         (["--seeds", "0"], "reproduce.py: error: --seeds is 0; give at least 1."),
         (["--together", "0"], "reproduce.py: error: --together is 0; give at least 1."),
+        (["--plot", "plot.gif"], "reproduce.py: error: plot.gif ends neither in .png nor in .svg"),
+        (["--plot", "no/plot.png"], "reproduce.py: error: Folder no of --plot does not exist"),
         (["--rows", "nothing"], "reproduce.py: error: Table small has no row 'nothing'"),
     ],
 )
