@@ -52,7 +52,7 @@ def obstacle(cfg: CfgNode) -> str | None:
     """Why a run cannot be trained together with others, or None.
 
     Args:
-        cfg: its config.
+        cfg: its config, with the keys of every task.
 
     Raises:
         FileNotFoundError, ValueError, KeyError: a mistake in the config or the data.

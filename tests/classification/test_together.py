@@ -184,6 +184,7 @@ def test_batches_are_those_of_each_order(augmented):
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     [
+        ("MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "detector"),
         ("DISTILL.TEACHER", "c3_8", "learns from a teacher"),
         ("DSD.ENABLED", True, "dense, sparse, dense"),
         ("MODEL.CLASSIFIER.ORTHO_LOSS", 0.1, "orthogonality loss"),
