@@ -160,12 +160,11 @@ def shortened(cfg: CfgNode, images: int) -> CfgNode:
     """
     trainer = trainer_for(cfg)
     cfg, every = cfg.clone(), cfg.clone()
-    every.DATASETS.HELD_OUT, every.DATASETS.TRAIN_SHARE = 0, 1.0
+    every.DATASETS.HELD_OUT, every.DATASETS.TRAIN_SHARE, every.DATASETS.TEST = 0, 1.0, ()
     trainer.check(every)
     left_out = trainer.training_images(every) - images
     cfg.DATASETS.HELD_OUT = max(cfg.DATASETS.HELD_OUT, left_out)
     cfg.TEST.EVAL_EPOCHS = cfg.TEST.EVAL_PERIOD = 0
-    trainer.check(cfg)
     cfg = trainer.in_iterations(cfg)
     for key in _LENGTHS:
         *path, name = key.split(".")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from repr_det import RePrSchedule
 from repr_det.analysis.run_folder import DETECTION, task_of
-from repr_det.analysis.runs import _differences, _settings, row_cfg
+from repr_det.analysis.runs import QUICK, _differences, _settings, plan, row_cfg
 from repr_det.analysis.studies import STUDIES
 from repr_det.analysis.tables import AP
 from repr_det.classification import resolve_epochs
@@ -36,3 +39,15 @@ def test_screening_looks_at_no_test_image():
     table = STUDIES["screening"]
     assert {row_cfg(row, 0).DATASETS.TEST for row in table.rows} == {("cifar10_heldout",)}
     assert {row_cfg(row, 0).DATASETS.HELD_OUT for row in table.rows} == {30_000}
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("DETECTRON2_DATASETS", "")) / "cifar10").is_dir(),
+    reason="DETECTRON2_DATASETS does not lead to CIFAR-10",
+)
+def test_screening_can_be_shortened(tmp_path):
+    """Fewer training images, judged on those that are held out."""
+    table = STUDIES["screening"]
+    run = plan(table, table.rows[0], 0, QUICK, tmp_path)
+    assert run.images == 3000 and run.cfg.DATASETS.TEST == ("cifar10_heldout",)
+    assert run.max_iter == 188  # a tenth of 40 epochs, in batches of 64
