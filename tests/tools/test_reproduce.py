@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def test_trains_shows_and_writes(tool, tmp_path, capsys):
     assert tool.main([*arguments, "--show", "--plot", plot]) == 0
     assert capsys.readouterr().out == f"{trained}{plot}\n"
     assert "RePr" in Path(plot).read_text()
+
+
+def test_trains_together(tool, tmp_path, capsys):
+    output = tmp_path / "output"
+    arguments = ["small", "--seeds", "1", "--together", "5", "--output", str(output)]
+    assert tool.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "Trained alone, because it learns from a teacher: taught seed 0." in printed.err
+    for row, together in (("standard", 2), ("repr", 2), ("taught", None)):
+        record = json.loads((output / "small" / row / "seed_0.json").read_text())
+        assert record.get("together") == together and record["wall_seconds"] > 0
 
 
 def test_imports(tool, tmp_path, capsys):
