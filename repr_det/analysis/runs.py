@@ -140,7 +140,7 @@ def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
     if scale == QUICK:
         cfg = shortened(cfg, table.quick_images)
     trainer = trainer_for(cfg)
-    trainer.check(cfg)
+    trainer.check_to_train(cfg)
     resolved, images = trainer.in_iterations(cfg), trainer.training_images(cfg)
     return Run(table, row, seed, scale, output, cfg, resolved, images)
 
@@ -161,7 +161,7 @@ def shortened(cfg: CfgNode, images: int) -> CfgNode:
     trainer = trainer_for(cfg)
     cfg, every = cfg.clone(), cfg.clone()
     every.DATASETS.HELD_OUT, every.DATASETS.TRAIN_SHARE, every.DATASETS.TEST = 0, 1.0, ()
-    trainer.check(every)
+    trainer.check_to_train(every)
     left_out = trainer.training_images(every) - images
     cfg.DATASETS.HELD_OUT = max(cfg.DATASETS.HELD_OUT, left_out)
     cfg.TEST.EVAL_EPOCHS = cfg.TEST.EVAL_PERIOD = 0

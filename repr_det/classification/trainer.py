@@ -38,11 +38,11 @@ class ClassificationTrainer(RePrTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        self.check(cfg)
+        self.check_to_train(cfg)
         super().__init__(self.in_iterations(cfg))
 
     @classmethod
-    def check(cls, cfg: CfgNode) -> None:
+    def check_to_train(cls, cfg: CfgNode) -> None:
         """Read every dataset that the config names, so that mistakes come before training.
 
         Raises:

@@ -16,7 +16,8 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     """What a config trains on, in Detectron2's format.
 
     Raises:
-        ValueError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, or nothing to train on.
+        ValueError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on, or
+            a sampler that needs whole datasets.
     """
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
@@ -29,6 +30,11 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     held_out, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if not held_out and share == 1:
         return records
+    if (sampler := cfg.DATALOADER.SAMPLER_TRAIN).startswith("Weighted"):
+        raise ValueError(
+            f"{sampler} weighs the images of whole datasets: with DATASETS.HELD_OUT or "
+            "TRAIN_SHARE, set DATALOADER.SAMPLER_TRAIN to TrainingSampler."
+        )
     # Positions count the images without annotations, too: those to be held out must not depend on
     # what training leaves out.
     files = [record["file_name"] for name in cfg.DATASETS.TRAIN for record in _read(name)]
@@ -51,30 +57,32 @@ def register_held_out(cfg: CfgNode) -> None:
         ValueError: more than one training set, a name in use, or a test set that is held out from
             nothing.
     """
-    name, count = held_out_name(cfg.DATASETS.TRAIN[0]), cfg.DATASETS.HELD_OUT
-    known = name in DatasetCatalog.list()
-    ours = known and MetadataCatalog.get(name).get("held_out_of") is not None
+    count = cfg.DATASETS.HELD_OUT
     if not count:
-        if name in cfg.DATASETS.TEST and (ours or not known):
-            raise ValueError(
-                f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold "
-                "out."
-            )
+        for name in map(held_out_name, cfg.DATASETS.TRAIN):
+            if name in cfg.DATASETS.TEST and not _is_foreign(name):
+                raise ValueError(
+                    f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to "
+                    "hold out."
+                )
+        return
+    if not cfg.DATASETS.TRAIN:
         return
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(
             f"DATASETS.HELD_OUT takes images out of one training set, but DATASETS.TRAIN is "
             f"{tuple(cfg.DATASETS.TRAIN)}: give one, or hold out none."
         )
-    if known and not ours:
+    train = cfg.DATASETS.TRAIN[0]
+    name = held_out_name(train)
+    if _is_foreign(name):
         raise ValueError(
             f"A dataset called {name} is registered already, which is how the images of "
             "DATASETS.HELD_OUT would be called: give it another name."
         )
-    if known:
+    if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
-    train = cfg.DATASETS.TRAIN[0]
 
     def load() -> list[dict[str, Any]]:
         records = _read(train)
@@ -84,6 +92,11 @@ def register_held_out(cfg: CfgNode) -> None:
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(evaluator_type="coco", held_out_of=train)
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether somebody else has registered a dataset under a name."""
+    return name in DatasetCatalog.list() and not MetadataCatalog.get(name).get("held_out_of")
 
 
 def _read(name: str) -> list[dict[str, Any]]:

@@ -100,6 +100,15 @@ class RePrTrainer(DefaultTrainer):
         """
 
     @classmethod
+    def check_to_train(cls, cfg: CfgNode) -> None:
+        """:meth:`check`, and what else can be told of the data before training.
+
+        Raises:
+            ValueError, FileNotFoundError, KeyError: what is wrong.
+        """
+        cls.check(cfg)
+
+    @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
         """How many images a config trains on; reads the data."""
         raise NotImplementedError

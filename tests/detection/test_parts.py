@@ -98,12 +98,17 @@ def test_mistakes(cfg):
     DetectionTrainer.check(cfg)
     with pytest.raises(ValueError, match="DATASETS.HELD_OUT is 8, but the training set has 8"):
         training_records(cfg)
+    cfg.DATASETS.HELD_OUT, cfg.DATALOADER.SAMPLER_TRAIN = 3, "WeightedTrainingSampler"
+    with pytest.raises(ValueError, match="WeightedTrainingSampler weighs the images of whole"):
+        training_records(cfg)
     cfg.DATASETS.HELD_OUT = 0
     with pytest.raises(ValueError, match="pets_heldout is empty: set DATASETS.HELD_OUT"):
         DetectionTrainer.check(cfg)
     cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN = 2, (NAMES[0], "other")
     with pytest.raises(ValueError, match="one training set, but DATASETS.TRAIN is .*other"):
         DetectionTrainer.check(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), ()
+    DetectionTrainer.check(cfg)  # nothing is trained
     cfg.DATASETS.TRAIN = ("squares_train",)
     DatasetCatalog.register("squares_heldout", list)
     try:
