@@ -509,12 +509,15 @@ def _missing(runs: Sequence[Run]) -> list[Run]:
 
 
 def write_table(table: Table, scale: str, output: Path) -> str:
-    """Write ``table.md`` from what is recorded; returns its text."""
-    text = table_in_markdown(table, scale == QUICK, read_records(table, scale, output))
+    """Write ``table.md``, all of its rows, from what is recorded; returns the given rows' text."""
+
+    def text(of: Table) -> str:
+        return table_in_markdown(of, scale == QUICK, read_records(of, scale, output))
+
     path = table_folder(output, table, scale) / "table.md"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return text
+    path.write_text(text(table.whole or table))
+    return text(table)
 
 
 def batches(runs: Sequence[Run], together: int) -> tuple[list[list[Run]], list[str]]:

@@ -60,6 +60,7 @@ class Table:
         correlates: every trained network's criteria are correlated with the greedy oracle, with
             the paper's correlations by criterion in ``paper_correlations``.
         paper_correlations: (of ranks, of values) by criterion.
+        whole: the table that these rows were taken from, None where they are all.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Table:
     quick_images: int = 3000
     correlates: bool = False
     paper_correlations: dict[str, tuple[float, float]] = field(default_factory=dict)
+    whole: Table | None = None
 
     def row(self, name: str) -> Row:
         """The row of a name.
@@ -499,4 +501,5 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
     for row in reversed(table.rows):
         if row.name in wanted:
             wanted.update((row.standard, row.teacher))
-    return replace(table, rows=tuple(row for row in table.rows if row.name in wanted))
+    rows = tuple(row for row in table.rows if row.name in wanted)
+    return replace(table, rows=rows, whole=table)

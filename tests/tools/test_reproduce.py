@@ -30,7 +30,8 @@ def test_trains_shows_and_writes(tool, tmp_path, capsys):
     assert tool.main([*arguments, "--seeds", "2"]) == 0
     trained = capsys.readouterr().out
     assert "| RePr | 74 | " in trained and " | 2 | +4 | " in trained
-    assert (tmp_path / "output" / "small" / "table.md").read_text() + "\n" == trained
+    written = (tmp_path / "output" / "small" / "table.md").read_text()
+    assert set(trained.splitlines()) < set(written.splitlines())
     assert tool.main([*arguments, "--show"]) == 0
     assert capsys.readouterr().out == trained
     plot = str(tmp_path / "plot.svg")
