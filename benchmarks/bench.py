@@ -38,7 +38,7 @@ RESULT, README = HERE / "speed.json", HERE / "README.md"
 FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
-DETECTOR_ROUNDS = 4
+DETECTOR_ROUNDS = 3
 EPOCH = {"c3_32": 20, "demo": 2, "resnet50": 8}
 """Iterations that stand for an epoch in whole runs: long enough for drops to weigh as they do."""
 

@@ -14,6 +14,7 @@ from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWrit
 from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
+from torch import nn
 
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import RePrTrainer
@@ -75,6 +76,20 @@ class NoiseTrainer(RePrTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> _OneBatch:
         """Endless noise of the sizes in ``cfg.NOISE``."""
         return _OneBatch(_batch(cfg, cfg.NOISE.IMAGES, tuple(cfg.NOISE.SIZE)))
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """The model; a detector's proposals are its anchors, whatever the backbone makes of noise.
+
+        So the heads work on equally many proposals in every variant: from random weights it would
+        hang on which filters were dropped.
+        """
+        model = super().build_model(cfg)
+        if hasattr(model, "proposal_generator"):
+            head = model.proposal_generator.rpn_head
+            for layer in (head.objectness_logits, head.anchor_deltas):
+                nn.init.zeros_(layer.weight)
+        return model
 
     def build_hooks(self) -> list[Any]:
         """The hooks that have to do with a step."""
