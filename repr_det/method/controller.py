@@ -50,6 +50,7 @@ from repr_det.method.pruning import (
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
+from repr_det.method.threads import over_layers
 
 CALIBRATION_BATCHES = 4
 """Batches that measure a returned channel in front of a frozen norm."""
@@ -478,10 +479,13 @@ class RePr:
     # --- coming back
 
     def _new_rows(self, generator: torch.Generator) -> dict[str, Tensor]:
-        rows = {}
-        for layer in self.layers:
-            if layer.name not in self._before:
-                continue
+        returning = [layer for layer in self.layers if layer.name in self._before]
+        # One for each layer: which is worked on first is chance.
+        seeds = torch.randint(2**62, (len(returning),), generator=generator).tolist()
+        by_layer = dict(zip((layer.name for layer in returning), seeds, strict=True))
+
+        def rows_of(layer: FilterLayer) -> Tensor:
+            own = torch.Generator().manual_seed(by_layer[layer.name])
             chosen = self._pruned[layer.name].to(layer.weight.device)
             masks = chosen.reshape(layer.groups, -1)
             current = layer.matrix().reshape(layer.groups, -1, layer.dimension)
@@ -492,11 +496,13 @@ class RePr:
             ):
                 if len(previous):
                     kept = group[~mask]
-                    directions = orthogonal_directions(previous, kept, generator)
+                    directions = orthogonal_directions(previous, kept, own)
                     lengths = lengths_of(self.reinit, previous, kept)
                     new.append(lengths.to(directions.dtype) * directions)
-            rows[layer.name] = torch.cat(new).to(layer.weight.dtype)
-        return _from_first_rank(rows)
+            return torch.cat(new).to(layer.weight.dtype)
+
+        rows = over_layers(rows_of, returning)
+        return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
         """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repr_det.method import data_criteria
 from repr_det.method.filters import FilterLayer, row_lengths
+from repr_det.method.threads import over_layers
 
 
 class Data(NamedTuple):
@@ -86,6 +87,11 @@ def overlap_sums(units: Tensor) -> Tensor:
     return sums
 
 
+def _by_name(layers: Sequence[FilterLayer], of: Callable[[FilterLayer], Tensor]) -> Scores:
+    scores = over_layers(of, layers)
+    return {layer.name: score for layer, score in zip(layers, scores, strict=True)}
+
+
 def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
     """The paper's score as printed: ``O[f] = sum(P[f]) / J`` (paper, equations 1 and 2).
 
@@ -93,12 +99,13 @@ def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scor
     cannot be compared between layers of different dimension; see :func:`ortho`. A filter of zero
     norm scores infinity.
     """
-    scores = {}
-    for layer in layers:
+
+    def of(layer: FilterLayer) -> Tensor:
         units, zero = _grouped_units(layer)
         score = overlap_sums(units) / units.shape[1]
-        scores[layer.name] = score.flatten().masked_fill(zero, math.inf)
-    return scores
+        return score.flatten().masked_fill(zero, math.inf)
+
+    return _by_name(layers, of)
 
 
 def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
@@ -109,13 +116,14 @@ def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
     directions. Zero filters do not count as others and score infinity. After the paper's section 4;
     the division is ours.
     """
-    scores = {}
-    for layer in layers:
+
+    def of(layer: FilterLayer) -> Tensor:
         units, zero = _grouped_units(layer)
         others = (~zero).reshape(layer.groups, -1).sum(dim=1, keepdim=True) - 1
         score = overlap_sums(units) / others.clamp(min=1) / chance_overlap(layer.dimension)
-        scores[layer.name] = score.flatten().masked_fill(zero, math.inf)
-    return scores
+        return score.flatten().masked_fill(zero, math.inf)
+
+    return _by_name(layers, of)
 
 
 def ortho_authors(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
@@ -177,14 +185,15 @@ def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> 
     Returns:
         float64 (J,) by layer name, NaN for filters that are pruned or of zero norm.
     """
-    scores = {}
-    for layer in layers:
+
+    def of(layer: FilterLayer) -> Tensor:
         units, zero = _grouped_units(layer)
         kept = ~(pruned[layer.name].to(zero.device) | zero).reshape(layer.groups, -1)
         per_group = kept.sum(dim=1, keepdim=True).clamp(min=1)
         score = overlap_sums(units * kept[..., None]) / per_group
-        scores[layer.name] = score.masked_fill(~kept, math.nan).flatten()
-    return scores
+        return score.masked_fill(~kept, math.nan).flatten()
+
+    return _by_name(layers, of)
 
 
 def mean_overlap(overlap: Scores) -> dict[str, float]:
