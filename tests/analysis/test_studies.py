@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
 
 from repr_det import RePrSchedule
@@ -13,6 +10,7 @@ from repr_det.analysis.runs import QUICK, _differences, _settings, plan, row_cfg
 from repr_det.analysis.studies import STUDIES
 from repr_det.analysis.tables import AP
 from repr_det.classification import resolve_epochs
+from tests.classification.settings import needs_cifar10
 
 ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]
 
@@ -41,10 +39,7 @@ def test_screening_looks_at_no_test_image():
     assert {row_cfg(row, 0).DATASETS.HELD_OUT for row in table.rows} == {30_000}
 
 
-@pytest.mark.skipif(
-    not (Path(os.environ.get("DETECTRON2_DATASETS", "")) / "cifar10").is_dir(),
-    reason="DETECTRON2_DATASETS does not lead to CIFAR-10",
-)
+@needs_cifar10
 def test_screening_can_be_shortened(tmp_path):
     """Fewer training images, judged on those that are held out."""
     table = STUDIES["screening"]

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
+import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.classification import add_classification_config, register_image_arrays
 from repr_det.engine.config import get_cfg
+
+needs_cifar10 = pytest.mark.skipif(
+    not any(
+        (Path(os.environ.get("DETECTRON2_DATASETS", "")) / place).exists()
+        for place in ("cifar10/cifar10.npz", "cifar10.npz", "cifar10/cifar-10-batches-py")
+    )
+    or "DETECTRON2_DATASETS" not in os.environ,
+    reason="needs CIFAR-10 under DETECTRON2_DATASETS",
+)
 
 
 def make_arrays(count: int, classes: int = 4, size: int = 16, seed: int = 0):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from repr_det.tasks import run
+from tests.classification.settings import needs_cifar10
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,14 +60,7 @@ def test_torchvision_network_on_class_folders(tmp_path):
     assert 0 <= lines(tmp_path / "out")[-1]["accuracy/top1"] <= 100
 
 
-@pytest.mark.skipif(
-    not any(
-        (Path(os.environ.get("DETECTRON2_DATASETS", "")) / place).exists()
-        for place in ("cifar10/cifar10.npz", "cifar10.npz", "cifar10/cifar-10-batches-py")
-    )
-    or "DETECTRON2_DATASETS" not in os.environ,
-    reason="needs CIFAR-10 under DETECTRON2_DATASETS",
-)
+@needs_cifar10
 @pytest.mark.parametrize(
     "config",
     ["cifar10_c3_32.yaml", pytest.param("cifar10_resnet20.yaml", marks=pytest.mark.slow)],
