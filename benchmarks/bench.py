@@ -30,8 +30,6 @@ import torch
 import torchvision
 from networks import NETWORKS
 
-from repr_det.engine.config import config_path
-
 HERE = Path(__file__).resolve().parent
 RESULT, README = HERE / "speed.json", HERE / "README.md"
 
@@ -52,7 +50,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
             "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
             "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
-            "loading": {"demo": partial(_loading, "demo_faster_rcnn.yaml", 4)},
+            "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 4)},
             "memory": {"c3_32": partial(speed.peak_memory, "c3_32")},
         }
     return {
@@ -64,13 +62,9 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
-        "loading": {"demo": partial(_loading, "demo_faster_rcnn.yaml", 30)},
+        "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 30)},
         "memory": {name: partial(speed.peak_memory, name) for name in NETWORKS},
     }
-
-
-def _loading(config: str, steps: int) -> dict[str, Any]:
-    return speed.loading_share(config_path(config), steps)
 
 
 def environment() -> dict[str, Any]:

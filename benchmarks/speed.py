@@ -18,6 +18,7 @@ from detectron2.utils.events import EventStorage
 from networks import NETWORKS, VARIANTS, make_trainer, stepper
 
 from repr_det.engine.compact import Compact
+from repr_det.engine.config import config_path
 from repr_det.method.pruning import GradientMask
 from repr_det.tasks import get_cfg, trainer_for
 
@@ -162,7 +163,7 @@ def loading_share(config: str, steps: int) -> dict[str, Any]:
     """Share of a real step in which the trainer waits for its data, a median over steps."""
     with tempfile.TemporaryDirectory() as folder:
         cfg = get_cfg()
-        cfg.merge_from_file(config)
+        cfg.merge_from_file(config_path(config))
         cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.REPR.ENABLED = folder, 10**9, False
         trainer = trainer_for(cfg)(cfg)
         shares = []
