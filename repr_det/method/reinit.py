@@ -124,9 +124,10 @@ def _quickly_in_null_space(
     eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
     rows = torch.linalg.solve_triangular(inner, eye, upper=False) @ left
     # A row's cosines with the others, summed with random signs: their root mean square times the
-    # root of their number, on average, at a fraction of what all of them would cost.
+    # root of their number, on average, at a fraction of what all of them would cost. Not too many
+    # at once, or the rounding of the sum would pass for an error.
     signs = 2.0 * torch.randint(0, 2, (len(rows), 8), generator=generator) - 1
-    signs = signs.to(rows.device, rows.dtype)
+    signs = torch.block_diag(*signs.split(_BLOCK)).to(rows.device, rows.dtype)
     mixed = rows.T @ signs
     errors = torch.cat([taken @ mixed, rows @ mixed - signs]).abs().max()
     # Written so that a NaN counts as not exact.

@@ -96,6 +96,12 @@ def test_the_quick_way_gives_up_where_it_is_not_exact():
     assert quick(unit(rows(12, 64)), inside, generator()) is None
 
 
+def test_the_quick_way_serves_wide_layers():
+    """Rounding in the check itself, over many filters, is no reason to give up."""
+    taken = torch.nn.functional.normalize(rows(1024, 9216))
+    assert reinit._quickly_in_null_space(taken, rows(512, 9216, 1), generator()) is not None
+
+
 def test_new_filters_are_random_and_the_generator_decides():
     previous, survivors = ROOM["plain"]
     first, again, other = (
