@@ -54,7 +54,7 @@ def screening() -> Table:
             _variant("weights", "ranking by weights", "REPR.CRITERION", "weights"),
             _variant("norm-previous", "previous length", "REPR.REINIT.NORM", "previous"),
             _variant("scale-0.3", "length x 0.3", "REPR.REINIT.SCALE", 0.3),
-            _variant("layer-30", "a layer loses 30 % at most", "REPR.MAX_LAYER_RATIO", 0.3),
+            _variant("layer-34", "a layer loses 34 % at most", "REPR.MAX_LAYER_RATIO", 0.34),
             _variant("s2-long", "3 cycles of 5 + 5", "REPR.S1", 5, "REPR.S2", 5),
             *_with_standard("decay-0", "no weight decay", "SOLVER.WEIGHT_DECAY", 0.0),
             *_with_standard("bn", "BatchNorm", "MODEL.CLASSIFIER.NAME", "c3_32_bn"),

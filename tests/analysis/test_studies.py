@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from detectron2.modeling import build_model
 
-from repr_det import RePrSchedule
+from repr_det import RePr, RePrSchedule
 from repr_det.analysis.run_folder import DETECTION, task_of
 from repr_det.analysis.runs import QUICK, _differences, _settings, plan, row_cfg
 from repr_det.analysis.studies import STUDIES
@@ -24,6 +26,16 @@ def test_row(table, row):
     if cfg.REPR.ENABLED:
         schedule = RePrSchedule(resolved.REPR.S1, resolved.REPR.S2, resolved.REPR.N)
         schedule.check_fits(resolved.SOLVER.MAX_ITER)
+        model = build_model(resolved)
+        optimizer = torch.optim.SGD(model.parameters(), resolved.SOLVER.BASE_LR)
+        # Refuses what this network cannot do.
+        RePr(
+            model,
+            optimizer,
+            schedule,
+            cfg.REPR.PRUNE_RATIO,
+            max_layer_ratio=cfg.REPR.MAX_LAYER_RATIO,
+        )
         if table.name != "screening":  # which also looks at a late return
             assert schedule.end < resolved.SOLVER.STEPS[0]
         standard = row_cfg(table.row(row.standard), 3)
