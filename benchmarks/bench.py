@@ -15,20 +15,18 @@ import argparse
 import datetime
 import json
 import logging
-import platform
-import re
 import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import ranking
 import speed
-import torch
-import torchvision
 from networks import NETWORKS
+
+from repr_det.analysis.environment import environment
+from repr_det.analysis.markdown import aligned_table
 
 HERE = Path(__file__).resolve().parent
 RESULT, README = HERE / "speed.json", HERE / "README.md"
@@ -67,34 +65,12 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
     }
 
 
-def environment() -> dict[str, Any]:
-    """What the measurement was made on and with."""
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file() and (model := re.search(r"model name\s*: (.*)", info.read_text())):
-        cpu = model[1].strip()
-    return {
-        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "detectron2": detectron2.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
 # --- tables
 
 
 def _times(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
-
-
-def _table(head: list[str], rows: list[list[Any]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
 def _steps(found: dict[str, Any]) -> str:
@@ -105,49 +81,40 @@ def _steps(found: dict[str, Any]) -> str:
          f"{100 * one['holding']:.2f} %", _times(one["smaller"]), f"{one['multiply_adds']:.2f}"]
         for name, one in found.items()
     ]  # fmt: skip
-    return _table(head, rows)
+    return aligned_table([head, *rows])
 
 
 def _whole(found: dict[str, Any]) -> str:
     head = ["whole run / standard", "measured", "step ratio r in S2", "1.02 (80 + 30 r) / 110",
             "iterations"]  # fmt: skip
-    return _table(
-        head,
-        [
-            [NETWORKS[name].title, f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
-             f"{one['bound']:.3f}", one["iterations"]]
-            for name, one in found.items()
-        ],
-    )  # fmt: skip
+    rows = [
+        [NETWORKS[name].title, f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
+         f"{one['bound']:.3f}", f"{one['iterations']}"]
+        for name, one in found.items()
+    ]  # fmt: skip
+    return aligned_table([head, *rows])
 
 
 def _options(found: dict[str, Any]) -> str:
+    head = ["standard step / without", *(NETWORKS[name].title for name in found)]
     rows = [
         [option, *(_times(one[option]) if option in one else "" for one in found.values())]
         for option in speed.OPTIONS
     ]
-    return _table(["standard step / without", *(NETWORKS[n].title for n in found)], rows)
+    return aligned_table([head, *rows])
 
 
 def _ranking(found: dict[str, Any]) -> str:
-    return _table(
-        [
-            "filters of",
-            "layers",
-            "filters",
-            "drop, s",
-            "return, s",
-            "pivoted QR (SciPy), s",
-            "times",
-        ],
-        [[name, *one.values()] for name, one in found.items()],
-    )
+    head = ["filters of", "layers", "filters", "drop, s", "return, s", "pivoted QR (SciPy), s",
+            "times"]  # fmt: skip
+    return aligned_table([head, *([name, *map(str, one.values())] for name, one in found.items())])
 
 
 def _growth(found: dict[str, Any]) -> str:
+    head = ["width of a 3 x 3 layer", "ranking, s", "re-initialisation, s"]
     (one,) = found.values()
-    rows = [[width, v["rank"], v["back"]] for width, v in one.items()]
-    return _table(["width of a 3 x 3 layer", "ranking, s", "re-initialisation, s"], rows)
+    rows = [[width, f"{times['rank']:.4f}", f"{times['back']:.4f}"] for width, times in one.items()]
+    return aligned_table([head, *rows])
 
 
 def _loading_line(found: dict[str, Any]) -> str:
@@ -157,10 +124,9 @@ def _loading_line(found: dict[str, Any]) -> str:
 
 
 def _memory(found: dict[str, Any]) -> str:
-    return _table(
-        ["peak memory, MiB", "standard", "full phase", "S2, filters as zeros", "S2, smaller"],
-        [[NETWORKS[name].title, *one.values()] for name, one in found.items()],
-    )
+    head = ["peak memory, MiB", "standard", "full phase", "S2, filters as zeros", "S2, smaller"]
+    rows = [[NETWORKS[name].title, *map(str, one.values())] for name, one in found.items()]
+    return aligned_table([head, *rows])
 
 
 TABLES = {
@@ -173,7 +139,8 @@ def tables(record: dict[str, Any]) -> str:
     """All tables in Markdown."""
     made = [TABLES[part](record[part]) for part in TABLES if record.get(part)]
     about = record["environment"]
-    made.append(", ".join(f"{key} {value}" for key, value in about.items()) + ".")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    made.append(f"{about['device']}; {versions}; {record['date']}.")
     return "\n\n".join(made)
 
 
@@ -199,7 +166,8 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     keep = args.size == FULL
     record = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
-    record["environment"] = environment()
+    record["environment"] = environment(ranking.DEVICE)
+    record["date"] = datetime.date.today().isoformat()
     for part, named in jobs(args.size).items():
         for name, measure in named.items() if part in args.parts else ():
             if args.networks and name not in args.networks:

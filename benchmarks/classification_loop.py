@@ -17,7 +17,6 @@ import argparse
 import copy
 import json
 import logging
-import platform
 import statistics
 import tempfile
 import time
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
+from repr_det.analysis.environment import environment
 from repr_det.classification import (
     ClassificationTrainer,
     add_classification_config,
@@ -134,10 +134,7 @@ def main() -> None:
     loader = trainers["standard"].data_loader
     steps_per_epoch = len(loader.labels) / loader.order.batch_size
     result = {
-        "device": str(loader.images.device),
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        **environment(str(loader.images.device)),
         "seconds_per_epoch": {
             name: statistics.median(t) / args.steps * steps_per_epoch for name, t in times.items()
         },

@@ -14,20 +14,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.metadata
 import io
 import json
-import platform
 import resource
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pycocotools.coco import COCO
 
 from repr_det.analysis.coco_bootstrap import match, paired_bootstrap
+from repr_det.analysis.environment import environment
 from repr_det.detection.coco_results import BBOX
 
 BOUND = 120.0
@@ -102,16 +100,6 @@ def make_results(truth: COCO, noise: float, generator: np.random.Generator) -> E
     return results
 
 
-def environment() -> dict[str, Any]:
-    """What the measurement was made on and with."""
-    packages = ("numpy", "pycocotools", "torch")
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(
@@ -146,7 +134,7 @@ def main() -> None:
         "bound_seconds": BOUND,
         "peak_memory_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "ap": {name: round(value, 4) for name, value in ap._asdict().items()},
-    } | environment()
+    } | environment("cpu")
     args.json.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import environment
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
+from repr_det.analysis.environment import environment
 from repr_det.classification import ClassificationTrainer, register_image_arrays
 from repr_det.classification.together import WINDOW, Together
 from repr_det.engine.config import config_path
@@ -118,7 +118,10 @@ def main() -> None:
         )
     if args.record:
         record = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        record[args.config] = {"seconds": found, "environment": environment()}
+        record[args.config] = {
+            "seconds": found,
+            "environment": environment("cuda" if torch.cuda.is_available() else "cpu"),
+        }
         RESULT.write_text(json.dumps(record, indent=1) + "\n")
 
 

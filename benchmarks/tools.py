@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_coco import environment, make_results, make_truth
+from compare_coco import make_results, make_truth
 from detectron2.modeling import build_model
 
+from repr_det.analysis.environment import environment
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
@@ -126,7 +127,7 @@ def main() -> None:
         }
         found = json.loads((folder / "found.json").read_text())
         record["detections_drawn"] = len(found)
-    record |= environment()
+    record |= environment("cpu")
     args.json.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
 

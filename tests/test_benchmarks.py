@@ -27,7 +27,7 @@ def test_quick_size():
     assert holding == 0
     # The stem is whole; 19 of the other 64 filters are gone, and what read them.
     assert 0.7 <= multiply_adds <= 0.8
-    memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + r" (\d+) \|" * 4, printed)
+    memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + r" +(\d+) \|" * 4, printed)
     assert all(100 < int(mebibytes) < 4000 for mebibytes in memory.groups())
     # Only the full size records.
     assert all(path.read_bytes() == before for path, before in recorded.items())

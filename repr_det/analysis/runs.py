@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import math
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -18,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import detectron2
 import torch
 import yaml
 from detectron2.config import CfgNode
@@ -28,6 +25,7 @@ from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from repr_det.analysis.correlation import oracle_correlations
+from repr_det.analysis.environment import environment
 from repr_det.analysis.measures import MEASURES, Measure, Record
 from repr_det.analysis.run_folder import flat_settings, read_metrics, training_seconds
 from repr_det.analysis.summary import table_in_markdown
@@ -256,31 +254,6 @@ def _header(run: Run) -> Record:
     }
 
 
-def _environment(device: str) -> Record:
-    try:
-        own = importlib.metadata.version("repr-det")
-    except importlib.metadata.PackageNotFoundError:
-        own = "not installed"
-    versions = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
-        "repr_det": own,
-    }
-    return {"versions": versions, "device": _device_name(device)}
-
-
-def _device_name(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        models = [ln for ln in info.read_text().splitlines() if ln.startswith("model name")]
-        name = models[0].partition(":")[2].strip() if models else name
-    return f"{name}, {torch.get_num_threads()} thread(s)"
-
-
 def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]]:
     """What a run evaluated, by dataset.
 
@@ -398,7 +371,7 @@ def execute(run: Run, bar: tqdm) -> Record:
         found = yaml.safe_load((folder / "config.yaml").read_text())
         _check_settings(found, cfg, folder)
     _prepare_folder(run)
-    record = _header(run) | _environment(cfg.MODEL.DEVICE)
+    record = _header(run) | environment(cfg.MODEL.DEVICE)
     with _logged_to(folder / LOG):
         clock = RunClock(bar, run.measure)
         seed_all_rng(cfg.SEED)
@@ -451,7 +424,7 @@ def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
     }
     records = []
     for run, network in zip(runs, together.networks, strict=True):
-        record = _header(run) | _environment(run.cfg.MODEL.DEVICE) | {"together": len(runs)}
+        record = _header(run) | environment(run.cfg.MODEL.DEVICE) | {"together": len(runs)}
         if network.diverged is not None:
             record["diverged"] = network.diverged
         records.append(record | shares | {"evaluations": read_evaluations(run, run.folder)})
@@ -650,7 +623,7 @@ def import_run(
     wall = training_seconds(read_metrics(source)) or 0.0
     record = (
         _header(run)
-        | _environment(run.cfg.MODEL.DEVICE)
+        | environment(run.cfg.MODEL.DEVICE)
         | {"wall_seconds": round(wall, 1), "cpu_seconds": None, "evaluations": evaluations}
     )
     write_record(run.record_path, record)

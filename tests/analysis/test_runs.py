@@ -111,7 +111,7 @@ def test_what_a_record_holds(table, output, tmp_path):
     assert record["settings"]["SOLVER"]["MAX_ITER"] == LENGTH
     assert record["settings"]["REPR"]["S1"] == EPOCH
     assert record["versions"]["torch"] == torch.__version__
-    assert set(record["versions"]) == {"python", "torch", "detectron2", "repr_det"}
+    assert {"python", "detectron2", "repr_det"} < set(record["versions"])
     assert record["device"] and record["wall_seconds"] > 0 and record["cpu_seconds"] > 0
     ((name, evaluations),) = record["evaluations"].items()
     assert name == "small_test"
