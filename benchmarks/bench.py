@@ -35,8 +35,13 @@ FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 3
-EPOCH = {"c3_32": 20, "demo": 2, "resnet50": 8}
-"""Iterations that stand for an epoch in whole runs: long enough for drops to weigh as they do."""
+WHOLE_RUNS: dict[str, tuple[str, int, tuple[Any, ...]]] = {
+    "c3_32": ("c3_32", 20, ()),
+    "demo": ("demo", 2, ()),
+    "resnet50": ("resnet50", 8, ()),
+    "resnet50-34": ("resnet50", 4, ("REPR.MAX_LAYER_RATIO", 0.34)),
+}
+"""Network, iterations that stand for an epoch (so many that drops weigh as they do), settings."""
 
 
 def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -56,7 +61,10 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             name: partial(speed.step_ratios, name, ROUNDS.get(name, DETECTOR_ROUNDS))
             for name in NETWORKS
         },
-        "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
+        "whole": {
+            name: partial(speed.whole_run, network, epoch, *overrides)
+            for name, (network, epoch, overrides) in WHOLE_RUNS.items()
+        },
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
@@ -84,11 +92,16 @@ def _steps(found: dict[str, Any]) -> str:
     return aligned_table([head, *rows])
 
 
+def _title_of_whole(name: str) -> str:
+    network, _, overrides = WHOLE_RUNS[name]
+    return " ".join(map(str, (NETWORKS[network].title, *overrides)))
+
+
 def _whole(found: dict[str, Any]) -> str:
     head = ["whole run / standard", "measured", "step ratio r in S2", "1.02 (80 + 30 r) / 110",
             "iterations"]  # fmt: skip
     rows = [
-        [NETWORKS[name].title, f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
+        [_title_of_whole(name), f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
          f"{one['bound']:.3f}", f"{one['iterations']}"]
         for name, one in found.items()
     ]  # fmt: skip

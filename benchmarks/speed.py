@@ -117,20 +117,20 @@ def _multiply_adds(masked: Any) -> float:
     return round(shrunk.after.multiply_adds / shrunk.before.multiply_adds, 4)
 
 
-def whole_run(name: str, epoch: int) -> dict[str, Any]:
+def whole_run(name: str, epoch: int, *overrides: Any) -> dict[str, Any]:
     """Time of a whole RePr run / of a standard one, of equal iterations, step beside step.
 
     Args:
         name: of the network.
         epoch: iterations that stand for one epoch; the run has :data:`LENGTH` of them.
+        overrides: KEY, VALUE, ... merged into the RePr run's config.
     """
+    settings = ("REPR.ENABLED", True, "REPR.COMPACT", "on", *overrides)
     cycles = ("REPR.S1", S1 * epoch, "REPR.S2", S2 * epoch, "REPR.N", CYCLES)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             "standard": make_trainer(NETWORKS[name], folder, "REPR.ENABLED", False),
-            "RePr": make_trainer(
-                NETWORKS[name], folder, "REPR.ENABLED", True, "REPR.COMPACT", "on", *cycles
-            ),
+            "RePr": make_trainer(NETWORKS[name], folder, *settings, *cycles),
         }
         seconds = _turns({v: stepper(t) for v, t in trainers.items()}, LENGTH * epoch, warm_up=0)
     in_s2 = [

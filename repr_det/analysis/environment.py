@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+import detectron2
 import torch
 
-_PACKAGES = ("torchvision", "detectron2", "numpy", "pycocotools", "repr_det")
+_PACKAGES = ("torchvision", "numpy", "pycocotools", "repr_det")
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -23,8 +24,12 @@ def environment(device: str) -> dict[str, Any]:
         ``{"device": name, "versions": {"python": ..., "torch": ..., ...}}``; a package that runs
         from its source folder is ``"not installed"``.
     """
-    # torch's own word also says for which CUDA it was built.
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    # torch's own word also says for which CUDA it was built, and Detectron2 has many packagers.
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "detectron2": detectron2.__version__,
+    }
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
