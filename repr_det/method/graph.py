@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from repr_det.method.filters import (
     NormLink,
@@ -183,10 +184,10 @@ class _Tracer(TorchDispatchMode):
         # Norm channels that were seen with something else than one filter in them.
         self.blind: dict[str, set[int]] = {}
         self._owners, self.exposed = _owners(self.modules)
-        # Tags and behind are keyed by id, so every tensor that has one must stay alive.
-        self._alive: list[Tensor] = []
-        self._tags: dict[int, Tag] = {}
-        self._behind: dict[int, frozenset[str]] = {}
+        # By identity, and without keeping a tensor for longer than the model does: all of a batch's
+        # would need more memory than a training step.
+        self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
+        self._behind: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
         # Convs being run: name, whether the convolution was seen, and what is known of the input.
         self._open: list[tuple[str, bool, Tag | None]] = []
         self._inside_norm = 0
@@ -213,20 +214,18 @@ class _Tracer(TorchDispatchMode):
         self._inside_norm = self._inside_linear = 0
         self._tags.clear()
         self._behind.clear()
-        self._alive.clear()
 
     # --- what is known of a tensor
 
     def _tag(self, tensor: Any) -> Tag | None:
-        return self._tags.get(id(tensor))
+        return self._tags.get(tensor) if isinstance(tensor, Tensor) else None
 
     def _set_tag(self, tensor: Tensor, tag: Tag | None) -> None:
-        self._alive.append(tensor)
         if tag is None or tag.dim >= tensor.dim() or tensor.shape[tag.dim] != len(tag.sources):
-            self._tags.pop(id(tensor), None)
+            self._tags.pop(tensor, None)
             self._fix(tag)
         else:
-            self._tags[id(tensor)] = tag
+            self._tags[tensor] = tag
 
     def _follow(self, tag: Tag, tensor: Tensor, after: Tag | None) -> None:
         """Set what became of a tag; where nothing is known of that, its channels must stay."""
@@ -259,13 +258,12 @@ class _Tracer(TorchDispatchMode):
 
     def _weights_behind(self, values: Any) -> frozenset[str]:
         tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
-        return frozenset().union(*(self._behind.get(id(t), frozenset()) for t in tensors))
+        return frozenset().union(*(self._behind.get(t, frozenset()) for t in tensors))
 
     def _set_behind(self, values: Any, names: frozenset[str]) -> None:
         for tensor in tree_leaves(values):
             if isinstance(tensor, Tensor):
-                self._alive.append(tensor)
-                self._behind[id(tensor)] = names
+                self._behind[tensor] = names
 
     # --- layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -478,3 +479,24 @@ def test_training_mode_that_fails_leaves_what_evaluation_showed():
     graph = trace(OnlyEvaluates())
     assert silent(graph, {"a": [0]}) == {"b": [0]}
     assert graph.stems == {"a"}
+
+
+def test_intermediate_results_do_not_pile_up():
+    """A large batch is followed in the memory that running it needs."""
+    results, alive = [], []
+
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(20))
+
+        def forward(self, x):
+            for conv in self.convs:
+                x = F.relu(conv(x) + 0.0 * x)
+                results.append(weakref.ref(x))
+                alive.append(sum(result() is not None for result in results))
+            return x
+
+    trace(Deep())
+    assert len(alive) >= 20
+    assert max(alive) <= 2
