@@ -165,6 +165,7 @@ class RePr:
         self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
         self.layers: list[FilterLayer] = self._find_layers()
         self._readers = list(self.graph.readers.values())
+        self._outgoing = self._factors_on_readers()
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
         if criterion == "hessian":
@@ -197,12 +198,11 @@ class RePr:
         self._loss(self._model, next(self._batches()))
 
     def _find_layers(self) -> list[FilterLayer]:
-        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         names = select_layers(
             self.graph.convs,
             stems=self.graph.stems,
             heads=self.graph.heads,
-            trained=trained,
+            trained=self._trained(),
             has_backbone=isinstance(getattr(self._model, "backbone", None), nn.Module),
             include=self._include,
             exclude=self._exclude,
@@ -213,6 +213,19 @@ class RePr:
                 for name in names
             ]
         )
+
+    def _factors_on_readers(self) -> dict[str, float]:
+        """The factor on what reads a returned filter, by reader name."""
+        trained = self._trained()
+        # A frozen layer could never learn its weights again.
+        return {
+            reader.name: self.reinit.outgoing if id(reader.module.weight) in trained else 1.0
+            for reader in self._readers
+        }
+
+    def _trained(self) -> set[int]:
+        groups = self.optimizer.param_groups
+        return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
     def _rebound(self, copy: nn.Module) -> tuple[list[FilterLayer], list[Reader]]:
         """The same layers and readers in a copy of the model."""
@@ -399,7 +412,7 @@ class RePr:
         }
         self._aside = []
         for layers, readers, optimizer in self._everywhere():
-            self._aside.append(set_aside(readers, pruned, optimizer, self.reinit.outgoing))
+            self._aside.append(set_aside(readers, pruned, optimizer, self._outgoing))
             for layer in layers:
                 zero_filters(layer, pruned[layer.name], optimizer)
         self._pruned = pruned
@@ -415,7 +428,7 @@ class RePr:
         generator = self._generator(self._cycle, 1)
         everywhere = self._everywhere()
         for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
-            put_back(readers, returned, optimizer, aside, self.reinit.outgoing)
+            put_back(readers, returned, optimizer, aside, self._outgoing)
         rows = self._new_rows(generator)
         for layer in self.layers:
             if layer.name in rows:

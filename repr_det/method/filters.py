@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -375,9 +375,7 @@ def select_layers(
     else:
         names = [n for n in convs if n not in stems and n not in heads]
     names = [n for n in names if not matches(n, exclude or ())]
-    trainable = [
-        n for n in names if convs[n].weight.requires_grad and id(convs[n].weight) in trained
-    ]
+    trainable = [n for n in names if id(convs[n].weight) in trained]
     if not trainable:
         raise ValueError(
             f"RePr found nothing to train: of the {len(names)} conv layers that match, none has a "
@@ -394,14 +392,19 @@ def select_layers(
 
 
 def shared_weights(layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-    """The layers without those whose weight an earlier layer already holds."""
-    seen: set[int] = set()
-    unique = []
+    """One layer for each weight: the first that holds it, with the norms behind all that do.
+
+    Layers that share a weight but not their bias are left out: a filter has one bias here.
+    """
+    by_weight: dict[Tensor, list[FilterLayer]] = {}
     for layer in layers:
-        if id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
-            unique.append(layer)
-    return unique
+        by_weight.setdefault(layer.weight, []).append(layer)
+    found = []
+    for first, *others in by_weight.values():
+        if all(other.bias is first.bias for other in others):
+            norms = {link.name: link for layer in (first, *others) for link in layer.norms}
+            found.append(replace(first, norms=tuple(norms.values())))
+    return found
 
 
 def finite(layer: FilterLayer) -> bool:

@@ -14,7 +14,7 @@ where they are all that reads it, its gradients are zero by themselves and cost 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,13 +133,24 @@ class GradientMask:
             handle.remove()
 
 
+def _zero(slot: Slot, optimizer: Optimizer | None) -> None:
+    """Set a slot to zero, with its optimizer state and what was accumulated of its gradient."""
+    slot.fill(0.0)
+    if optimizer is None:
+        return
+    if slot.tensor.grad is not None:
+        slot.fill(0.0, like=slot.tensor.grad)
+    for state in state_tensors(optimizer, slot.tensor).values():
+        slot.fill(0.0, like=state)
+
+
 def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None) -> None:
-    """Set the pruned filters (bool of shape (J,)) of a layer and their optimizer state to zero."""
+    """Set the pruned filters (bool of shape (J,)) of a layer to zero.
+
+    With an optimizer that trains them, their state in it and their gradient as well.
+    """
     for slot in layer.filter_slots(pruned):
-        slot.fill(0.0)
-        if optimizer is not None:
-            for state in state_tensors(optimizer, slot.tensor).values():
-                slot.fill(0.0, like=state)
+        _zero(slot, optimizer)
     for link in layer.norms:
         # A zero channel has mean zero; a norm without gamma and beta would shift it otherwise.
         channels = link.channels_of(pruned)
@@ -151,7 +162,7 @@ def set_aside(
     readers: Sequence[Reader],
     pruned: dict[str, Tensor],
     optimizer: Optimizer | None,
-    factor: float,
+    factors: Mapping[str, float],
 ) -> dict[str, list[dict[str, Any]]]:
     """Copy the weights that read pruned channels, with their optimizer state, and set them to zero.
 
@@ -159,14 +170,15 @@ def set_aside(
         readers: the layers that read filters.
         pruned: bool of shape (J,) by layer name.
         optimizer: whose state to treat likewise; None for a model that is not trained.
-        factor: what :func:`put_back` will be given; with 0 nothing is copied that it would not use.
+        factors: by reader name, what :func:`put_back` will be given; with 0 nothing is copied that
+            it would not use.
 
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
     """
     aside: dict[str, list[dict[str, Any]]] = {}
     for reader in readers:
-        entries = []
+        entries, factor = [], factors[reader.name]
         for slot in column_slots(reader.module, reader.dead(pruned)):
             states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
             kept = {
@@ -175,8 +187,7 @@ def set_aside(
                 if factor or key in SECOND_MOMENTS
             }
             entries.append({"value": slot.read(), "state": kept} if factor else {"state": kept})
-            for tensor in (None, *states.values()):
-                slot.fill(0.0, like=tensor)
+            _zero(slot, optimizer)
         if entries:
             aside[reader.name] = entries
     return aside
@@ -187,10 +198,11 @@ def put_back(
     pruned: dict[str, Tensor],
     optimizer: Optimizer | None,
     aside: dict[str, list[dict[str, Any]]],
-    factor: float,
+    factors: Mapping[str, float],
 ) -> None:
-    """Undo :func:`set_aside`, with ``factor`` on the weights and on their first moments."""
+    """Undo :func:`set_aside`, with a reader's factor on its weights and on their first moments."""
     for reader in readers:
+        factor = factors[reader.name]
         slots = column_slots(reader.module, reader.dead(pruned))
         for slot, entry in zip(slots, aside.get(reader.name, []), strict=True):
             if factor:

@@ -28,7 +28,7 @@ class Reinit:
             a frozen norm's shift always ``"previous"``.
         outgoing: factor on the weights with which surviving filters of the next layers read a
             returned filter: 1 keeps what they were at the drop, 0 lets the returned filter start
-            without influence.
+            without influence. Those of a frozen layer always come back as they were.
 
     Raises:
         ValueError: a value outside of these.

@@ -657,6 +657,84 @@ def test_zero_filters_are_counted():
     assert method.count_zero_filters() == {}
 
 
+class SharedWeight(nn.Module):
+    """Two branches with one weight and a norm each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
+        self.b.weight = self.a.weight
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
+        self.last = nn.Linear(16, 5)
+
+    def branches(self, x):
+        x = self.stem(x).relu()
+        return [norm(conv(x)) for norm, conv in zip(self.norms, (self.a, self.b), strict=True)]
+
+    def forward(self, x):
+        return self.last(torch.cat([y.relu().mean((2, 3)) for y in self.branches(x)], 1))
+
+
+def test_dropped_filter_of_a_shared_weight_is_zero_behind_every_norm():
+    torch.manual_seed(0)
+    model = SharedWeight()
+    for norm in model.norms:
+        nn.init.uniform_(norm.bias, 0.1, 0.3)
+    trainer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = RePr(model, trainer, RePrSchedule(1, 9, 1))
+    for i in range(5):
+        method.step(i)
+        train(model, trainer, i)
+    gone = method.pruned["a"]
+    assert 0 < gone.sum() < 8
+    for result in model.branches(batch(9, torch.float32)[0]):
+        assert not result[:, gone].any() and result[:, ~gone].any()
+
+
+def test_frozen_readers_get_their_weights_back():
+    """They could not learn them anew."""
+    torch.manual_seed(0)
+    model = net("chain", torch.float32)
+    model[7].weight.requires_grad_(False)
+    before = weights(model)["7.weight"]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    method = RePr(model, torch.optim.SGD(trained, 0.1), SCHEDULE, batches=endless, loss=loss)
+    method.step(SCHEDULE.s1)
+    gone = method.pruned["3"]
+    assert gone.any() and not model[7].weight[:, gone].any()
+    method.step(SCHEDULE.s1 + SCHEDULE.s2)
+    assert torch.equal(model[7].weight, before)
+    # A trained one starts without influence, by default.
+    model, _, method = build()
+    method.step(SCHEDULE.s1)
+    gone = method.pruned["3"]
+    method.step(SCHEDULE.s1 + SCHEDULE.s2)
+    assert gone.any() and not model[7].weight[:, gone].any()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.SiLU])
+def test_drop_between_accumulated_gradients(activation):
+    """What was accumulated before the drop moves nothing that was dropped."""
+    torch.manual_seed(0)
+    model = net("chain", torch.float32)
+    for index in (2, 5, 9):
+        model[index] = activation()
+    trainer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+    method = RePr(model, trainer, RePrSchedule(5, 40, 1), prune_ratio=0.5)
+    for i in range(20):
+        method.step(i)
+        loss(model, batch(i, torch.float32)).backward()
+        if i % 4 == 3:
+            trainer.step()
+            trainer.zero_grad()
+    for layer in method.layers:
+        gone = method.pruned[layer.name]
+        assert gone.any()
+        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+    assert not model[7].weight[:, method.pruned["3"]].any()
+
+
 # --- norms that mix channels
 
 

@@ -157,8 +157,15 @@ def test_frozen_layers_and_layers_outside_the_optimizer_take_no_part():
 
 def test_layer_that_holds_anothers_weight_takes_no_part():
     model = chain("none")
-    model[7].weight = model[3].weight
+    model[7].weight, model[7].bias = model[3].weight, model[3].bias
     assert names_of(model) == ["3"]
+
+
+def test_layers_that_share_a_weight_but_no_bias_take_no_part():
+    model = nn.Sequential(*chain("none")[:7], *chain("none")[3:])
+    assert names_of(model) == ["3", "7", "11"]
+    model[11].weight = model[3].weight
+    assert names_of(model) == ["7"]
 
 
 def test_select_layers_is_a_pure_function_of_its_arguments():
