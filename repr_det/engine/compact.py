@@ -166,17 +166,20 @@ class Compact:
             RuntimeError: the network cannot be followed or the smaller one cannot be run, or what
                 would go is not zero; the network is as it was then.
         """
-        run = self._runner()
-        if self._whole is None:
-            self._whole = _cost(self._model, run)
-        removed = self._take_out(method)
+        removal = self._choose(method)
         try:
+            run = self._runner()
+            if self._whole is None:
+                self._whole = _cost(self._model, run)
+            self._take_out(method, removal)
             after = _cost(self._model, run)
-        except Exception as error:
+        except Exception as error:  # what running an unknown model raises
             self.grow()
             raise RuntimeError(
                 f"the smaller network could not be run ({type(error).__name__}: {error})"
             ) from error
+        gone = (removal.filters[name] for name in method.pruned if name in removal.filters)
+        removed = sum(int(mask.sum()) for mask in gone)
         return Shrunk(self._whole, after, removed, method.num_pruned - removed)
 
     def _prepare(self) -> None:
@@ -184,23 +187,29 @@ class Compact:
             graph = trace(self._model, also=self._run_on_a_batch if self._batches else None)
             self._removable, self._example = Removable(graph), graph.example
 
-    def _take_out(self, method: RePr) -> int:
-        pruned = method.pruned
+    def _choose(self, method: RePr) -> Removal:
+        """What can go. Every process must come here, and fails here if the first one does."""
         removal: Removal | str
         try:
             self._prepare()
             multiple = _multiple(method.layers[0].weight.device, self._precision)
-            removal = self._removable.choose(pruned, multiple)
+            removal = self._removable.choose(method.pruned, multiple)
         except Exception as error:  # what running an unknown model raises
             removal = f"the network could not be followed ({type(error).__name__}: {error})"
         removal = self._agree(removal)
         if isinstance(removal, str):
             raise RuntimeError(removal)
-        self._bodies = [_Body(self._model, removal, self._optimizer)]
-        self._bodies += [_Body(copy, removal, None) for copy in self._copies]
-        method.stand_in(*_smaller_layers(method.layers, pruned, removal))
+        return removal
+
+    def _take_out(self, method: RePr, removal: Removal) -> None:
+        self._bodies = [
+            _Body(self._model, removal, self._optimizer),
+            *(_Body(copy, removal, None) for copy in self._copies),
+        ]
         self._method = method
-        return sum(int(removal.filters[name].sum()) for name in pruned if name in removal.filters)
+        for body in self._bodies:
+            body.shrink()
+        method.stand_in(*_smaller_layers(method.layers, method.pruned, removal))
 
     def grow(self) -> None:
         """Put everything back in its place; nothing happens where nothing was taken out."""
@@ -238,6 +247,7 @@ class Compact:
         """
         if self._batches is None or self._loss is None:
             raise ValueError("there are no batches to measure on")
+        removal = self._choose(method)
         batch = next(self._batches())
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters]
@@ -245,7 +255,7 @@ class Compact:
         try:
             for _ in range(rounds):
                 seconds[0].append(self._seconds(batch))
-                self._take_out(method)
+                self._take_out(method, removal)
                 seconds[1].append(self._seconds(batch))
                 self.grow()
         finally:
@@ -270,21 +280,30 @@ class Compact:
 
 
 class _Body:
-    """One network that was made smaller: its tensors, attributes and state-dict hooks."""
+    """One network that can be made smaller: its tensors, attributes and state-dict hooks.
+
+    Raises:
+        RuntimeError: what would be taken out is not zero.
+    """
 
     def __init__(self, model: nn.Module, removal: Removal, optimizer: Optimizer | None) -> None:
         self._optimizer = optimizer
-        self._cuts, attributes = _cuts(dict(named_modules(model)), removal)
-        self._attributes = [(m, key, getattr(m, key)) for m, key, _ in attributes]
+        self._cuts, self._smaller = _cuts(dict(named_modules(model)), removal)
+        self._attributes = [(m, key, getattr(m, key)) for m, key, _ in self._smaller]
         self._handles: list[Any] = []
+        self._taken: list[_Cut] = []
         self._check_zero()
+
+    def shrink(self) -> None:
+        """Make it smaller; where that fails halfway, :meth:`grow` puts back what was done."""
         for cut in self._cuts:
             if isinstance(cut.tensor, nn.Parameter):
                 self._resize(cut, cut.take)
             else:
                 cut.aside = cut.tensor.detach()
                 cut.tensor.data = cut.take(cut.aside)
-        for module, key, value in attributes:
+            self._taken.append(cut)
+        for module, key, value in self._smaller:
             setattr(module, key, value)
         self._watch_states()
 
@@ -292,7 +311,7 @@ class _Body:
         """Put everything back."""
         for handle in self._handles:
             handle.remove()
-        for cut in self._cuts:
+        for cut in self._taken:
             if isinstance(cut.tensor, nn.Parameter):
                 self._resize(cut, cut.fill)
             else:
@@ -315,18 +334,18 @@ class _Body:
     def _resize(self, cut: _Cut, change: Callable[[Tensor], Tensor]) -> None:
         """Change a parameter, its gradient and its optimizer state alike."""
         parameter = cut.tensor
-        states, gradient = self._states(parameter), parameter.grad
-        parameter.grad = None
         data = change(parameter.detach())
+        gradient = None if parameter.grad is None else change(parameter.grad)
+        states = {key: change(state) for key, state in self._states(parameter).items()}
+        parameter.grad = None
         # Whatever keeps the node alive that accumulates the gradient (an old loss, a replaced
         # DistributedDataParallel) would keep its shape; another type makes torch drop the node.
         other = torch.float64 if data.dtype != torch.float64 else torch.float32
         parameter.data = torch.empty(0, dtype=other, device=data.device)
         parameter.data = data
-        if gradient is not None:
-            parameter.grad = change(gradient)
+        parameter.grad = gradient
         for key, state in states.items():
-            self._optimizer.state[parameter][key] = change(state)
+            self._optimizer.state[parameter][key] = state
 
     # --- full-size state dicts
 

@@ -83,7 +83,7 @@ class RePrHook(HookBase):
         # Whether to take pruned filters out; None: not decided yet.
         self._compacts = {"auto": None, "on": True, "off": False}[compact]
         self._compact: Compact
-        self._resized = False  # since the model was wrapped
+        self._resized = False  # since the model was wrapped, if only for a while
         self.method: RePr
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
@@ -274,6 +274,7 @@ class RePrHook(HookBase):
 
     def _shrink(self) -> None:
         problem = ""
+        self._resized = True
         try:
             with RandomStream(0).active():
                 shrunk = self._compact.shrink(self.method)
@@ -284,7 +285,6 @@ class RePrHook(HookBase):
             self._compacts = False
             logger.warning(f"RePr: {problems[0]}; pruned filters stay in the network as zeros.")
             return
-        self._resized = True
         logger.info(_cost_line(shrunk))
 
     def _measure(self) -> bool:
@@ -303,6 +303,7 @@ class RePrHook(HookBase):
         if total < MEASURING_PAYS_FROM:
             logger.info(f"RePr: {total} iterations in S2 are too few to measure times, so {stays}")
             return False
+        self._resized = True
         try:
             with RandomStream(0).active():
                 mine = self._compact.speedup(self.method)

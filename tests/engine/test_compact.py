@@ -13,7 +13,7 @@ from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.batches import training_loss
-from repr_det.engine.compact import Compact
+from repr_det.engine.compact import Compact, _Cut
 from repr_det.method.graph import preserved
 from tests.detectors import plain_cfg
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
@@ -25,7 +25,7 @@ S1, S2, AFTER = 2, 4, 3
 class Run:
     """A network with its optimizer and method, physically smaller in S2 or not."""
 
-    def __init__(self, model, optimizer, compact, clip=None, ratio=0.3, copies=()):
+    def __init__(self, model, optimizer, compact, clip=None, ratio=0.3, copies=(), **arguments):
         self.model, self.clip, self.losses = model, clip, []
         self.dtype = next(model.parameters()).dtype
         self.optimizer = OPTIMIZERS[optimizer](model.parameters())
@@ -37,7 +37,12 @@ class Run:
         self.shrunk = None
         if compact:
             self.compact = Compact(
-                model, self.optimizer, copies=copies, batches=self.batches, loss=loss
+                model,
+                self.optimizer,
+                copies=copies,
+                batches=self.batches,
+                loss=loss,
+                **arguments,
             )
 
     def batches(self):
@@ -244,6 +249,81 @@ def test_measuring_leaves_everything_as_it_was():
         assert torch.equal(value, before[1]["state"][int(number)][name])
     for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+def test_processes_agree_once_whatever_fails_in_one_of_them(monkeypatch):
+    """A second question that not all of them come to would be answered by another one."""
+    asked = []
+
+    def agree(found):
+        asked.append(found)
+        return found
+
+    def fail(*arguments):
+        raise MemoryError("made up")
+
+    run = Run(net("residual"), "sgd", True, agree=agree).until(S1)
+    run.method.step(S1)
+    monkeypatch.setattr("repr_det.engine.compact._cost", fail)
+    with pytest.raises(RuntimeError, match="could not be run .MemoryError: made up"):
+        run.compact.shrink(run.method)
+    assert len(asked) == 1
+    monkeypatch.setattr(Compact, "_seconds", fail)
+    with pytest.raises(MemoryError):
+        run.compact.speedup(run.method)
+    assert len(asked) == 2
+    assert not run.compact.active
+
+
+def test_network_stays_as_it_was_where_making_it_smaller_fails_halfway(monkeypatch):
+    copied = copy.deepcopy(net("chain"))
+    run = Run(net("chain"), "momentum", True, copies=[copied]).until(S1)
+    run.method.step(S1)
+    shapes = [p.shape for p in run.model.parameters()]
+
+    def assert_untouched():
+        assert not run.compact.active
+        assert [p.shape for p in run.model.parameters()] == shapes
+        loss(run.model, batch(0)).backward()
+
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.add_(1e-3)  # so what is pruned is not zero there
+    with pytest.raises(RuntimeError, match="not zero"):
+        run.compact.shrink(run.method)
+    assert_untouched()
+    with torch.no_grad():
+        for mine, theirs in zip(copied.parameters(), run.model.parameters(), strict=True):
+            mine.copy_(theirs)
+    take, calls = _Cut.take, []
+
+    def fail_late(self, full):
+        calls.append(self)
+        if len(calls) > 12:
+            raise MemoryError("made up")
+        return take(self, full)
+
+    monkeypatch.setattr(_Cut, "take", fail_late)
+    with pytest.raises(RuntimeError, match="made up"):
+        run.compact.shrink(run.method)
+    assert len(calls) == 13
+    monkeypatch.undo()
+    assert_untouched()
+    assert run.compact.shrink(run.method).removed > 0
+
+
+def test_model_that_no_example_trains_is_refused_in_one_way():
+    class NeedsTargets(nn.Sequential):
+        def forward(self, x, targets=None):
+            assert targets is not None or not self.training, "needs targets"
+            return super().forward(x)
+
+    model = NeedsTargets(*net("chain"))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    method = RePr(model, optimizer, RePrSchedule(1, 5, 1))
+    method.step(1)
+    with pytest.raises(RuntimeError, match="needs targets"):
+        Compact(model, optimizer).shrink(method)
 
 
 def test_compiled_model():

@@ -9,15 +9,19 @@ import logging
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, hooks
 from detectron2.modeling import build_model
 from detectron2.solver import build_optimizer
 from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from repr_det import RePrHook, RePrSchedule
 from tests.detectors import needs_coco, plain_cfg
+from tests.method.nets import net
 
 pytestmark = needs_coco
 
@@ -161,6 +165,44 @@ def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, caplog):
         assert (sizes[1] < sizes[0], sizes[3] < sizes[2]) == (smaller, smaller)
         assert hook.state_dict()["compact"] is smaller
     assert caplog.text.count("times as fast") == 2
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of one."""
+    dist.init_process_group("gloo", f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e9])
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_auto_under_distributed_training(one_process, monkeypatch, threshold, find_unused):
+    """Shapes that changed for as long as measuring lasts need a new wrapper, too."""
+    monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
+    monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", threshold)
+
+    class Losses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net("chain", torch.float32)
+
+        def forward(self, data):
+            return {"loss": self.net(data).square().mean()}
+
+    torch.manual_seed(0)
+    model = Losses()
+    wrapped = DistributedDataParallel(
+        model, broadcast_buffers=False, find_unused_parameters=find_unused
+    )
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    batches = itertools.repeat(torch.randn(4, 3, 8, 8))
+    trainer = SimpleTrainer(wrapped, batches, optimizer)
+    hook = RePrHook(RePrSchedule(2, 3, 1))
+    trainer.register_hooks([hook])
+    trainer.train(0, 8)
+    assert hook.state_dict()["compact"] is (threshold == 0.0)
+    assert hook.method.num_pruned == 0 and len(hook.method.history) == 1
 
 
 def test_lazy_config_loop(tmp_path):
