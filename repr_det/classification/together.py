@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode
 from detectron2.engine import hooks
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.solver import LRMultiplier
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
@@ -158,10 +159,17 @@ class Network(TrainerBase):
         self.storage.clear_images()
         self.storage.clear_histograms()
 
-    def save(self) -> None:
-        """Write the checkpoint that training alone ends with."""
+    def save(self, scheduler: LRMultiplier) -> None:
+        """Write the checkpoint that training alone ends with.
+
+        Args:
+            scheduler: of all networks' learning rate, which their own optimizers have not followed.
+        """
+        for group, rate in zip(self.optimizer.param_groups, scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         state = {"iteration": self.iter, "optimizer": self.optimizer.state_dict()}
         trainer = {**self.state_dict(), "_trainer": state}
+        trainer.setdefault("hooks", {})["LRScheduler"] = scheduler.state_dict()
         checkpointer = SafeCheckpointer(self.model, self.cfg.OUTPUT_DIR)
         checkpointer.save("model_final", trainer=trainer, iteration=self.iter)
 
@@ -365,8 +373,9 @@ class Together:
     def _finish(self, last: int) -> None:
         self._share_state()
         self._stacked.separate([network.optimizer for network in self.networks])
+        self._scheduler.step()
         for network in self._each():
-            network.at(last).save()
+            network.at(last).save(self._scheduler)
             network.iter = last + 1
             network.after_train()
 

@@ -107,6 +107,13 @@ def test_a_checkpoint_holds_one_network_and_can_be_resumed(tmp_path):
     (cfg, *others) = configs(tmp_path, REPR__ENABLED=True)
     Together([cfg, *others]).train()
     assert (tmp_path / "0" / "model_final.pth").stat().st_size < 40_000
+    train_alone(cfg, tmp_path / "alone")
+    rates, schedules = [], []
+    for folder in ("0", "alone"):
+        state = torch.load(tmp_path / folder / "model_final.pth", weights_only=True)["trainer"]
+        rates.append([g["lr"] for g in state["_trainer"]["optimizer"]["param_groups"]])
+        schedules.append(state["hooks"]["LRScheduler"])
+    assert rates[0] == rates[1] and schedules[0] == schedules[1]
     trainer = ClassificationTrainer(cfg)
     trainer.resume_or_load(resume=True)
     assert trainer.start_iter == cfg.SOLVER.MAX_ITER
