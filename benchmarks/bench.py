@@ -6,7 +6,7 @@
 
 Times are ratios of steps that ran one after the other in one process; see networks.py, speed.py
 and ranking.py. The full size writes benchmarks/speed.json and its tables in benchmarks/README.md,
-part by part, so it may be stopped; the quick one prints its tables.
+part by part and by device, so it may be stopped; the quick one prints its tables.
 """
 
 from __future__ import annotations
@@ -35,13 +35,8 @@ FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 3
-WHOLE_RUNS: dict[str, tuple[str, int, tuple[Any, ...]]] = {
-    "c3_32": ("c3_32", 20, ()),
-    "demo": ("demo", 2, ()),
-    "resnet50": ("resnet50", 8, ()),
-    "resnet50-34": ("resnet50", 4, ("REPR.MAX_LAYER_RATIO", 0.34)),
-}
-"""Network, iterations that stand for an epoch (so many that drops weigh as they do), settings."""
+EPOCH = {"c3_32": 20, "demo": 2, "resnet50": 8}
+"""Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
 
 def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
@@ -61,10 +56,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             name: partial(speed.step_ratios, name, ROUNDS.get(name, DETECTOR_ROUNDS))
             for name in NETWORKS
         },
-        "whole": {
-            name: partial(speed.whole_run, network, epoch, *overrides)
-            for name, (network, epoch, overrides) in WHOLE_RUNS.items()
-        },
+        "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
@@ -92,16 +84,11 @@ def _steps(found: dict[str, Any]) -> str:
     return aligned_table([head, *rows])
 
 
-def _title_of_whole(name: str) -> str:
-    network, _, overrides = WHOLE_RUNS[name]
-    return " ".join(map(str, (NETWORKS[network].title, *overrides)))
-
-
 def _whole(found: dict[str, Any]) -> str:
     head = ["whole run / standard", "measured", "step ratio r in S2", "1.02 (80 + 30 r) / 110",
             "iterations"]  # fmt: skip
     rows = [
-        [_title_of_whole(name), f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
+        [NETWORKS[name].title, f"{one['ratio']:.3f}", f"{one['step_ratio_in_s2']:.2f}",
          f"{one['bound']:.3f}", f"{one['iterations']}"]
         for name, one in found.items()
     ]  # fmt: skip
@@ -137,7 +124,13 @@ def _loading_line(found: dict[str, Any]) -> str:
 
 
 def _memory(found: dict[str, Any]) -> str:
-    head = ["peak memory, MiB", "standard", "full phase", "S2, filters as zeros", "S2, smaller"]
+    head = [
+        "peak memory with a drop, MiB",
+        "standard",
+        "full phase",
+        "S2, filters as zeros",
+        "S2, smaller",
+    ]
     rows = [[NETWORKS[name].title, *map(str, one.values())] for name, one in found.items()]
     return aligned_table([head, *rows])
 
@@ -149,7 +142,7 @@ TABLES = {
 
 
 def tables(record: dict[str, Any]) -> str:
-    """All tables in Markdown."""
+    """All tables of one device in Markdown."""
     made = [TABLES[part](record[part]) for part in TABLES if record.get(part)]
     about = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -157,13 +150,14 @@ def tables(record: dict[str, Any]) -> str:
     return "\n\n".join(made)
 
 
-def write_readme(record: dict[str, Any]) -> None:
-    """Put the tables between their marks."""
+def write_readme(records: dict[str, Any]) -> None:
+    """Put all devices' tables between their marks."""
     begin, end = "<!-- speed.json -->\n", "<!-- end of speed.json -->"
     text = README.read_text()
     before, _, rest = text.partition(begin)
     _, _, after = rest.partition(end)
-    README.write_text(before + begin + "\n" + tables(record) + "\n\n" + end + after)
+    made = "\n\n".join(map(tables, records.values()))
+    README.write_text(before + begin + "\n" + made + "\n\n" + end + after)
 
 
 def main() -> None:
@@ -178,9 +172,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     keep = args.size == FULL
-    record = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
-    record["environment"] = environment(ranking.DEVICE)
-    record["date"] = datetime.date.today().isoformat()
+    records = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
+    about = environment(ranking.DEVICE)
+    record = records.setdefault(about["device"], {})
+    record |= {"environment": about, "date": datetime.date.today().isoformat()}
     for part, named in jobs(args.size).items():
         for name, measure in named.items() if part in args.parts else ():
             if args.networks and name not in args.networks:
@@ -188,8 +183,8 @@ def main() -> None:
             record.setdefault(part, {})[name] = measure()
             print(part, name, json.dumps(record[part][name]), flush=True)
             if keep:
-                RESULT.write_text(json.dumps(record, indent=1) + "\n")
-                write_readme(record)
+                RESULT.write_text(json.dumps(records, indent=1) + "\n")
+                write_readme(records)
     print(tables(record))
 
 

@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from detectron2.utils.events import EventStorage
 from networks import NETWORKS, VARIANTS, make_trainer, stepper
+from scipy.stats import binom
 
 from repr_det.engine.compact import Compact
 from repr_det.engine.config import config_path
@@ -36,16 +36,16 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 
 
 def median_interval(values: list[float]) -> dict[str, Any]:
-    """The median of ratios with its distribution-free 95 % interval (order statistics).
+    """The median of ratios with its distribution-free interval of at least 95 % (order statistics).
 
     Of fewer than six values that interval is the whole range, and covers less.
     """
-    ranked, n = sorted(values), len(values)
-    reach = round(1.96 * n**0.5 / 2)
-    low, high = max(n // 2 - reach, 0), min(n // 2 + reach, n - 1)
+    ranked = sorted(values)
+    # So many values lie below the median by chance in less than 2.5 % of all cases.
+    outside = max(int(binom.ppf(0.025, len(values), 0.5)) - 1, 0)
     return {
         "ratio": round(statistics.median(ranked), 4),
-        "interval": [round(ranked[low], 4), round(ranked[high], 4)],
+        "interval": [round(ranked[outside], 4), round(ranked[-1 - outside], 4)],
     }
 
 
@@ -79,31 +79,43 @@ def step_ratios(name: str, rounds: int) -> dict[str, Any]:
             for variant, overrides in VARIANTS.items()
         }
         steps = {v: stepper(t) for v, t in trainers.items()}
-        holding = _watch_holding(steps["masked"])
         seconds = _turns(steps, rounds)
         result = _ratios(seconds, "standard")
-        share = sum(holding) / (WARM_UP + rounds) / statistics.median(seconds["masked"])
-        result["holding"] = round(share, 5)
+        holding = _holding(trainers["masked"], steps["masked"], rounds)
+        result["holding"] = round(holding / statistics.median(seconds["masked"]), 5)
         result["multiply_adds"] = _multiply_adds(trainers["masked"])
     result["seconds_standard"] = round(statistics.median(seconds["standard"]), 4)
     return result | {"rounds": rounds}
 
 
-def _watch_holding(masked_step: Callable[[], float]) -> list[float]:
-    """Go into S2; the list gets the seconds of every gradient that is set to zero from then on."""
-    spent: list[float] = []
-    mask = GradientMask._mask
+def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
+    """Seconds of a step of S2 in which gradients are set to zero, a median of steps by themselves.
 
-    def timed(*arguments: Any) -> None:
+    What is let go after the first backward costs nothing from then on, and is not counted.
+    """
+    mask: GradientMask = masked._repr_hook.method._mask
+    spent = []
+    for _ in range(rounds):
+        step()
+        held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
+        if not held:
+            return 0.0
+        _wait()
         begin = time.perf_counter()
-        mask(*arguments)
+        for parameter in held:
+            mask._mask(parameter)
+        _wait()
         spent.append(time.perf_counter() - begin)
+    return statistics.median(spent)
 
-    with patch.object(GradientMask, "_mask", timed):
-        masked_step()
-        masked_step()
-    spent.clear()
-    return spent
+
+def _is_hooked(parameter: torch.Tensor) -> bool:
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def _multiply_adds(masked: Any) -> float:
@@ -117,20 +129,20 @@ def _multiply_adds(masked: Any) -> float:
     return round(shrunk.after.multiply_adds / shrunk.before.multiply_adds, 4)
 
 
-def whole_run(name: str, epoch: int, *overrides: Any) -> dict[str, Any]:
+def whole_run(name: str, epoch: int) -> dict[str, Any]:
     """Time of a whole RePr run / of a standard one, of equal iterations, step beside step.
 
     Args:
         name: of the network.
         epoch: iterations that stand for one epoch; the run has :data:`LENGTH` of them.
-        overrides: KEY, VALUE, ... merged into the RePr run's config.
     """
-    settings = ("REPR.ENABLED", True, "REPR.COMPACT", "on", *overrides)
     cycles = ("REPR.S1", S1 * epoch, "REPR.S2", S2 * epoch, "REPR.N", CYCLES)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
             "standard": make_trainer(NETWORKS[name], folder, "REPR.ENABLED", False),
-            "RePr": make_trainer(NETWORKS[name], folder, *settings, *cycles),
+            "RePr": make_trainer(
+                NETWORKS[name], folder, "REPR.ENABLED", True, "REPR.COMPACT", "on", *cycles
+            ),
         }
         seconds = _turns({v: stepper(t) for v, t in trainers.items()}, LENGTH * epoch, warm_up=0)
     in_s2 = [
@@ -180,9 +192,10 @@ def loading_share(config: str, steps: int) -> dict[str, Any]:
 
 
 def peak_memory(name: str) -> dict[str, int]:
-    """Peak memory of a few steps of each variant, in MiB, each in a process of its own.
+    """Peak memory of the first steps of each variant, in MiB, each in a process of its own.
 
-    Of the GPU where there is one, else of the whole process.
+    Of the GPU where there is one, else of the whole process. The drop before the second step and
+    what it takes to find the smaller network are within.
     """
     found = {}
     for variant in VARIANTS:
