@@ -18,6 +18,8 @@ _SHORT: Overrides = (
     "DATASETS.TEST", "('cifar10_heldout',)", "TEST.EVAL_EPOCHS", 10,
 )  # fmt: skip
 
+_FIVE_CYCLES: Overrides = ("REPR.N", 5, "REPR.S1", 4, "REPR.S2", 2)
+
 
 def _screened(name: str, label: str, *changed: str | float, standard: str | None = None) -> Row:
     overrides = _FEW + _SHORT + changed
@@ -47,7 +49,10 @@ def screening() -> Table:
             _variant("outgoing-1", "outgoing weights kept", "REPR.REINIT.OUTGOING", 1.0),
             _variant("outgoing-0.3", "outgoing weights x 0.3", "REPR.REINIT.OUTGOING", 0.3),
             _variant("random", "random ranking", "REPR.CRITERION", "random"),
-            _variant("cycles-5", "5 cycles of 4 + 2", "REPR.N", 5, "REPR.S1", 4, "REPR.S2", 2),
+            _variant("cycles-5", "5 cycles of 4 + 2", *_FIVE_CYCLES),
+            _variant(
+                "random-5", "random ranking, 5 cycles", "REPR.CRITERION", "random", *_FIVE_CYCLES
+            ),
             _variant("p-50", "p 50 %", "REPR.PRUNE_RATIO", 0.5, "REPR.MAX_LAYER_RATIO", 0.8),
             _variant("late", "3 cycles of 8 + 4", "REPR.S1", 8, "REPR.S2", 4),
             _variant("plain", "printed score", "REPR.CRITERION", "ortho_paper"),
@@ -55,6 +60,9 @@ def screening() -> Table:
             _variant("norm-previous", "previous length", "REPR.REINIT.NORM", "previous"),
             _variant("scale-0.3", "length x 0.3", "REPR.REINIT.SCALE", 0.3),
             _variant("layer-34", "a layer loses 34 % at most", "REPR.MAX_LAYER_RATIO", 0.34),
+            _variant(
+                "layer-34-5", "34 % at most, 5 cycles", "REPR.MAX_LAYER_RATIO", 0.34, *_FIVE_CYCLES
+            ),
             _variant("s2-long", "3 cycles of 5 + 5", "REPR.S1", 5, "REPR.S2", 5),
             *_with_standard("decay-0", "no weight decay", "SOLVER.WEIGHT_DECAY", 0.0),
             *_with_standard("bn", "BatchNorm", "MODEL.CLASSIFIER.NAME", "c3_32_bn"),
