@@ -144,6 +144,12 @@ def make_trainer(network: Network, folder: str, *overrides: Any) -> NoiseTrainer
     return trainer
 
 
+def wait() -> None:
+    """Until a GPU has done what it was asked for."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def stepper(trainer: NoiseTrainer) -> Callable[[], float]:
     """A function that makes one step, with its hooks, and returns its seconds."""
     deterministic = trainer.cfg.DETERMINISTIC
@@ -155,8 +161,7 @@ def stepper(trainer: NoiseTrainer) -> Callable[[], float]:
             trainer.before_step()
             trainer.run_step()
             trainer.after_step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        wait()
         trainer.iter += 1
         return time.perf_counter() - begin
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from detectron2.utils.events import EventStorage
-from networks import NETWORKS, VARIANTS, make_trainer, stepper
+from networks import NETWORKS, VARIANTS, make_trainer, stepper, wait
 from scipy.stats import binom
 
 from repr_det.engine.compact import Compact
@@ -100,22 +100,17 @@ def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
         held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
         if not held:
             return 0.0
-        _wait()
+        wait()
         begin = time.perf_counter()
         for parameter in held:
             mask._mask(parameter)
-        _wait()
+        wait()
         spent.append(time.perf_counter() - begin)
     return statistics.median(spent)
 
 
 def _is_hooked(parameter: torch.Tensor) -> bool:
     return bool(parameter._post_accumulate_grad_hooks)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def _multiply_adds(masked: Any) -> float:
