@@ -49,6 +49,7 @@ _NO_SETTINGS = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.WEIGHTS")
 _LENGTHS = (
     "SOLVER.MAX_ITER", "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.CYCLE_ITERS",
     "SOLVER.CHECKPOINT_PERIOD", "DSD.DENSE_ITERS", "DSD.SPARSE_ITERS", "REPR.S1", "REPR.S2",
+    "REPR.WARMUP",
 )  # fmt: skip
 """Keys that are in iterations once :meth:`RePrTrainer.in_iterations` has seen them."""
 

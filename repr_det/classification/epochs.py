@@ -22,9 +22,9 @@ def iterations_for(epochs: float, images: int, batch_size: int) -> int:
 def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     """A config in which every length is in iterations.
 
-    Keys in epochs that are not zero or empty replace their counterparts in iterations, and S1 and
-    S2 of RePr are in epochs where ``REPR.UNIT`` is ``"epoch"``. In the result the keys in epochs
-    are zero and the unit is ``"iteration"``, so resolving it again changes nothing.
+    Keys in epochs that are not zero or empty replace their counterparts in iterations, and S1, S2
+    and WARMUP of RePr are in epochs where ``REPR.UNIT`` is ``"epoch"``. In the result the keys in
+    epochs are zero and the unit is ``"iteration"``, so resolving it again changes nothing.
 
     Args:
         cfg: a config with the keys of classification; it is not changed.
@@ -62,7 +62,7 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     if cfg.REPR.UNIT != "iteration":
         if cfg.REPR.UNIT != "epoch":
             raise ValueError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
-        for name in ("S1", "S2"):
+        for name in ("S1", "S2", "WARMUP"):
             cfg.REPR[name] = convert(cfg.REPR[name], f"REPR.{name}")
         cfg.REPR.UNIT = "iteration"
     if frozen:

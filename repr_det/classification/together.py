@@ -72,6 +72,7 @@ def obstacle(cfg: CfgNode) -> str | None:
         "it is deterministic": cfg.DETERMINISTIC,
         "it has no seed": cfg.SEED < 0,
         "its statistics are measured anew for evaluations": cfg.TEST.PRECISE_BN.ENABLED,
+        "its learning rate warms up after returns": cfg.REPR.WARMUP,
         "pruned filters leave its network": cfg.REPR.COMPACT == "on",
     }
     for reason, holds in reasons.items():

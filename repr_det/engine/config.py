@@ -18,7 +18,7 @@ def add_repr_config(cfg: CfgNode) -> None:
     cfg.REPR = CfgNode()
     # Train with RePr; False is standard training of the same config.
     cfg.REPR.ENABLED = False
-    # Unit of S1 and S2: "iteration", or "epoch" where the task knows its number of images.
+    # Unit of S1, S2 and WARMUP: "iteration", or "epoch" where the task knows its number of images.
     cfg.REPR.UNIT = "iteration"
     # Length of the full network's phase in a cycle.
     cfg.REPR.S1 = 0
@@ -41,6 +41,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Take pruned filters out of the network physically during S2: "on", "off", or "auto", where a
     # measurement at the first drop shows that it is faster; with DETERMINISTIC auto means off.
     cfg.REPR.COMPACT = "auto"
+    # Length, in the unit of S1, over which the learning rate climbs back after each return.
+    cfg.REPR.WARMUP = 0
     # Seed of the new filters and of the random criterion.
     cfg.REPR.SEED = 0
 

@@ -116,6 +116,7 @@ class RePrHook(HookBase):
             exclude=list(keys.EXCLUDE),
             max_layer_ratio=keys.MAX_LAYER_RATIO,
             compact=keys.COMPACT,
+            warmup=keys.WARMUP,
             seed=keys.SEED,
             reinit=Reinit(**{key.lower(): value for key, value in keys.REINIT.items()}),
         )

@@ -213,15 +213,15 @@ def check_weights(weights: str) -> None:
 
 
 def _scaled_to(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Detectron2's scaling of schedules to the number of workers, S1 and S2 included."""
+    """Detectron2's scaling of schedules to the number of workers, those of RePr included."""
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
     ratio = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
-    scaled.REPR.S1 = round(cfg.REPR.S1 * ratio)
-    scaled.REPR.S2 = round(cfg.REPR.S2 * ratio)
+    for name in ("S1", "S2", "WARMUP"):
+        scaled.REPR[name] = round(cfg.REPR[name] * ratio)
     if frozen:
         scaled.freeze()
     return scaled

@@ -51,6 +51,7 @@ from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.threads import over_layers
+from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
 """Batches that measure a returned channel in front of a frozen norm."""
@@ -104,6 +105,8 @@ class RePr:
         copies: models kept in step (EMA of the weights): dropped and returned filters are handed
             over to them.
         reinit: what returned filters start with besides their direction.
+        warmup: iterations over which the learning rate climbs back in a straight line after each
+            return, at most S1; 0 leaves it alone.
         progress: shows how far a slow criterion (``oracle``) is: takes the filters to go through
             and returns what passes them on, ``tqdm`` for example.
 
@@ -127,6 +130,7 @@ class RePr:
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         copies: Sequence[nn.Module] = (),
         reinit: Reinit | None = None,
+        warmup: int = 0,
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
     ) -> None:
         for name, value, closed in (
@@ -152,6 +156,7 @@ class RePr:
         self.max_layer_ratio = max_layer_ratio
         self.seed = seed
         self.reinit = reinit or Reinit()
+        self._warmup = RateWarmup(optimizer, schedule, warmup)
         self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
         self._criterion_name = (
             criterion
@@ -376,6 +381,7 @@ class RePr:
             FloatingPointError: weights or scores that are not finite at a phase change.
             RuntimeError: a phase change while :meth:`stand_in` is in force.
         """
+        self._warmup.set_iteration(iteration)
         phase = self.schedule.phase(iteration)
         if not self.due(iteration):
             self._cycle = phase.cycle
@@ -590,6 +596,7 @@ class RePr:
             "exclude": self._exclude,
             "max_layer_ratio": self.max_layer_ratio,
             "seed": self.seed,
+            "warmup": self._warmup.length,
             **{f"reinit.{key}": value for key, value in asdict(self.reinit).items()},
         }
 

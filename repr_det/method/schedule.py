@@ -61,6 +61,11 @@ class RePrSchedule:
         cycle, offset = divmod(iteration, self.s1 + self.s2)
         return Phase(FULL if offset < self.s1 else SUB, cycle)
 
+    def since_return(self, iteration: int) -> int | None:
+        """How many iterations before this one filters came back last; None if they never did."""
+        returns = min(iteration // (self.s1 + self.s2), self.cycles)
+        return iteration - returns * (self.s1 + self.s2) if returns else None
+
     def sub_spans(self) -> list[tuple[int, int]]:
         """The S2 spans as half-open ranges of iterations ``[begin, end)``."""
         period = self.s1 + self.s2

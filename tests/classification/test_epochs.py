@@ -21,6 +21,7 @@ def cfg_in_epochs():
     cfg.REPR.UNIT = "epoch"
     cfg.REPR.S1 = 20
     cfg.REPR.S2 = 10
+    cfg.REPR.WARMUP = 1
     cfg.SOLVER.IMS_PER_BATCH = 10
     cfg.SOLVER.MAX_EPOCHS = 110
     cfg.SOLVER.STEPS_EPOCHS = (95, 100.5)
@@ -46,6 +47,7 @@ def test_every_length_becomes_iterations():
     assert solved.TEST.EVAL_PERIOD == 100
     assert (solved.DSD.DENSE_ITERS, solved.DSD.SPARSE_ITERS) == (6_000, 3_000)
     assert (solved.REPR.S1, solved.REPR.S2, solved.REPR.N) == (2_000, 1_000, 3)
+    assert solved.REPR.WARMUP == 100
     assert solved.REPR.UNIT == "iteration"
 
 

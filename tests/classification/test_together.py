@@ -200,6 +200,7 @@ def test_batches_are_those_of_each_order(augmented):
         ("MODEL.CLASSIFIER.DROPOUT", 0.5, "dropout"),
         ("MODEL.CLASSIFIER.NAME", "mobilenet_v3_small", r"cannot be batched \(.*random"),
         ("REPR.COMPACT", "on", "leave its network"),
+        ("REPR.WARMUP", 3, "warms up after returns"),
         ("MODEL.COMPILE", True, "compiled"),
         ("DETERMINISTIC", True, "deterministic"),
     ],

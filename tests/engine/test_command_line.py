@@ -137,6 +137,7 @@ class TestErrors:
             ({"MODEL.WEIGHTS": "https://localhost:1/w.pkl"}, "could not be downloaded"),
             ({"REPR.S1": "9"}, "training ends after 10"),
             ({"REPR.S1": "0"}, "s1 is 0"),
+            ({"REPR.WARMUP": "3"}, "warmup is 3"),
             ({"REPR.N": "-1"}, "cycles is -1"),
             ({"REPR.PRUNE_RATIO": "1.5"}, "prune_ratio is 1.5"),
             ({"REPR.MAX_LAYER_RATIO": "0.0"}, "max_layer_ratio is 0.0"),

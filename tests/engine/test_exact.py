@@ -12,6 +12,8 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.solver.build import maybe_add_gradient_clipping
 
+from repr_det import RePrSchedule
+from repr_det.method.warmup import RateWarmup
 from tests.method import test_exact
 from tests.method.nets import loss
 
@@ -39,6 +41,19 @@ def test_detectron2_clipping_sees_the_smaller_network(monkeypatch, name, kind, f
     monkeypatch.setitem(test_exact.OPTIMIZERS, "clipped", clipping(kind, form))
     model, reference, losses, _ = test_exact.side_by_side(name, "clipped", torch.float64)
     test_exact.assert_same(model, reference, losses, 1e-9)
+
+
+@pytest.mark.parametrize("form", ["class", "instance"])
+def test_detectron2_clipping_steps_once_at_the_lower_rate(form):
+    """Its class form runs the hooks of a step twice once a plain optimizer of its class exists."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    optimizer = clipping("value", form)([weight])
+    RateWarmup(optimizer, RePrSchedule(3, 2, 1), 3).set_iteration(6)  # the second after the return
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() == pytest.approx(-0.01 * 0.02 * 2 / 4)
+    assert optimizer.param_groups[0]["lr"] == 0.02
 
 
 @pytest.mark.parametrize("name", ["chain", "residual"])

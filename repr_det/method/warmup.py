@@ -1,0 +1,58 @@
+"""After: a lower learning rate for a while once filters came back. Not in the paper; ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.optim import Optimizer
+
+from repr_det.method.schedule import RePrSchedule
+
+
+class RateWarmup:
+    """Lets the learning rate climb back in a straight line after each return.
+
+    The rate is lowered in the optimizer's step alone and is what it was before and after it, so
+    that the schedulers and logs of whatever loop do not notice.
+
+    Args:
+        optimizer: whose rates are lowered, those of all of its groups.
+        schedule: when filters come back.
+        length: iterations until the rate is what it would be without; 0 never lowers it.
+
+    Raises:
+        ValueError: a length that is no whole number from 0 to ``schedule.s1``.
+    """
+
+    def __init__(self, optimizer: Optimizer, schedule: RePrSchedule, length: int) -> None:
+        if not isinstance(length, int) or isinstance(length, bool) or not (
+            0 <= length <= schedule.s1
+        ):  # fmt: skip
+            raise ValueError(
+                f"RePr: warmup is {length!r}; give a whole number of iterations from 0 to S1, "
+                f"which is {schedule.s1}."
+            )
+        self.length = length
+        self.factor = 1.0
+        self._schedule = schedule
+        self._rates: list[Any] = []
+        if length:
+            optimizer.register_step_pre_hook(self._lower)
+            optimizer.register_step_post_hook(self._restore)
+
+    def set_iteration(self, iteration: int) -> None:
+        """Be ready for the step of this iteration, counted from 0."""
+        since = self._schedule.since_return(iteration)
+        self.factor = 1.0 if since is None else min(1.0, (since + 1) / (self.length + 1))
+
+    def _lower(self, optimizer: Optimizer, *_: Any) -> None:
+        # A step may be hooked more than once (gradient clipping as Detectron2 does it).
+        if self.factor < 1 and not self._rates:
+            self._rates = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = self.factor * group["lr"]
+
+    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate
+        self._rates = []
