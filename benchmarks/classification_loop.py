@@ -19,12 +19,13 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from clock import seconds
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
@@ -95,17 +96,6 @@ def bare_steps(trainer: ClassificationTrainer) -> Callable[[int], None]:
     return run
 
 
-def seconds(run: Callable[[int], None], steps: int) -> float:
-    """Time of so many steps, the device's work included."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    begin = time.perf_counter()
-    run(steps)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -130,7 +120,7 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(args.rounds):
             for name, run in runs.items():
-                times[name].append(seconds(run, args.steps))
+                times[name].append(seconds(partial(run, args.steps)))
     loader = trainers["standard"].data_loader
     steps_per_epoch = len(loader.labels) / loader.order.batch_size
     result = {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from clock import now
 from detectron2.config import CfgNode
 from detectron2.engine.hooks import EvalHook, PeriodicCheckpointer, PeriodicWriter
 from detectron2.structures import Boxes, Instances, PolygonMasks
@@ -144,25 +144,18 @@ def make_trainer(network: Network, folder: str, *overrides: Any) -> NoiseTrainer
     return trainer
 
 
-def wait() -> None:
-    """Until a GPU has done what it was asked for."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def stepper(trainer: NoiseTrainer) -> Callable[[], float]:
     """A function that makes one step, with its hooks, and returns its seconds."""
     deterministic = trainer.cfg.DETERMINISTIC
 
     def step() -> float:
         torch.use_deterministic_algorithms(deterministic)
-        begin = time.perf_counter()
+        begin = now()
         with trainer.storage, torch.jit.optimized_execution(not deterministic):
             trainer.before_step()
             trainer.run_step()
             trainer.after_step()
-        wait()
         trainer.iter += 1
-        return time.perf_counter() - begin
+        return now() - begin
 
     return step

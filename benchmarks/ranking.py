@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import scipy.linalg
 import torch
 import torchvision
+from clock import seconds
 from detectron2 import model_zoo
 from detectron2.modeling import build_model
 from torch import nn
@@ -36,14 +37,6 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
-    work()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
 def drop_and_return(name: str) -> dict[str, Any]:
     """Seconds of a drop (ranking) and of a return (re-initialisation) of a network's filters.
 
@@ -56,22 +49,22 @@ def drop_and_return(name: str) -> dict[str, Any]:
     model = MODELS[name]().to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     method = RePr(model, optimizer, RePrSchedule(1, 1, ROUNDS + 1), SHARE)
-    seconds: dict[str, list[float]] = {"drop": [], "return": []}
+    took: dict[str, list[float]] = {"drop": [], "return": []}
     for index in range(1, 2 * ROUNDS + 3):
         if index % 2:
             for layer in method.layers:
                 nn.init.kaiming_normal_(layer.weight)
-        took = _seconds(lambda now=index: method.step(now))
+        of_step = seconds(lambda now=index: method.step(now))
         if index > 2:  # the first of each also builds what the later ones use
-            seconds["drop" if index % 2 else "return"].append(took)
-    took_ours = {kind: statistics.median(values) for kind, values in seconds.items()}
+            took["drop" if index % 2 else "return"].append(of_step)
+    ours = {kind: statistics.median(values) for kind, values in took.items()}
     baseline = _pivoted_qr(method.layers)
     return {
         "layers": len(method.layers),
         "filters": sum(layer.num_filters for layer in method.layers),
-        **{kind: round(value, 3) for kind, value in took_ours.items()},
+        **{kind: round(value, 3) for kind, value in ours.items()},
         "scipy": round(baseline, 1),
-        "ratio": round(baseline / sum(took_ours.values()), 1),
+        "ratio": round(baseline / sum(ours.values()), 1),
     }
 
 
@@ -84,9 +77,8 @@ def _pivoted_qr(layers: list[FilterLayer]) -> float:
     total = 0.0
     for shape, count in shapes.items():
         matrix = torch.randn(shape).numpy()
-        begin = time.perf_counter()
-        scipy.linalg.qr(matrix, pivoting=True, check_finite=False)
-        total += count * (time.perf_counter() - begin)
+        decompose = partial(scipy.linalg.qr, matrix, pivoting=True, check_finite=False)
+        total += count * seconds(decompose)
     return total
 
 
@@ -99,8 +91,8 @@ def growth(widths: tuple[int, ...]) -> dict[str, Any]:
         rows, gone = layer.matrix(), round(SHARE * width)
         values = []
         for _ in range(ROUNDS + 1):
-            rank = _seconds(lambda layer=layer: ortho([layer]))
-            back = _seconds(
+            rank = seconds(lambda layer=layer: ortho([layer]))
+            back = seconds(
                 lambda rows=rows, gone=gone: orthogonal_directions(
                     rows[:gone], rows[gone:], generator
                 )

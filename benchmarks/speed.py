@@ -7,14 +7,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import now
 from detectron2.utils.events import EventStorage
-from networks import NETWORKS, VARIANTS, make_trainer, stepper, wait
+from networks import NETWORKS, VARIANTS, make_trainer, stepper
 from scipy.stats import binom
 
 from repr_det.engine.compact import Compact
@@ -100,12 +100,10 @@ def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
         held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
         if not held:
             return 0.0
-        wait()
-        begin = time.perf_counter()
+        begin = now()
         for parameter in held:
             mask._mask(parameter)
-        wait()
-        spent.append(time.perf_counter() - begin)
+        spent.append(now() - begin)
     return statistics.median(spent)
 
 
@@ -177,9 +175,9 @@ def loading_share(config: str, steps: int) -> dict[str, Any]:
         with EventStorage() as trainer._trainer.storage:
             for index in range(WARM_UP + steps):
                 trainer._trainer.iter = index
-                begin = time.perf_counter()
+                begin = now()
                 trainer._trainer.run_step()
-                whole = time.perf_counter() - begin
+                whole = now() - begin
                 waited = trainer._trainer.storage.history("data_time").latest()
                 if index >= WARM_UP:
                     shares.append(waited / whole)

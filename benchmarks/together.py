@@ -15,12 +15,12 @@ import json
 import logging
 import statistics
 import tempfile
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from clock import now
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
@@ -43,13 +43,7 @@ class _Clock(HookBase):
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % WINDOW == 0:
-            self.times.append(_now())
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+            self.times.append(now())
 
 
 def _step(times: list[float], networks: int) -> float:
@@ -86,7 +80,7 @@ def together(config: str, networks: int, windows: int) -> float:
     times: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         configs = [_cfg(config, windows, folder, seed) for seed in range(networks)]
-        Together(configs).train(lambda iterations: times.append(_now()))
+        Together(configs).train(lambda iterations: times.append(now()))
     return _step(times, networks)
 
 
