@@ -32,7 +32,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # What ranks filters, a name in repr_det.method.criteria.CRITERIA.
     cfg.REPR.CRITERION = "ortho"
     # Shell-style patterns of conv layers that take part; a pattern takes what lies below, too.
-    # Empty: the backbone with its FPN; without a backbone all but stem and prediction layers.
+    # Empty: the backbone with its FPN; without a backbone all but stem and prediction layers. Gates
+    # (squeeze-and-excitation) are never among them.
     cfg.REPR.INCLUDE = []
     # Patterns of layers that take no part; wins over INCLUDE.
     cfg.REPR.EXCLUDE = []

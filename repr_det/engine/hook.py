@@ -142,7 +142,7 @@ class RePrHook(HookBase):
                 f"{trainer.start_iter}, so it has no state: register it before resume_or_load."
             )
         if hasattr(trainer, "max_iter"):
-            self.schedule.check_fits(trainer.max_iter)
+            self.check_fits(trainer.max_iter)
         seed = self._arguments.get("seed", 0) + comm.get_rank()
         if self._mode == "on" and _deeply_wrapped(trainer.model):
             raise ValueError(
@@ -170,9 +170,17 @@ class RePrHook(HookBase):
             f"{self.schedule.s2} iterations, then full training from {self.schedule.end}."
         )
 
+    def check_fits(self, max_iter: int) -> None:
+        """Refuse a training length that the schedule does not fit; see :class:`RePrSchedule`.
+
+        Raises:
+            ValueError: it does not.
+        """
+        self.schedule.check_fits(max_iter, self._arguments.get("warmup", 0))
+
     def before_train(self) -> None:
         """Check what only the start of training shows, and look for evaluations to follow."""
-        self.schedule.check_fits(self.trainer.max_iter)
+        self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
         self._begin_history()

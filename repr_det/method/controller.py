@@ -27,7 +27,7 @@ from repr_det.method.criteria import (
     mean_overlap,
     number_to_prune,
 )
-from repr_det.method.data_criteria import check_second_derivatives
+from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.filters import (
     FilterLayer,
     NormLink,
@@ -173,9 +173,9 @@ class RePr:
         self._outgoing = self._factors_on_readers()
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
-        if criterion == "hessian":
+        if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with preserved(self._model), eager():
-                check_second_derivatives(self.layers, self._data(cycle=0))
+                check_derivatives(criterion, self.layers, self._data(cycle=0))
         if batches is None and any(link.constant_statistics for link, _ in self._norms(None)):
             warnings.warn(
                 "RePr: the model has norms with constant statistics, which returned channels need "
@@ -207,6 +207,7 @@ class RePr:
             self.graph.convs,
             stems=self.graph.stems,
             heads=self.graph.heads,
+            gates=self.graph.gates,
             trained=self._trained(),
             has_backbone=isinstance(getattr(self._model, "backbone", None), nn.Module),
             include=self._include,
@@ -626,7 +627,8 @@ class RePr:
                 f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
                 f"resume with the version of repr_det that wrote the checkpoint."
             )
-        mine, theirs = self.settings(), state["settings"]
+        # Checkpoints from before there was a warm-up do not mention it.
+        mine, theirs = self.settings(), {"warmup": 0, **state["settings"]}
         different = [k for k in mine if theirs.get(k) != mine[k]]
         if different:
             listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine[k]!r}" for k in different)

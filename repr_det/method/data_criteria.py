@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 BATCHES = 8
 """How many batches a criterion looks at."""
 
+DIFFERENTIATES = {"gradients", "taylor", "hessian"}
+"""Names of the criteria that differentiate the loss."""
+
 HESSIAN_PROBES = 4
 """Random vectors a batch that estimate the diagonal of the Hessian."""
 
@@ -83,10 +86,12 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
             gates.append((site, gate, out.numel() // max(gate.numel(), 1)))
             return out * gate
 
+        # Hooked all along: with checkpointing, features are computed again on the way back.
         with torch.enable_grad(), _hooked(layers, multiply):
             loss = data.loss(data.model, batch)
-        found = torch.autograd.grad(loss, [gate for _, gate, _ in gates], allow_unused=True)
-        for (site, gate, positions), gradient in zip(gates, found, strict=True):
+            wanted = list(gates)
+            found = torch.autograd.grad(loss, [gate for _, gate, _ in wanted], allow_unused=True)
+        for (site, gate, positions), gradient in zip(wanted, found, strict=True):
             if gradient is not None and len(gate):
                 per_image = gradient.transpose(1, site.dim).flatten(1).double() / positions
                 site.add(totals, per_image.abs().mean(dim=0))
@@ -104,7 +109,7 @@ def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
     units of the loss, so layers are compared as they are.
 
     Raises:
-        RuntimeError: the loss has no second derivatives; see :func:`check_second_derivatives`.
+        RuntimeError: the loss has no second derivatives; see :func:`check_derivatives`.
     """
     totals = _zeros(layers)
     batches = 0
@@ -115,12 +120,23 @@ def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
     return _negative({name: total / batches for name, total in totals.items()})
 
 
-def check_second_derivatives(layers: Sequence[FilterLayer], data: Data) -> None:
-    """Refuse a model whose loss cannot be differentiated twice, as :func:`hessian` needs.
+def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data) -> None:
+    """Refuse a model whose loss a criterion of :data:`DIFFERENTIATES` cannot differentiate.
 
     Raises:
-        ValueError: an operation of the model has no second derivative (RoIAlign has none).
+        ValueError: the model recomputes features by reentrant checkpointing, into which
+            ``torch.autograd.grad`` does not reach; or, for :func:`hessian`, an operation of the
+            model has no second derivative (RoIAlign has none).
     """
+    with torch.enable_grad():
+        loss = data.loss(data.model, next(_batches(data)))
+    if "CheckpointFunctionBackward" in _names_behind(loss):
+        raise ValueError(
+            f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing: "
+            f"call torch.utils.checkpoint with use_reentrant=False, or choose another criterion."
+        )
+    if criterion != "hessian":
+        return
     try:
         _saliencies(layers, data, next(_batches(data)), probes=1)
     except RuntimeError as error:
@@ -128,6 +144,17 @@ def check_second_derivatives(layers: Sequence[FilterLayer], data: Data) -> None:
             f"RePr: criterion 'hessian' needs second derivatives, which this model's loss does not "
             f"have ({str(error).splitlines()[0]}); choose another criterion, for example taylor."
         ) from error
+
+
+def _names_behind(loss: Tensor) -> set[str]:
+    """Names of the operations that a loss comes from, as autograd calls them."""
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [after for after, _ in node.next_functions]
+    return {node.name() for node in seen}
 
 
 def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:

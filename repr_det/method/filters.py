@@ -298,15 +298,13 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
     """
     weight = module.weight
     dead = dead.to(weight.device)
-    if isinstance(module, _ConvTransposeNd):
-        return [Slot(weight, None, 0, dead.nonzero().flatten())] if dead.any() else []
     groups = getattr(module, "groups", 1)
-    outputs = weight.shape[0] // groups
+    rows = weight.shape[0] // groups  # of a transposed conv these are input channels
     return [
         Slot(
             weight,
-            None if groups == 1 else slice(g * outputs, (g + 1) * outputs),
-            1,
+            None if groups == 1 else slice(g * rows, (g + 1) * rows),
+            0 if isinstance(module, _ConvTransposeNd) else 1,
             part.nonzero().flatten(),
         )
         for g, part in enumerate(dead.reshape(groups, -1))
@@ -331,6 +329,7 @@ def select_layers(
     *,
     stems: Collection[str],
     heads: Collection[str],
+    gates: Collection[str],
     trained: Collection[int],
     has_backbone: bool,
     include: Sequence[str] | None = None,
@@ -338,15 +337,16 @@ def select_layers(
 ) -> list[str]:
     """Names of the conv layers that take part.
 
-    Default: below ``backbone`` where the model has one, else everywhere, without the stem and
-    without prediction layers. With ``include``, what the patterns match; the stem and prediction
-    layers then only where a pattern matches their own name. Never: depthwise and single-filter
+    Default: below ``backbone`` where the model has one, else everywhere, without the stem, without
+    prediction layers and without gates. With ``include``, what the patterns match; these layers
+    then only where a pattern matches their own name. Never: depthwise and single-filter
     layers (a filter has no other to be compared with), and layers whose weight does not train.
 
     Args:
         convs: all convs of the model by dotted name.
         stems: names of convs that read the image.
         heads: names of prediction layers.
+        gates: names of convs whose output other channels are multiplied by, behind a sigmoid.
         trained: ``id`` of every parameter that the optimizer trains.
         has_backbone: whether the model has a module called ``backbone``.
         include: shell-style patterns; a pattern also takes everything below what it matches.
@@ -364,16 +364,16 @@ def select_layers(
                     f"names that exist are, for example: {some}."
                 )
     if include:
-        special = set(stems) | set(heads)
+        special = {*stems, *heads, *gates}
         names = [
             name
             for name in convs
             if matches(name, include) and (name not in special or names_itself(name, include))
         ]
     elif has_backbone:
-        names = [n for n in convs if n.startswith("backbone.") and n not in stems]
+        names = [n for n in convs if n.startswith("backbone.") and n not in {*stems, *gates}]
     else:
-        names = [n for n in convs if n not in stems and n not in heads]
+        names = [n for n in convs if n not in {*stems, *heads, *gates}]
     names = [n for n in names if not matches(n, exclude or ())]
     trainable = [n for n in names if id(convs[n].weight) in trained]
     if not trainable:

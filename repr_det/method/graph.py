@@ -11,7 +11,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -71,6 +71,11 @@ _VALUES = {
 }  # fmt: skip
 """Arguments that say what is read, of operations that are also told where to read it."""
 
+
+_GATES = {
+    "aten::sigmoid", "aten::sigmoid_", "aten::hardsigmoid", "aten::hardsigmoid_",
+}  # fmt: skip
+"""Operations that make of zero a constant for other channels to be multiplied by."""
 
 _RANDOM = {"aten::native_dropout", "aten::rrelu_with_noise"}
 """Operations of :data:`_SAME` that draw a number for every entry: fewer entries, other draws."""
@@ -137,6 +142,8 @@ class ChannelGraph:
         readers: every conv and linear layer that ran, by dotted name.
         stems: convs that read the image: no layer with weights before them.
         heads: prediction layers: convs with no layer with weights between them and the output.
+        gates: convs that are read through a sigmoid alone (squeeze-and-excitation): their zero is
+            a constant, not nothing.
         tied: pairs of channel lists that must stay of one length, channel by channel: what a sum,
             a shared layer or a batch of several inputs brought together.
         fixed: channels whose number must stay, since something sees them that is not known to work
@@ -149,6 +156,7 @@ class ChannelGraph:
     readers: dict[str, Reader] = field(default_factory=dict)
     stems: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
+    gates: set[str] = field(default_factory=set)
     tied: list[tuple[Channels, Channels]] = field(default_factory=list)
     fixed: list[Channels] = field(default_factory=list)
     example: Callable[[], Any] | None = None
@@ -156,6 +164,11 @@ class ChannelGraph:
 
 def _union(a: Sources, b: Sources) -> Sources:
     return None if a is None or b is None else a | b
+
+
+def _convs_of(channels: Channels) -> set[str]:
+    """The convs that channels are known to be made of."""
+    return {name for sources in channels for name, _ in sources or ()}
 
 
 def _merge(a: Channels, b: Channels) -> Channels:
@@ -179,6 +192,7 @@ class _Tracer(TorchDispatchMode):
         self.link_dims: dict[tuple[str, str], int] = {}
         self.read: set[str] = set()
         self.stems: set[str] = set()
+        self.squashed: set[str] = set()  # by one of _GATES
         self.tied: list[tuple[Channels, Channels]] = []
         self.fixed: list[Channels] = []
         # Norm channels that were seen with something else than one filter in them.
@@ -197,15 +211,15 @@ class _Tracer(TorchDispatchMode):
         """A copy of what was found so far."""
         return (
             dict(self.ran), dict(self.readers), {k: dict(v) for k, v in self.links.items()},
-            set(self.read), set(self.stems), list(self.tied), list(self.fixed),
+            set(self.read), set(self.stems), set(self.squashed), list(self.tied), list(self.fixed),
             {k: set(v) for k, v in self.blind.items()}, set(self.exposed),
         )  # fmt: skip
 
     def restore(self, record: tuple) -> None:
         """Go back to what :meth:`record` gave."""
         (
-            self.ran, self.readers, self.links, self.read, self.stems, self.tied, self.fixed,
-            self.blind, self.exposed,
+            self.ran, self.readers, self.links, self.read, self.stems, self.squashed, self.tied,
+            self.fixed, self.blind, self.exposed,
         ) = record  # fmt: skip
 
     def forget_tensors(self) -> None:
@@ -450,6 +464,9 @@ class _Tracer(TorchDispatchMode):
         if op in ("aten::mul", "aten::mul_", "aten::div", "aten::div_"):
             return self._product(op, x, args[1])
         if tag is None:
+            return None
+        if op in _GATES:
+            self.squashed |= _convs_of(tag.sources)
             return None
         if op in _SAME:
             per_channel = "prelu" in op and args[1].numel() > 1
@@ -703,7 +720,8 @@ def trace(
 
     Args:
         model: any module with convs; wrappers are looked through.
-        run: runs the model on an input of its own, for a model that no zero image fits.
+        run: runs the model on an input of its own, for a model that no zero image fits, or that
+            uses convs in training alone and does not train on zero images.
         also: a run in training mode to follow besides, such as one on a training batch, which may
             use parts that no example reaches.
 
@@ -729,6 +747,9 @@ def trace(
             except Exception as error:  # an unknown model may raise anything
                 reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
         if ran:
+            if run is not None and tracer.convs.keys() > tracer.ran.keys():
+                with suppress(Exception):  # there may be no batch to run it on
+                    _run(tracer, model, run, training=True)
             if also is not None:
                 _run(tracer, model, also, training=True)
             graph = _graph(tracer)
@@ -778,6 +799,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         readers=_one_per_weight(tracer.readers),
         stems=tracer.stems,
         heads=heads,
+        gates=tracer.squashed.difference(*(_convs_of(r.sources) for r in tracer.readers.values())),
         tied=tracer.tied + tied,
         fixed=tracer.fixed + fixed,
     )

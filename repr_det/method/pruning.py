@@ -158,6 +158,22 @@ def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None
             mean.detach()[channels.to(mean.device)] = 0.0
 
 
+def _columns(
+    reader: Reader, pruned: dict[str, Tensor], factors: Mapping[str, float]
+) -> list[tuple[Slot, float]]:
+    """Where a layer reads pruned channels, and the factor on what comes back there.
+
+    Filters that read nothing else (depthwise) come back as they were: at zero they would be silent
+    however the channels that they read do, and a norm behind them would magnify their gradients.
+    """
+    dead = reader.dead(pruned)
+    inputs = len(dead) // getattr(reader.module, "groups", 1)
+    return [
+        (slot, 1.0 if len(slot.index) == inputs else factors[reader.name])
+        for slot in column_slots(reader.module, dead)
+    ]
+
+
 def set_aside(
     readers: Sequence[Reader],
     pruned: dict[str, Tensor],
@@ -178,8 +194,8 @@ def set_aside(
     """
     aside: dict[str, list[dict[str, Any]]] = {}
     for reader in readers:
-        entries, factor = [], factors[reader.name]
-        for slot in column_slots(reader.module, reader.dead(pruned)):
+        entries = []
+        for slot, factor in _columns(reader, pruned, factors):
             states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
             kept = {
                 key: slot.read(like=state)
@@ -200,11 +216,10 @@ def put_back(
     aside: dict[str, list[dict[str, Any]]],
     factors: Mapping[str, float],
 ) -> None:
-    """Undo :func:`set_aside`, with a reader's factor on its weights and on their first moments."""
+    """Undo :func:`set_aside`, with a factor on weights and on their first moments."""
     for reader in readers:
-        factor = factors[reader.name]
-        slots = column_slots(reader.module, reader.dead(pruned))
-        for slot, entry in zip(slots, aside.get(reader.name, []), strict=True):
+        columns = _columns(reader, pruned, factors)
+        for (slot, factor), entry in zip(columns, aside.get(reader.name, []), strict=True):
             if factor:
                 slot.write(factor * entry["value"])
             else:

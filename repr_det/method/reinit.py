@@ -28,7 +28,8 @@ class Reinit:
             a frozen norm's shift always ``"previous"``.
         outgoing: factor on the weights with which surviving filters of the next layers read a
             returned filter: 1 keeps what they were at the drop, 0 lets the returned filter start
-            without influence. Those of a frozen layer always come back as they were.
+            without influence. Those of a frozen layer, and of filters that read nothing else
+            (depthwise), always come back as they were.
 
     Raises:
         ValueError: a value outside of these.
@@ -192,8 +193,8 @@ def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
 def lengths_of(choice: Reinit, previous: Tensor, survivors: Tensor) -> Tensor:
     """Length of each new filter.
 
-    Survivors of zero length do not count (with ``outgoing=0`` one that read nothing but returned
-    filters is zero). Where the chosen length is unknown or zero, the other one is taken.
+    Survivors of zero length do not count. Where the chosen length is unknown or zero, the other one
+    is taken.
 
     Args:
         choice: ``norm`` and ``scale`` are used.

@@ -71,15 +71,26 @@ class RePrSchedule:
         period = self.s1 + self.s2
         return [(c * period + self.s1, (c + 1) * period) for c in range(self.cycles)]
 
-    def check_fits(self, max_iter: int) -> None:
-        """Refuse a training length that would end pruned.
+    def check_fits(self, max_iter: int, warmup: int = 0) -> None:
+        """Refuse a training length that would end pruned, or while the learning rate warms up.
+
+        Args:
+            max_iter: the length.
+            warmup: iterations of a warm-up after each return.
 
         Raises:
-            ValueError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``.
+            ValueError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``, or is so only
+                without the warm-up.
         """
         if self.end >= max_iter:
             raise ValueError(
                 f"RePr needs N * (S1 + S2) = {self.cycles} * ({self.s1} + {self.s2}) = {self.end} "
                 f"iterations and then some of the full network, but training ends after "
                 f"{max_iter}: lower N, S1 or S2, or train longer."
+            )
+        if self.end + warmup > max_iter:
+            raise ValueError(
+                f"RePr: training ends after {max_iter} iterations, in the warm-up of {warmup} that "
+                f"follows the last return at {self.end}: lower warmup, N, S1 or S2, or train "
+                f"longer."
             )

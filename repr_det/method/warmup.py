@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import ASGD, Optimizer, Rprop
 
 from repr_det.method.schedule import RePrSchedule
 
@@ -21,7 +21,8 @@ class RateWarmup:
         length: iterations until the rate is what it would be without; 0 never lowers it.
 
     Raises:
-        ValueError: a length that is no whole number from 0 to ``schedule.s1``.
+        ValueError: a length that is no whole number from 0 to ``schedule.s1``, or an optimizer
+            whose steps do not follow its learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: RePrSchedule, length: int) -> None:
@@ -32,8 +33,14 @@ class RateWarmup:
                 f"RePr: warmup is {length!r}; give a whole number of iterations from 0 to S1, "
                 f"which is {schedule.s1}."
             )
+        if length and isinstance(optimizer, (ASGD, Rprop)):
+            raise ValueError(
+                f"RePr: the steps of {type(optimizer).__name__} do not follow its learning rate, "
+                f"so there is no warmup with it: leave it at 0 or take another optimizer."
+            )
         self.length = length
-        self.factor = 1.0
+        self._factor = 1.0
+        self._optimizer = optimizer
         self._schedule = schedule
         self._rates: list[Any] = []
         if length:
@@ -42,17 +49,20 @@ class RateWarmup:
 
     def set_iteration(self, iteration: int) -> None:
         """Be ready for the step of this iteration, counted from 0."""
+        self._restore(self._optimizer)  # a step that raised did not
         since = self._schedule.since_return(iteration)
-        self.factor = 1.0 if since is None else min(1.0, (since + 1) / (self.length + 1))
+        self._factor = 1.0 if since is None else min(1.0, (since + 1) / (self.length + 1))
 
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
         # A step may be hooked more than once (gradient clipping as Detectron2 does it).
-        if self.factor < 1 and not self._rates:
+        if self._factor < 1 and not self._rates:
             self._rates = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
-                group["lr"] = self.factor * group["lr"]
+                group["lr"] = self._factor * group["lr"]
 
     def _restore(self, optimizer: Optimizer, *_: Any) -> None:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
         self._rates = []
+        # Of this step alone, whatever the optimizer is used for next.
+        self._factor = 1.0

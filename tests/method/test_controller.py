@@ -875,3 +875,32 @@ def test_backbone_layers_are_ranked_alike(backbone):
     assert min(shares.values()) > 0.1
     assert max(shares.values()) <= 0.5
     assert chance_overlap(max(shares)) < chance_overlap(min(shares)) / 4
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_filters_that_read_nothing_else_come_back_as_they_were(transposed):
+    """At zero behind a norm, depthwise filters would get gradients hundreds of times too large."""
+    torch.manual_seed(0)
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()),
+        *(kind(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU()),
+        *(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    method = RePr(model, optimizer, RePrSchedule(1, 2, 1), include=["1"])
+    depthwise = model[4].weight
+    before = depthwise.detach().clone()
+    method.step(1)
+    gone = method.pruned["1"]
+    assert gone.any() and (depthwise[gone] == 0).all()
+    torch.testing.assert_close(depthwise[~gone], before[~gone], rtol=0, atol=0)
+    method.step(3)
+    assert torch.equal(depthwise, before)
+
+
+def test_checkpoints_from_before_there_was_a_warmup():
+    _, _, method = build()
+    state = method.state_dict()
+    del state["settings"]["warmup"]
+    method.load_state_dict(state)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torchvision.ops import roi_align
 
 from repr_det import RePr, RePrSchedule
@@ -24,6 +25,7 @@ from repr_det.method.criteria import (
     mean_overlap,
     number_to_prune,
 )
+from repr_det.method.data_criteria import DIFFERENTIATES
 from repr_det.method.filters import FilterLayer
 from tests.method.nets import batch, loss, net
 
@@ -560,3 +562,48 @@ def test_callable_of_ones_own():
     )  # fmt: skip
     method.step(1)
     assert method.pruned["3"].tolist() == [False] * 6 + [True] * 2
+
+
+class Checkpointed(nn.Module):
+    """Computes what lies behind its first conv again on the way back."""
+
+    def __init__(self, reentrant: bool | None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.reentrant = reentrant
+        self.first = nn.Conv2d(3, 6, 3)
+        self.rest = nn.Sequential(nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU())
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        if self.reentrant is None:
+            x = self.rest(x)
+        else:
+            x = checkpoint(self.rest, x, use_reentrant=self.reentrant)
+        return self.last(x.mean(dim=(2, 3)))
+
+
+def ranked(criterion, reentrant):
+    model = Checkpointed(reentrant).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    method = RePr(
+        *(model, optimizer, RePrSchedule(1, 1, 1)),
+        **{"criterion": criterion, "batches": lambda: iter([batch(0)]), "loss": loss},
+    )
+    method.step(1)
+    return method.history[0]["pruned"]
+
+
+@pytest.mark.parametrize("criterion", sorted(DIFFERENTIATES))
+def test_checkpointing_changes_no_ranking(criterion):
+    plain, checkpointed = ranked(criterion, None), ranked(criterion, False)
+    assert plain.keys() == checkpointed.keys()
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+@pytest.mark.parametrize("criterion", sorted(DIFFERENTIATES))
+def test_reentrant_checkpointing_is_refused_when_built(criterion):
+    """Its gradients would all be missing, and the first layers lose their filters."""
+    with pytest.raises(ValueError, match="reentrant checkpointing: call .* use_reentrant=False"):
+        ranked(criterion, True)

@@ -171,7 +171,10 @@ def test_layers_that_share_a_weight_but_no_bias_take_no_part():
 def test_select_layers_is_a_pure_function_of_its_arguments():
     convs = {"a": nn.Conv2d(3, 4, 1), "b": nn.Conv2d(4, 4, 1), "c": nn.Conv2d(4, 2, 1)}
     trained = {id(p) for c in convs.values() for p in c.parameters()}
-    arguments = {"stems": {"a"}, "heads": {"c"}, "trained": trained, "has_backbone": False}
+    arguments = {
+        **{"stems": {"a"}, "heads": {"c"}, "gates": set()},
+        **{"trained": trained, "has_backbone": False},
+    }
     assert select_layers(convs, **arguments) == ["b"]
     assert select_layers(convs, **arguments, include=["?"]) == ["a", "b", "c"]
     assert select_layers(convs, **arguments, include=["?"], exclude=["b"]) == ["a", "c"]

@@ -194,6 +194,42 @@ def test_googlenet_auxiliary_heads_run_only_in_training():
     assert found["aux1.conv.conv"] == [0]
 
 
+def test_auxiliary_heads_of_a_model_that_trains_on_real_batches_only():
+    network = classifier("googlenet", init_weights=False)
+
+    class NeedsLabels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x, labels=None):
+            if self.training and labels is None:
+                raise ValueError("no labels")
+            return self.network(x)
+
+    model = NeedsLabels()
+    graph = trace(model, lambda: model(torch.zeros(2, 3, 64, 64), labels=1))
+    found = silent(graph, {"network.inception4a.branch1.conv": [0]})
+    assert found["network.aux1.conv.conv"] == [0]
+
+
+def test_gates_are_what_a_sigmoid_alone_reads():
+    graph = trace(classifier("mobilenet_v3_small"))
+    gates = {name for name in graph.convs if name.endswith("fc2")}
+    assert len(gates) == 9 and graph.gates == gates
+
+    class Swish(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = self.b(self.a(x))
+            return self.c(y * y.sigmoid())
+
+    assert trace(Swish()).gates == set()
+
+
 def test_mobilenet_depthwise_keeps_a_channel_in_its_place():
     graph = trace(classifier("mobilenet_v2"))
     block = "features.3.conv."

@@ -92,3 +92,38 @@ def test_state_of_another_warmup_is_refused():
 def test_refuses_what_is_no_length_up_to_s1(value):
     with pytest.raises(ValueError, match=f"warmup is {value!r}.* 0 to S1, which is 3"):
         built("adam", value)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Rprop, torch.optim.ASGD])
+def test_refuses_optimizers_whose_steps_do_not_follow_the_rate(kind):
+    model = net("chain", torch.float32)
+    with pytest.raises(ValueError, match=f"steps of {kind.__name__} do not follow"):
+        RePr(model, kind(model.parameters()), SCHEDULE, warmup=1)
+
+
+def test_refuses_to_end_in_a_warmup():
+    SCHEDULE.check_fits(13, warmup=3)
+    with pytest.raises(ValueError, match="ends after 12 iterations, in the warm-up of 3 .* at 10"):
+        SCHEDULE.check_fits(12, warmup=3)
+
+
+def test_a_step_that_was_not_announced_has_the_whole_rate():
+    """An interrupted run, say, whose optimizer is used for another."""
+    model, optimizer, method = built("momentum", 3)
+    rates = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    rate = optimizer.param_groups[0]["lr"]
+    method.step(5)
+    optimizer.step()
+    optimizer.step()
+    assert rates == [rate / 4, rate]
+
+
+def test_a_step_that_fails_does_not_lower_the_next():
+    model, optimizer, method = built("momentum", 3)
+    rate = optimizer.param_groups[0]["lr"]
+    method.step(5)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    method.step(8)
+    assert optimizer.param_groups[0]["lr"] == rate
