@@ -7,12 +7,13 @@ import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from pycocotools.mask import area
 from tqdm import tqdm
 
 from repr_det.detection.datasets import check_annotations, read_coco
@@ -31,8 +32,24 @@ RESULTS = Path("inference", "coco_instances_results.json")
 """Where a run folder holds the results of its last evaluation."""
 
 
-def read_truth(annotations: str | Path) -> COCO:
-    """Annotations to compare on.
+class Annotations(NamedTuple):
+    """Annotations of a dataset.
+
+    Attributes:
+        path: the file.
+        images: ids of the images of it that count; None for all.
+    """
+
+    path: Path
+    images: frozenset[int] | None = None
+
+
+def read_truth(annotations: str | Path, images: Collection[int] | None = None) -> COCO:
+    """Annotations to compare on, completed; see :func:`complete`.
+
+    Args:
+        annotations: path of the file.
+        images: ids of the images that count; None for all.
 
     Raises:
         FileNotFoundError: no such file.
@@ -40,19 +57,33 @@ def read_truth(annotations: str | Path) -> COCO:
     """
     content = read_coco(str(annotations))
     check_annotations(str(annotations), content)
+    if images is not None:
+        for part, key in (("images", "id"), ("annotations", "image_id")):
+            content[part] = [entry for entry in content[part] if entry[key] in images]
     names = [category["name"] for category in content["categories"]]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
         raise ValueError(f"{annotations} has two categories {min(twice)!r}: give them other names.")
-    for entry in content["annotations"]:
-        # Files of other tools often leave it out where there are no crowds.
+    truth = _indexed(content)
+    complete(truth)
+    return truth
+
+
+def complete(truth: COCO) -> None:
+    """Give annotations what pycocotools needs and other tools leave out, in place.
+
+    Objects are no crowds, and as large as their mask or else their box, where nothing is said of
+    that. They are numbered from 1: pycocotools takes a match with an object of id 0 for none.
+    """
+    for number, entry in enumerate(truth.dataset.get("annotations", ()), 1):
         entry.setdefault("iscrowd", 0)
         if "area" not in entry:
-            raise ValueError(
-                f"{annotations}: annotation {entry['id']} has no area, by which COCO tells small "
-                "objects from large ones: write the area of its mask, or else of its box."
-            )
-    return _indexed(content)
+            *_, width, height = entry["bbox"]
+            mask = entry.get("segmentation")
+            entry["area"] = float(area(truth.annToRLE(entry))) if mask else width * height
+        entry["id"] = number
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
 
 
 def results_path(path: str | Path) -> Path:

@@ -72,7 +72,7 @@ def category_names(content: dict[str, Any]) -> list[str]:
 
 
 def check_annotations(annotations: str, content: dict[str, Any]) -> None:
-    """Refuse annotations that cannot be trained or evaluated on; warn of boxes that do not count.
+    """Refuse annotations that cannot be trained or evaluated on; warn of boxes without area.
 
     Args:
         annotations: path of the file, to be named.
@@ -101,8 +101,8 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
             useless.append(entry["id"])
     if useless:
         logger.warning(
-            f"{annotations}: {len(useless)} boxes have no area inside their image and do not "
-            f"count, for example annotation {useless[0]}."
+            f"{annotations}: {len(useless)} boxes have no area inside their image, for example "
+            f"annotation {useless[0]}: training leaves them out, evaluation counts them as missed."
         )
     empty = len(images) - len({entry["image_id"] for entry in content["annotations"]})
     if empty:

@@ -195,11 +195,13 @@ def ground_truth(record: dict[str, Any], masks: bool) -> Instances:
         record: of a dataset in Detectron2's format.
         masks: keep masks, where there are any.
     """
+    left_out = {"keypoints"} if masks else {"keypoints", "segmentation"}
+    objects = [
+        {key: value for key, value in entry.items() if key not in left_out}
+        for entry in record.get("annotations", [])
+    ]
     size = record["height"], record["width"]
-    truth = annotations_to_instances(record.get("annotations", []), size, mask_format="bitmask")
-    if truth.has("gt_masks") and not masks:
-        truth.remove("gt_masks")
-    return truth
+    return annotations_to_instances(objects, size, mask_format="bitmask")
 
 
 def draw_dataset_detections(

@@ -25,6 +25,7 @@ from repr_det.detection.coco_results import (
     BBOX,
     IOU_75,
     METRICS,
+    Annotations,
     check_iou_type,
     common_iou_types,
     evaluated_classes,
@@ -33,7 +34,9 @@ from repr_det.detection.coco_results import (
     results_path,
 )
 from repr_det.detection.datasets import check_dataset, check_num_classes
+from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
+from repr_det.engine.parts import held_out_name
 from repr_det.engine.trained import load_trained
 
 Metrics = dict[str, float | None]
@@ -83,6 +86,23 @@ def annotation_file(dataset: str) -> Path:
             f"Dataset {dataset} has no COCO-format annotation file: write its annotations as one."
         )
     return Path(metadata.json_file)
+
+
+def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
+    """The annotations of a dataset that a config names, its held-out part included.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`annotation_file` and :func:`register_held_out`.
+    """
+    register_builtin()
+    if dataset not in map(held_out_name, cfg.DATASETS.TRAIN):
+        return Annotations(annotation_file(dataset))
+    register_held_out(cfg)
+    train = MetadataCatalog.get(dataset).get("held_out_of")
+    if train is None:  # a dataset of somebody's that happens to be called so
+        return Annotations(annotation_file(dataset))
+    path = annotation_file(train)
+    return Annotations(path, frozenset(r["image_id"] for r in DatasetCatalog.get(dataset)))
 
 
 def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str, ...]:
@@ -164,8 +184,8 @@ def detect(
     """
     truths = {}
     for dataset in cfg.DATASETS.TEST:
-        annotations = annotation_file(dataset)
-        truths[dataset] = annotations, read_truth(annotations)
+        annotations = annotations_of(cfg, dataset)
+        truths[dataset] = annotations.path, read_truth(*annotations)
         if iou_type is not None:
             check_iou_type([], iou_type, truths[dataset][1])
     model = load_trained(cfg)

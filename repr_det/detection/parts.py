@@ -87,7 +87,8 @@ def register_held_out(cfg: CfgNode) -> None:
     def load() -> list[dict[str, Any]]:
         records = _read(train)
         of_train = MetadataCatalog.get(train)
-        MetadataCatalog.get(name).set(**{key: of_train.get(key) for key in _OF_CLASSES})
+        classes = {key: of_train.get(key) for key in _OF_CLASSES}
+        MetadataCatalog.get(name).set(**{k: v for k, v in classes.items() if v is not None})
         return [records[position] for position in part_indices(len(records), count)[1]]
 
     DatasetCatalog.register(name, load)

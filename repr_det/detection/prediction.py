@@ -138,24 +138,37 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
     count = num_classes(cfg)
     if annotations is not None:
         content = read_coco(str(annotations))
-        names = category_names(content)
-        if len(names) != count:
+        found = _labels_in(content)
+        if len(found.names) != count:
             raise ValueError(
-                f"{annotations} has {len(names)} classes, but {num_classes_key(cfg)} is {count}: "
-                f"give annotations of the dataset that the model was trained on."
+                f"{annotations} has {len(found.names)} classes, but {num_classes_key(cfg)} is "
+                f"{count}: give annotations of the dataset that the model was trained on."
             )
-        categories = sorted(category["id"] for category in content["categories"])
-        images = {image["file_name"]: image["id"] for image in content["images"]}
-        return Labels(names, categories, images)
+        return found._replace(images={i["file_name"]: i["id"] for i in content["images"]})
     register_builtin()
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
-        names = dataset in MetadataCatalog.list() and MetadataCatalog.get(dataset).get(
-            "thing_classes"
-        )
-        if names and len(names) == count:
-            return Labels(list(names), category_ids(dataset), {})
+        found = _labels_of(dataset)
+        if found is not None and len(found.names) == count:
+            return found
     numbers = range(1, count + 1)
     return Labels([f"class {number}" for number in numbers], list(numbers), {})
+
+
+def _labels_of(dataset: str) -> Labels | None:
+    """Labels of a registered dataset, whether it was read yet or not; None where nobody knows."""
+    if dataset not in MetadataCatalog.list():
+        return None
+    metadata = MetadataCatalog.get(dataset)
+    if names := metadata.get("thing_classes"):
+        return Labels(list(names), category_ids(dataset), {})
+    if Path(metadata.get("json_file") or "").is_file():
+        return _labels_in(read_coco(metadata.json_file))
+    return None
+
+
+def _labels_in(content: dict[str, Any]) -> Labels:
+    """Labels of COCO's JSON, no images known."""
+    return Labels(category_names(content), sorted(c["id"] for c in content["categories"]), {})
 
 
 # --- looking
@@ -252,12 +265,18 @@ def predict(
         progress: show a bar.
 
     Raises:
-        ValueError: not one image could be read, or a video cannot be written.
+        ValueError: several images are the same one of the labels, not one image could be read, or
+            a video cannot be written.
     """
     outcome = Outcome()
     numbers = itertools.count(max(labels.images.values(), default=0) + 1)
     videos = [source for source in sources if source.is_video]
     images = [source for source in sources if not source.is_video]
+    names = [source.drawn.as_posix() for source in images]
+    if twice := [name for name in labels.images if names.count(name) > 1]:
+        raise ValueError(
+            f"Several images are {twice[0]} of the annotations: give them in separate calls."
+        )
     total = len(images) + sum(map(_length, videos))
     with tqdm(total=total, desc="Detecting", unit="image", disable=not progress) as bar:
 

@@ -14,6 +14,7 @@ from detectron2.data import (
 from detectron2.evaluation import COCOEvaluator
 
 from repr_det.detection.builtin import register_builtin
+from repr_det.detection.coco_results import complete
 from repr_det.detection.datasets import NamedImages, check_datasets, check_num_classes
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.parts import register_held_out, training_records
@@ -69,13 +70,15 @@ class DetectionTrainer(RePrTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         """COCO's metrics for what the model predicts; predictions go to ``OUTPUT_DIR``."""
-        return COCOEvaluator(
+        evaluator = COCOEvaluator(
             dataset_name,
             output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
             use_fast_impl=_has_fast_evaluation(),
             # What is kept of a held-out part in OUTPUT_DIR may be another config's.
             allow_cached_coco=False,
         )
+        complete(evaluator._coco_api)
+        return evaluator
 
 
 def _has_fast_evaluation() -> bool:

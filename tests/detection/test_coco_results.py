@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from repr_det.detection.coco_results import (
     BBOX,
+    METRICS,
     SEGM,
     common_iou_types,
     evaluated_classes,
     read_results,
 )
-from tests.coco_files import SIZE, make_results, make_truth, read, rectangle
+from repr_det.detection.evaluation import evaluate
+from tests.coco_files import SIZE, direct, make_results, make_truth, read, rectangle
 
 
 @pytest.mark.parametrize(
@@ -44,7 +47,6 @@ def test_results_that_do_not_fit(tmp_path, change, sentence):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content["annotations"][3].pop("area"), "annotation 4 has no area"),
         (lambda content: content["categories"][0].update(name="wolf"), "two categories 'wolf'"),
         (lambda content: content["images"].pop(), "image_id"),
     ],
@@ -56,11 +58,21 @@ def test_annotations_that_do_not_fit(tmp_path, change, sentence):
         read(tmp_path, content)
 
 
-def test_crowds_may_be_left_out(tmp_path):
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_what_other_tools_leave_out(tmp_path, iou_type):
+    """Neither crowds nor areas are said, and objects are numbered from 0."""
     content = make_truth()
-    for entry in content["annotations"]:
-        entry.pop("iscrowd")
-    assert list(evaluated_classes(read(tmp_path, content), make_results(content, 1), BBOX))
+    content["annotations"] = [e for e in content["annotations"] if not e["iscrowd"]]
+    results = make_results(content, 1)
+    expected = direct(content, results, iou_type)
+    for number, entry in enumerate(content["annotations"]):
+        entry["id"] = number
+        del entry["iscrowd"], entry["area"]
+        if iou_type == BBOX:
+            del entry["segmentation"]
+    found = evaluate(read(tmp_path, content), results, iou_type)
+    overall = np.array([found.overall[metric] for metric in METRICS], dtype=float)
+    np.testing.assert_allclose(overall, expected[0], rtol=0, atol=1e-12)
 
 
 def test_only_what_all_results_hold_is_compared(tmp_path):

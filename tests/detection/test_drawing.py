@@ -15,6 +15,7 @@ from repr_det.detection.drawing import (
     draw_dataset_detections,
     draw_detections,
     draw_instances,
+    ground_truth,
 )
 
 # pycocotools and numpy 2, in mask.decode
@@ -125,6 +126,14 @@ class Oracle(torch.nn.Module):
         assert record["image"].shape == (3, 80, 120)
         size = (record["height"], record["width"])
         return [{"instances": found([[10, 20, 40, 35]], [1], [0.9])}] if size == (40, 60) else []
+
+
+def test_objects_of_which_some_have_masks() -> None:
+    box = {"bbox": [5, 5, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
+    mask = {"segmentation": [[5, 5, 15, 5, 15, 15]]}
+    record = {"height": 40, "width": 60, "annotations": [box | mask, box | {"segmentation": []}]}
+    truth = ground_truth(record, masks=False)
+    assert truth.gt_boxes.tensor.tolist() == [[5, 5, 15, 15]] * 2 and not truth.has("gt_masks")
 
 
 def test_a_model_is_run_on_the_images_of_a_dataset(tmp_path: Path):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
+from repr_det.detection.coco_results import read_truth
+from repr_det.detection.evaluation import annotations_of
 from repr_det.detection.parts import training_records
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.tasks import get_cfg
@@ -52,11 +56,10 @@ def test_what_is_trained_on_and_what_is_tested(cfg, deterministic):
     assert ids(training_records(cfg)) < trained
 
 
-def test_only_held_out_images_are_evaluated(cfg):
-    """Right on all of them, and wrong nowhere: AP would be lower if others counted."""
-    DetectionTrainer.check(cfg)
-    records = DatasetCatalog.get(NAMES[1])
-    evaluator = DetectionTrainer.build_evaluator(cfg, NAMES[1])
+def ap_of_all_found(cfg, dataset):
+    """AP by the trainer's evaluator, of one right box on each image and nothing else."""
+    records = DatasetCatalog.get(dataset)
+    evaluator = DetectionTrainer.build_evaluator(cfg, dataset)
     evaluator.reset()
     evaluator._predictions = [
         {
@@ -72,7 +75,17 @@ def test_only_held_out_images_are_evaluated(cfg):
         }
         for record in records
     ]
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    return evaluator.evaluate()["bbox"]["AP"]
+
+
+def test_only_held_out_images_are_evaluated(cfg):
+    """Right on all of them, and wrong nowhere: AP would be lower if others counted."""
+    DetectionTrainer.check(cfg)
+    assert ap_of_all_found(cfg, NAMES[1]) == pytest.approx(100)
+    held_out = ids(DatasetCatalog.get(NAMES[1]))
+    assert annotations_of(cfg, NAMES[1]).images == held_out
+    truth = read_truth(*annotations_of(cfg, NAMES[1]))
+    assert set(truth.imgs) == held_out and len(truth.anns) == 3
     # Another config holds other images out under the same name.
     cfg.DATASETS.HELD_OUT = 5
     DetectionTrainer.check(cfg)
@@ -116,3 +129,24 @@ def test_mistakes(cfg):
             DetectionTrainer.check(cfg)
     finally:
         DatasetCatalog.remove("squares_heldout")
+
+
+def test_evaluation_needs_no_more_than_training_does(cfg):
+    """Files of other tools say neither crowds nor areas, and number objects from 0."""
+    path = Path(MetadataCatalog.get(NAMES[0]).json_file)
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        del entry["area"], entry["iscrowd"]
+        entry["id"] -= 1
+    path.write_text(json.dumps(content))
+    assert ap_of_all_found(cfg, NAMES[0]) == pytest.approx(100)
+
+
+def test_a_part_of_a_dataset_without_category_ids(cfg):
+    DetectionTrainer.check(cfg)
+    records = DatasetCatalog.get(NAMES[0])
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.remove(NAMES[0])
+    DatasetCatalog.register(NAMES[0], lambda: records)
+    MetadataCatalog.get(NAMES[0]).set(thing_classes=["cat", "dog"])
+    assert ap_of_all_found(cfg, NAMES[1]) == pytest.approx(100)

@@ -8,9 +8,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
+from repr_det.detection.prediction import labels_for
+from repr_det.tasks import trained_detector_cfg
 from tests.detectors import make_run
 from tests.tools.loading import load_tool
 
@@ -138,6 +142,27 @@ def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
     evaluate = load_tool("evaluate_coco")
     arguments = ["--results", found, "--annotations", run.annotations]
     assert evaluate.main(list(map(str, arguments))) == 0
+
+
+def test_names_of_a_dataset_that_nobody_has_read_yet(run):
+    register_coco_instances("unread", {}, str(run.annotations), str(run.images))
+    try:
+        cfg = trained_detector_cfg(run.folder, None, ["DATASETS.TEST", "('unread',)"])
+        labels = labels_for(cfg)
+        content = json.loads(run.annotations.read_text())
+        assert labels.names == [c["name"] for c in content["categories"]]
+        assert labels.categories == [c["id"] for c in content["categories"]]
+    finally:
+        DatasetCatalog.remove("unread")
+        MetadataCatalog.remove("unread")
+
+
+def test_two_images_of_one_name_in_the_annotations(tool, run, tmp_path, capsys):
+    again = tmp_path / "0.png"
+    again.write_bytes((run.images / "0.png").read_bytes())
+    options = ["--annotations", run.annotations, "--json", tmp_path / "found.json"]
+    assert call(tool, run, run.images, again, *options) == 2
+    assert "Several images are 0.png of the annotations" in capsys.readouterr().err
 
 
 def test_a_video(tool, run, predictor, video, tmp_path):
