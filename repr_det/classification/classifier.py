@@ -61,7 +61,7 @@ class ImageClassifier(nn.Module):
             tuple of logits and auxiliary logits.
         pixel_mean, pixel_std: one value per channel.
         aux_weight: weight of each auxiliary output's loss.
-        label_weight: weight of the loss on the labels.
+        label_weight: weight of the losses on the labels, auxiliary outputs' included.
         extra_losses: further losses by name, each a callable of the normalised images and the
             logits.
         channels_last: hand the images to the network channels last in memory.
@@ -162,8 +162,9 @@ class ImageClassifier(nn.Module):
         logits, *auxiliary = (outputs,) if isinstance(outputs, Tensor) else outputs
         losses = {"loss_cls": self.label_weight * F.cross_entropy(logits, labels)}
         _record_accuracy(logits, labels)
+        aux_weight = self.label_weight * self.aux_weight
         for index, aux_logits in enumerate(auxiliary):
-            losses[f"loss_aux{index}"] = self.aux_weight * F.cross_entropy(aux_logits, labels)
+            losses[f"loss_aux{index}"] = aux_weight * F.cross_entropy(aux_logits, labels)
         for name, loss in self.extra_losses.items():
             losses[name] = loss(images, logits)
         return losses

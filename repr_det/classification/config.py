@@ -29,7 +29,8 @@ def add_classification_config(cfg: CfgNode) -> None:
 
     # Images in a test batch, per process.
     cfg.TEST.IMS_PER_BATCH = 500
-    # Epochs between evaluations, instead of TEST.EVAL_PERIOD.
+    # Epochs between evaluations, instead of TEST.EVAL_PERIOD. Rounded up to whole iterations, so
+    # that evaluations fall behind the epochs where the batch does not divide the images.
     cfg.TEST.EVAL_EPOCHS = 0
 
     # Length of training in epochs, instead of SOLVER.MAX_ITER.

@@ -26,6 +26,11 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     and WARMUP of RePr are in epochs where ``REPR.UNIT`` is ``"epoch"``. In the result the keys in
     epochs are zero and the unit is ``"iteration"``, so resolving it again changes nothing.
 
+    Every key is rounded up on its own, and what is due every so many epochs is then due every so
+    many iterations. Where the batch does not divide the images it comes later from time to time:
+    50,000 images in batches of 64 are 781.25 iterations an epoch, so with ``EVAL_EPOCHS`` 1 the
+    20th evaluation comes at iteration 15,640, 15 iterations after an S1 of 20 epochs has ended.
+
     Args:
         cfg: a config with the keys of classification; it is not changed.
         images: size of the training set.

@@ -10,6 +10,8 @@ the network.
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,11 +21,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from repr_det.method.pruning import SECOND_MOMENTS, state_tensors
+
 
 def orthogonality_penalty(weight: Tensor) -> Tensor:
     """How far the filters of one layer are from orthogonal: ``sum |Ŵ Ŵᵀ - I|``.
 
     Rows of ``Ŵ`` are the flattened filters of unit length, as in the paper's ranking (section 4).
+    A filter of zero norm (RePr has dropped it) counts as if it were not there.
 
     Args:
         weight: ``(filters, ...)``.
@@ -32,8 +37,7 @@ def orthogonality_penalty(weight: Tensor) -> Tensor:
         A scalar, from 0 (orthogonal) to ``filters * (filters - 1)`` (all parallel).
     """
     rows = F.normalize(weight.flatten(1), dim=1)
-    gram = rows @ rows.T
-    return (gram - torch.eye(len(rows), dtype=gram.dtype, device=gram.device)).abs().sum()
+    return (rows @ rows.T).fill_diagonal_(0).abs().sum()
 
 
 class OrthogonalityLoss:
@@ -147,12 +151,12 @@ def sparsity_masks(model: nn.Module, sparsity: float) -> dict[str, Tensor]:
         sparsity: share of each layer's weights that goes.
 
     Returns:
-        By parameter name a bool tensor of the parameter's shape, True where a weight stays;
-        exactly ``int(sparsity * n)`` entries of ``n`` are False.
+        By name of each such layer's weight that trains, a bool tensor of its shape, True where a
+        weight stays; exactly ``int(sparsity * n)`` entries of ``n`` are False.
     """
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.weight.requires_grad:
             size = module.weight.detach().abs().flatten()
             mask = torch.ones_like(size, dtype=torch.bool)
             mask[size.argsort()[: int(sparsity * len(size))]] = False
@@ -166,6 +170,9 @@ class DenseSparseDenseHook(HookBase):
     After ``dense_iters`` iterations the smallest weights of each layer become zero and stay zero
     for ``sparse_iters`` iterations; then all train again, the returned ones from zero. The authors
     lower the learning rate for the last part: use ``SOLVER.STEPS``.
+
+    Removed weights are held as RePr holds its filters: the weights, their optimizer state and
+    their gradients are zero, which an optimizer that works element by element leaves at zero.
 
     The masks are in the trainer's checkpoint, so a run may stop and resume anywhere.
 
@@ -189,27 +196,40 @@ class DenseSparseDenseHook(HookBase):
         self.sparse_iters = sparse_iters
         self.sparsity = sparsity
         self.masks: dict[str, Tensor] = {}
-        self._handle: RemovableHandle | None = None
+        self._handles: list[RemovableHandle] = []
+
+    def check_fits(self, max_iter: int) -> None:
+        """Refuse a training length that would end before the last dense part.
+
+        Raises:
+            ValueError: ``dense_iters + sparse_iters`` is not smaller than ``max_iter``.
+        """
+        end = self.dense_iters + self.sparse_iters
+        if end >= max_iter:
+            raise ValueError(
+                f"DSD needs {self.dense_iters} + {self.sparse_iters} = {end} iterations and then "
+                f"some of the dense network, but training ends after {max_iter}: lower "
+                "DSD.DENSE_ITERS or DSD.SPARSE_ITERS, or train longer."
+            )
 
     def before_train(self) -> None:
-        """Hold removed weights at zero from the optimizer's step on."""
-        # After the optimizer's step, so that momentum and decay cannot move a removed weight,
-        # whatever hook looks at the weights next.
-        self._handle = self.trainer.optimizer.register_step_post_hook(lambda *_: self._remove())
+        """Hold what a run that is resumed had removed."""
+        self._hold()
 
     def before_step(self) -> None:
         """Remove weights, or let them train again, where it is time."""
         iteration = self.trainer.iter
         if iteration == self.dense_iters:
             self.masks = sparsity_masks(self._model, self.sparsity)
-            self._remove()
+            self._hold()
         elif iteration == self.dense_iters + self.sparse_iters:
-            self.masks = {}
+            self._bring_back()
 
     def after_train(self) -> None:
-        """Let go of the optimizer."""
-        if self._handle is not None:
-            self._handle.remove()
+        """Let gradients through again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """The masks, by parameter name; empty outside the sparse part."""
@@ -224,8 +244,30 @@ class DenseSparseDenseHook(HookBase):
         model = self.trainer.model
         return model.module if isinstance(model, DistributedDataParallel) else model
 
-    @torch.no_grad()
-    def _remove(self) -> None:
+    def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
+        """Each masked parameter, where its weights are removed, and its optimizer state."""
         for name, mask in self.masks.items():
             parameter = self._model.get_parameter(name)
-            parameter.mul_(mask.to(parameter.device))
+            state = state_tensors(self.trainer.optimizer, parameter)
+            yield parameter, ~mask.to(parameter.device), state
+
+    @torch.no_grad()
+    def _hold(self) -> None:
+        for parameter, removed, state in self._masked():
+            for tensor in (parameter, *state.values()):
+                tensor.masked_fill_(removed, 0)
+            # As backward accumulates them, so before any clipping.
+            handle = parameter.register_post_accumulate_grad_hook(partial(_zero_gradient, removed))
+            self._handles.append(handle)
+
+    def _bring_back(self) -> None:
+        for _, removed, state in self._masked():
+            for key in SECOND_MOMENTS & state.keys():
+                # At zero, an adaptive optimizer's first steps would be several times too long.
+                state[key][removed] = state[key][~removed].mean()
+        self.after_train()
+        self.masks = {}
+
+
+def _zero_gradient(removed: Tensor, parameter: Tensor) -> None:
+    parameter.grad.masked_fill_(removed, 0)

@@ -46,8 +46,19 @@ class ClassificationTrainer(RePrTrainer):
         """Read every dataset that the config names, so that mistakes come before training.
 
         Raises:
-            ValueError: also where a test set has other classes than the training set.
+            ValueError: also where a test set has other classes than the training set, and settings
+                that do not exist here or do not go together.
         """
+        if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal"):
+            raise ValueError(
+                f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}; for classification give none or "
+                "horizontal."
+            )
+        if cfg.DSD.ENABLED and cfg.REPR.ENABLED:
+            raise ValueError(
+                "DSD.ENABLED and REPR.ENABLED each take weights out and bring them back without "
+                "regard to the other: turn one of them off."
+            )
         classes = load_images(cfg, cfg.DATASETS.TRAIN[0]).classes
         for name in cfg.DATASETS.TEST:
             found = load_images(cfg, name).classes
@@ -73,10 +84,10 @@ class ClassificationTrainer(RePrTrainer):
         hooks = super().build_hooks()
         if self.cfg.DSD.ENABLED:
             keys = self.cfg.DSD
+            dsd = DenseSparseDenseHook(keys.DENSE_ITERS, keys.SPARSE_ITERS, keys.SPARSITY)
+            dsd.check_fits(self.cfg.SOLVER.MAX_ITER)
             # Before the checkpointer, so that a checkpoint holds the masks of its own weights.
-            hooks.insert(
-                0, DenseSparseDenseHook(keys.DENSE_ITERS, keys.SPARSE_ITERS, keys.SPARSITY)
-            )
+            hooks.insert(0, dsd)
         return hooks
 
     @classmethod

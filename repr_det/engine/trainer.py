@@ -55,7 +55,7 @@ class RePrTrainer(DefaultTrainer):
             precision = amp_precision(cfg.SOLVER.AMP.PRECISION, device)
         hook = RePrHook.from_config(cfg)
         if hook is not None:
-            hook.schedule.check_fits(cfg.SOLVER.MAX_ITER)
+            hook.check_fits(cfg.SOLVER.MAX_ITER)
         if cfg.DETERMINISTIC:
             if cfg.SEED < 0:
                 raise ValueError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
@@ -213,15 +213,20 @@ def check_weights(weights: str) -> None:
 
 
 def _scaled_to(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Detectron2's scaling of schedules to the number of workers, those of RePr included."""
+    """Detectron2's scaling of schedules to the number of workers, for this package's keys too."""
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
-    ratio = scaled.SOLVER.MAX_ITER / cfg.SOLVER.MAX_ITER
-    for name in ("S1", "S2", "WARMUP"):
-        scaled.REPR[name] = round(cfg.REPR[name] * ratio)
+    scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+    lengths = [(scaled.SOLVER, "CYCLE_ITERS")]
+    lengths += [(scaled.REPR, name) for name in ("S1", "S2", "WARMUP")]
+    if "DSD" in scaled:  # a key of classification alone
+        lengths += [(scaled.DSD, name) for name in ("DENSE_ITERS", "SPARSE_ITERS")]
+    for node, name in lengths:
+        node[name] = round(node[name] / scale)
+    scaled.SOLVER.CYCLE_AMPLITUDE *= scale
     if frozen:
         scaled.freeze()
     return scaled

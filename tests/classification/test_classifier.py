@@ -69,7 +69,11 @@ def test_auxiliary_outputs_add_weighted_losses(batch):
     torch.manual_seed(0)
     network = build_classifier("googlenet", 4)
     model = ImageClassifier(
-        network=network, pixel_mean=[100.0] * 3, pixel_std=[50.0] * 3, aux_weight=0.25
+        network=network,
+        pixel_mean=[100.0] * 3,
+        pixel_std=[50.0] * 3,
+        aux_weight=0.25,
+        label_weight=0.5,
     )
     images = make_arrays(4, size=32)[0]
     labels = torch.tensor([0, 1, 2, 3])
@@ -79,9 +83,9 @@ def test_auxiliary_outputs_add_weighted_losses(batch):
     outputs = copy.deepcopy(network)((images.float() - 100) / 50)
     assert set(losses) == {"loss_cls", "loss_aux0", "loss_aux1"}
     for name, logits, weight in (
-        ("loss_cls", outputs.logits, 1),
-        ("loss_aux0", outputs.aux_logits2, 0.25),
-        ("loss_aux1", outputs.aux_logits1, 0.25),
+        ("loss_cls", outputs.logits, 0.5),
+        ("loss_aux0", outputs.aux_logits2, 0.125),
+        ("loss_aux1", outputs.aux_logits1, 0.125),
     ):
         assert torch.allclose(losses[name], weight * F.cross_entropy(logits, labels))
     assert model.eval()({"image": images}).shape == (4, 4)

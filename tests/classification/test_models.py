@@ -146,14 +146,15 @@ def test_every_listed_name_can_be_built():
 
 def test_building_leaves_the_seed_to_the_weights():
     """The check of the image size draws nothing, so the weights are those of the bare network."""
-    from torchvision.models import resnet18
+    from torchvision.models import mobilenet_v2
 
     torch.manual_seed(3)
-    expected = resnet18(num_classes=4)
+    expected = mobilenet_v2(num_classes=4)  # has dropout and BatchNorm
+    state = torch.get_rng_state()
     torch.manual_seed(3)
-    network = build_classifier("resnet18", 4)
-    for a, b in zip(network.parameters(), expected.parameters(), strict=True):
-        assert torch.equal(a, b)
+    network = build_classifier("mobilenet_v2", 4)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,17 @@ def test_unknown_name_gets_close_matches(name, close):
 def test_image_size_that_does_not_fit(name, size):
     with pytest.raises(ValueError, match=f"{size} x {size}"):
         build_classifier(name, 10, image_size=size)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(96, False), (224, False), (299, True)])
+def test_image_size_that_fits_in_evaluation_alone(size, fits):
+    """The auxiliary head of Inception v3 only runs in training."""
+    with torch.device("meta"):
+        if fits:
+            assert all(m.training for m in build_classifier("inception_v3", 4, 0, size).modules())
+            return
+        with pytest.raises(ValueError, match=f"{size} x {size}"):
+            build_classifier("inception_v3", 4, image_size=size)
 
 
 @pytest.mark.parametrize("name", ["cifar_resnet21", "cifar_densenet41"])

@@ -124,13 +124,37 @@ def interrupt_after(trainer, iteration):
     trainer.train()
 
 
-def test_dense_sparse_dense_by_config(cfg):
+def test_dense_sparse_dense_by_config(cfg, tmp_path):
     cfg.DSD.ENABLED = True
     cfg.DSD.DENSE_ITERS = 2
-    cfg.DSD.SPARSE_ITERS = 100
+    cfg.DSD.SPARSE_ITERS = 9
     cfg.DSD.SPARSITY = 0.5
-    weight = run(cfg).model.network.fc.weight
-    assert (weight == 0).sum() == weight.numel() // 2
+    cfg.SOLVER.CHECKPOINT_PERIOD = 11
+    after = run(cfg).model.network.fc.weight
+    state = torch.load(tmp_path / "model_0000010.pth", weights_only=True)
+    before = state["model"]["network.fc.weight"]
+    assert (before == 0).sum() == before.numel() // 2
+    assert (after == 0).sum() < after.numel() // 4
+
+
+def test_dense_sparse_dense_that_does_not_fit(cfg, tmp_path):
+    cfg.DSD.ENABLED = True
+    cfg.SOLVER.MAX_EPOCHS, cfg.DSD.DENSE_EPOCHS, cfg.DSD.SPARSE_EPOCHS = 8, 6, 3
+    with pytest.raises(ValueError, match=r"36 \+ 18 = 54 .* ends after 48: .*DSD.DENSE_ITERS"):
+        ClassificationTrainer(cfg)
+
+
+def test_dense_sparse_dense_with_repr(cfg):
+    cfg.DSD.ENABLED = cfg.REPR.ENABLED = True
+    with pytest.raises(ValueError, match=r"DSD.ENABLED and REPR.ENABLED .* turn one of them off"):
+        ClassificationTrainer.check_to_train(cfg)
+
+
+@pytest.mark.parametrize("flip", ["vertical", "Horizontal"])
+def test_flip_that_classification_does_not_have(cfg, flip):
+    cfg.INPUT.RANDOM_FLIP = flip
+    with pytest.raises(ValueError, match=f"INPUT.RANDOM_FLIP is '{flip}'; .*none or horizontal"):
+        ClassificationTrainer(cfg)
 
 
 def test_test_set_with_other_classes(cfg):

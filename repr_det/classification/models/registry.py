@@ -149,15 +149,19 @@ def build_classifier(
 
 
 def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
-    """Send an image without data through the network with weights without data."""
+    """Send images without data through the network with weights without data.
+
+    In training, too: auxiliary heads run in no other mode. Leaves the network in training mode.
+    """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
     images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:
-        functional_call(network.eval(), shapes, images)
+        with torch.random.fork_rng(devices=[]):
+            for training in (False, True):
+                functional_call(network.train(training), shapes, images)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"{name} cannot take images of {image_size} x {image_size} pixels "
             f"({str(error).splitlines()[0].rstrip('.')}): set INPUT.IMAGE_SIZE to its size."
         ) from error
-    network.train()
