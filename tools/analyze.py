@@ -22,6 +22,7 @@ from repr_det.analysis.comparison import check_comparable
 from repr_det.analysis.gallery import FIGURES, Material, class_names, compute_contributions
 from repr_det.analysis.run_folder import RunFolder, of_checkpoint, read_run
 from repr_det.detection.drawing import draw_detections
+from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.tasks import add_data_arguments, use_data
 
@@ -60,6 +61,14 @@ def _draw(args: argparse.Namespace) -> None:
     figures.check_suffix(args.output)
     for option, path in (("--output", args.output), ("--json", args.json)):
         check_folder_of(option, path)
+    by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
+    if args.json and args.figure not in by_layer:
+        raise ValueError(
+            f"{args.figure} has no numbers by layer, as {', '.join(by_layer)} have: leave --json "
+            "out."
+        )
+    if args.figure == DETECTIONS and args.output.suffix != ".png":
+        raise ValueError(f"{DETECTIONS} is a picture: give --output a name that ends in .png.")
     runs = _runs(args)
     for run in runs:
         use_data(run.cfg, args)
@@ -77,9 +86,7 @@ def _draw(args: argparse.Namespace) -> None:
             compute_contributions(group[0])
     drawn = FIGURES[args.figure].draw(material)
     if args.json:
-        if drawn.values is None:
-            raise ValueError(f"{args.figure} has no numbers by layer: leave --json out.")
-        args.json.write_text(json.dumps(drawn.values, indent=1) + "\n")
+        write_text_whole(args.json, json.dumps(drawn.values, indent=1) + "\n")
     figures.save(drawn.figure, args.output)
     print(drawn.caption)
     print(args.output)

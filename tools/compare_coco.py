@@ -24,11 +24,12 @@ from repr_det.analysis.markdown import aligned_table
 from repr_det.detection.coco_results import (
     TITLES,
     check_iou_type,
-    common_iou_types,
     read_results,
     read_truth,
     results_path,
 )
+from repr_det.detection.evaluation import evaluable_types
+from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 
 
@@ -66,10 +67,12 @@ def _compare(args: argparse.Namespace) -> str:
     ]
     truth = read_truth(args.annotations)
     sides = [[read_results(path, truth) for path in side] for side in paths]
-    iou_types = (args.iou_type,) if args.iou_type else common_iou_types(sides)
+    detected = [found for side in sides for results in side for found in results]
+    iou_types = (args.iou_type,) if args.iou_type else evaluable_types(detected, truth)
     if not iou_types:
         raise ValueError(
-            "Some results hold only boxes and some only masks: give files of one kind."
+            "Results and annotations share neither boxes nor masks: give files that all hold one "
+            "of them."
         )
     for iou_type in iou_types:
         for results in (results for side in sides for results in side):
@@ -108,7 +111,7 @@ def _compare(args: argparse.Namespace) -> str:
         "objects in a few images only: resamples of them show too little."
     )
     if args.json:
-        args.json.write_text(json.dumps(record, indent=2) + "\n")
+        write_text_whole(args.json, json.dumps(record, indent=2) + "\n")
     return "\n\n".join([*parts, caption])
 
 

@@ -75,6 +75,10 @@ def main(arguments: list[str] | None = None) -> None:
         merge_config_file(cfg, "demo_faster_rcnn.yaml")
         merge_overrides(cfg, [*args.opts, "OUTPUT_DIR", str(args.output)])
         cfg.freeze()
+        if len(cfg.DATASETS.TEST) != 1:
+            raise ValueError(
+                f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} test sets: give the one to show."
+            )
         DetectionTrainer.check(cfg)
         with replaced(args.output), undone_on_error(args.output):
             default_setup(cfg, args)

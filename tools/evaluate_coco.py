@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from repr_det.analysis.markdown import aligned_table
-from repr_det.detection.coco_results import METRICS, TITLES
+from repr_det.detection.coco_results import METRICS, SEGM, TITLES
 from repr_det.detection.datasets import add_coco_argument, take_num_classes, use_coco_data
 from repr_det.detection.evaluation import (
     Detections,
@@ -33,9 +33,13 @@ from repr_det.detection.evaluation import (
     evaluate,
     read_detections,
 )
+from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
 from repr_det.tasks import trained_detector_cfg
+
+OF_DETECTRON2 = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet", "FCOS")
+"""Architectures that give no masks without MODEL.MASK_ON; of somebody else's nobody knows."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +76,7 @@ def _evaluate(args: argparse.Namespace) -> str:
     parts, records = [], {}
     for found in _from_file(args) if args.results else _from_model(args):
         if args.save_results:
-            args.save_results.write_text(json.dumps(found.results))
+            write_text_whole(args.save_results, json.dumps(found.results))
         iou_types = (
             [args.iou_type] if args.iou_type else evaluable_types(found.results, found.truth)
         )
@@ -100,7 +104,7 @@ def _evaluate(args: argparse.Namespace) -> str:
         records[found.dataset] = record
     if args.json:
         content = {"unit": "per cent", "datasets": records}
-        args.json.write_text(json.dumps(content, indent=2) + "\n")
+        write_text_whole(args.json, json.dumps(content, indent=2) + "\n")
     return "\n\n".join(parts)
 
 
@@ -134,6 +138,11 @@ def _from_model(args: argparse.Namespace) -> Iterator[Detections]:
         raise ValueError("The config names no dataset to test on: give --dataset or --test-data.")
     if args.save_results and len(cfg.DATASETS.TEST) > 1:
         raise ValueError("--save-results is for the detections of one dataset: give --dataset.")
+    model = cfg.MODEL
+    if args.iou_type == SEGM and model.META_ARCHITECTURE in OF_DETECTRON2 and not model.MASK_ON:
+        raise ValueError(
+            "The model gives no masks (MODEL.MASK_ON False): give --iou-type bbox or leave it out."
+        )
     yield from detect(cfg, args.iou_type, progress=True)
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 
 from repr_det.classification.export import export_backbone
+from repr_det.engine.checkpoint import write_text_whole
+from repr_det.engine.command_line import check_folder_of
 
 # What torchvision's weights were trained with, times 255.
 TORCHVISION_MEAN = [123.675, 116.28, 103.53]
@@ -27,12 +29,23 @@ TORCHVISION_STD = [58.395, 57.12, 57.375]
 
 
 def classifier_input(config: Path) -> tuple[list[float], list[float], str]:
-    """Mean, standard deviation and channel order that a classifier was trained with."""
+    """Mean, standard deviation and channel order that a classifier was trained with.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a config that does not hold them.
+    """
     if not config.is_file():
-        return TORCHVISION_MEAN, TORCHVISION_STD, "RGB"
-    settings = yaml.safe_load(config.read_text())
-    model = settings["MODEL"]
-    return model["PIXEL_MEAN"], model["PIXEL_STD"], settings["INPUT"]["FORMAT"]
+        raise FileNotFoundError(f"Config {config} does not exist: give that of the classifier.")
+    try:
+        settings = yaml.safe_load(config.read_text())
+        model = settings["MODEL"]
+        return model["PIXEL_MEAN"], model["PIXEL_STD"], settings["INPUT"]["FORMAT"]
+    except (KeyError, TypeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{config} does not hold MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT: give the "
+            "config.yaml of the classifier's run."
+        ) from error
 
 
 def overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
@@ -64,12 +77,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     args = parser.parse_args(arguments)
     try:
-        mean, std, order = classifier_input(args.config or args.source.with_name("config.yaml"))
+        config = args.target.with_suffix(".yaml")
+        check_folder_of("the weights", args.target)
+        check_folder_of("the settings", config)
+        beside = args.source.with_name("config.yaml")
+        if args.config or beside.is_file():
+            mean, std, order = classifier_input(args.config or beside)
+        else:
+            mean, std, order = TORCHVISION_MEAN, TORCHVISION_STD, "RGB"
         settings = export_backbone(args.source, args.target, mean, std, order, args.format)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(str(error))
-    config = args.target.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump(settings, sort_keys=False, default_flow_style=None))
+    write_text_whole(config, yaml.safe_dump(settings, sort_keys=False, default_flow_style=None))
     print(f"Wrote {args.target} and {config}. Settings for the detector:")
     print(shlex.join(overrides(settings)))
 

@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 
 from repr_det.detection.prediction import Detector, find_sources, labels_for, predict
+from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
 from repr_det.tasks import trained_detector_cfg
@@ -63,7 +64,7 @@ def _predict(args: argparse.Namespace) -> int:
         detector, labels, sources, args.output, batch_size=args.batch_size, progress=True
     )
     if args.json:
-        args.json.write_text(json.dumps(outcome.entries))
+        write_text_whole(args.json, json.dumps(outcome.entries))
     print(f"{len(outcome.entries):,} detections on {outcome.images:,} images.")
     if outcome.faults:
         faults = ", ".join(outcome.faults)

@@ -18,11 +18,11 @@ from repr_det.detection.coco_results import (
     BBOX,
     METRICS,
     SEGM,
-    common_iou_types,
+    Annotations,
     read_results,
     read_truth,
 )
-from repr_det.detection.evaluation import annotation_file
+from repr_det.detection.evaluation import annotations_of, evaluable_types
 from repr_det.engine.command_line import sentence
 
 Sides = dict[str, list[RunFolder]]
@@ -121,7 +121,8 @@ def last_common_evaluation(runs: Sequence[RunFolder]) -> int | None:
     return max(common, default=None)
 
 
-def _at(run: RunFolder, metric: str, iteration: int) -> float | None:
+def value_at(run: RunFolder, metric: str, iteration: int) -> float | None:
+    """A metric as it was evaluated at an iteration; None where it was not, or is not finite."""
     series = run.evaluations(metric)
     if series is None:
         return None
@@ -132,8 +133,9 @@ def _at(run: RunFolder, metric: str, iteration: int) -> float | None:
 def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = False) -> Outcome:
     """Final metrics by side, and intervals of their differences where there can be any.
 
-    Detection: a paired bootstrap over the images of the last evaluation. Classification: paired
-    over seeds that both sides have, at least two.
+    They are paired over the seeds that both sides have, where these are at least two and no side
+    has two runs of one seed. Else detection has a paired bootstrap over the images of the last
+    evaluation.
 
     Args:
         runs: comparable ones, see :func:`check_comparable`.
@@ -146,7 +148,10 @@ def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = F
         return Outcome(None, {}, "There is no evaluation yet that all runs have.")
     rows = {}
     for metric, title in _TITLES.items():
-        values = {s: [_at(run, metric, iteration) for run in group] for s, group in sides.items()}
+        values = {
+            side: [value_at(run, metric, iteration) for run in group]
+            for side, group in sides.items()
+        }
         if any(value is None for group in values.values() for value in group):
             continue
         estimates = {side: estimate(group) for side, group in values.items()}
@@ -157,8 +162,15 @@ def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = F
         rows[metric] = Row(title, unit, estimates, difference)
     if len(sides) < 2:
         return Outcome(iteration, rows, _one_side(sides))
+    if (found := _with_seeds(iteration, rows, sides)) is not None:
+        return found
     if runs[0].task == CLASSIFICATION:
-        return _with_seeds(iteration, rows, sides)
+        words = (
+            "One run each has no interval: seeds alone can make such a difference."
+            if len(runs) == 2
+            else "There is no interval: the sides share fewer than two seeds (SEED, one run each)."
+        )
+        return Outcome(iteration, rows, words)
     try:
         return _with_bootstrap(iteration, rows, sides, resamples, progress)
     except (ValueError, FileNotFoundError, KeyError) as error:
@@ -170,21 +182,17 @@ def _one_side(sides: Sides) -> str:
     return f"Only {side} runs were given, so there is no difference to look at."
 
 
-def _with_seeds(iteration: int, rows: dict[str, Row], sides: Sides) -> Outcome:
+def _with_seeds(iteration: int, rows: dict[str, Row], sides: Sides) -> Outcome | None:
+    """Paired over seeds; None where the sides share fewer than two, or have several runs of one."""
     seeds = {side: [run.cfg.SEED for run in group] for side, group in sides.items()}
     common = set(seeds[STANDARD]) & set(seeds[REPR]) - {-1}
     unique = all(len(set(s)) == len(s) for s in seeds.values())
     if len(common) < 2 or not unique:
-        words = (
-            "One run each has no interval: seeds alone can make such a difference."
-            if all(len(group) == 1 for group in sides.values())
-            else "There is no interval: the sides share fewer than two seeds (SEED, one run each)."
-        )
-        return Outcome(iteration, rows, words)
+        return None
     found = {}
     for metric, row in rows.items():
         by_seed = {
-            side: {run.cfg.SEED: _at(run, metric, iteration) for run in group}
+            side: {run.cfg.SEED: value_at(run, metric, iteration) for run in group}
             for side, group in sides.items()
         }
         paired = paired_difference(by_seed[REPR], by_seed[STANDARD])
@@ -207,13 +215,14 @@ def _with_bootstrap(
         last = int(run.evaluations(MAIN[False])[0][-1])
         if last != iteration:
             raise ValueError(
-                f"{run.name} was evaluated last at iteration {last}, not at {iteration}, so its "
+                f"{run.folder} was evaluated last at iteration {last}, not at {iteration}, so its "
                 "detections are of another moment."
             )
-    truth = read_truth(annotation_file(runs[0].test_set))
+    truth = read_truth(*annotations_of(runs[0].cfg, runs[0].test_set))
     results = [[read_results(run.folder, truth) for run in group] for group in sides.values()]
     found, images = dict(rows), len(truth.imgs)
-    for iou_type in common_iou_types(results):
+    detected = [each for side in results for found_by_run in side for each in found_by_run]
+    for iou_type in evaluable_types(detected, truth):
         matches = [[matches_of(run, iou_type) for run in sides[side]] for side in (STANDARD, REPR)]
         compared = paired_bootstrap(*matches, resamples=resamples, progress=progress).overall
         for metric, difference in compared.items():
@@ -241,23 +250,23 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
         FileNotFoundError, ValueError: no detections or no annotations, or others than those of the
             run's last evaluation.
     """
-    path = annotation_file(run.test_set)
-    found = _matches(path, run.folder, iou_type)
+    annotations = annotations_of(run.cfg, run.test_set)
+    found = _matches(annotations, run.folder, iou_type)
     series = run.evaluations(f"{iou_type}/AP")
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
     here = 100 * float(np.nanmean(average_precision(found, once)[..., 0]))
     if series is not None and abs(here - series[1][-1]) > 0.05:
         raise ValueError(
-            f"The detections of {run.name} have {_TITLES[f'{iou_type}/AP']} {here:.1f} on {path}, "
-            f"but {series[1][-1]:.1f} was recorded: the dataset has changed, or they are of "
-            "another evaluation, so evaluate the run again."
+            f"The detections of {run.folder} have {_TITLES[f'{iou_type}/AP']} {here:.1f} on "
+            f"{annotations.path}, but {series[1][-1]:.1f} was recorded: the dataset has changed, "
+            "or they are of another evaluation, so evaluate the run again."
         )
     return found
 
 
 @functools.lru_cache(maxsize=16)
-def _matches(annotations: Path, folder: Path, iou_type: str) -> Matches:
-    truth = read_truth(annotations)
+def _matches(annotations: Annotations, folder: Path, iou_type: str) -> Matches:
+    truth = read_truth(*annotations)
     return match(truth, read_results(folder, truth), iou_type)
 
 

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from repr_det.detection.drawing import COLOURS
+from repr_det.engine.checkpoint import write_whole
 
 STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
 
@@ -528,7 +529,8 @@ def save(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     check_suffix(path)
     with _style():
-        figure.savefig(path, dpi=200, facecolor="white", metadata=_METADATA[path.suffix])
+        kind = {"format": path.suffix[1:], "metadata": _METADATA[path.suffix]}
+        write_whole(path, lambda file: figure.savefig(file, dpi=200, facecolor="white", **kind))
     return path
 
 

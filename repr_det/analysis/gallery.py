@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +24,7 @@ from repr_det.analysis.comparison import (
     by_side,
     last_common_evaluation,
     matches_of,
+    value_at,
 )
 from repr_det.analysis.differing_images import Example
 from repr_det.analysis.figures import BEFORE, REPR, STANDARD, Line, Panel
@@ -37,12 +41,15 @@ from repr_det.analysis.network import (
     overlap,
     responses,
 )
-from repr_det.analysis.run_folder import CLASSIFICATION, DETECTION, RunFolder, Series
+from repr_det.analysis.run_folder import CLASSIFICATION, DETECTION, FINAL, RunFolder, Series
 from repr_det.detection.coco_results import BBOX, read_results, read_truth
-from repr_det.detection.evaluation import annotation_file
+from repr_det.detection.evaluation import annotations_of
 from repr_det.engine import history
-from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.checkpoint import write_text_whole
+from repr_det.engine.command_line import USER_ERRORS, sentence
 from repr_det.engine.history import History
+
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 CONTRIBUTIONS = "contributions.json"
 """Where the greedy oracle's values of a run's newest checkpoint are kept, in its folder."""
@@ -114,6 +121,8 @@ class Material:
     def networks(self) -> dict[str, Network]:
         """What training began with, and the newest checkpoint of the first run of each side.
 
+        The former is left out where it is not known or cannot be had.
+
         Raises:
             FileNotFoundError, ValueError: no run has a checkpoint.
         """
@@ -121,16 +130,23 @@ class Material:
         if not trained:
             raise FileNotFoundError("There is no checkpoint yet whose filters could be looked at.")
         first = next(iter(trained.values()))
-        found = {BEFORE: load_network(first.cfg, None)} if first.checkpoint is None else {}
+        begun = _begun(first) if first.checkpoint is None else None
+        found = {} if begun is None else {BEFORE: begun}
         for side, run in trained.items():
             found[side] = load_network(run.cfg, run.weights)
         return found
 
     @property
     def layers(self) -> list[str]:
-        """Names of the filter layers of all networks, in depth."""
+        """Names of the filter layers of all networks, in depth.
+
+        Raises:
+            FileNotFoundError, ValueError: no checkpoint, or no layer that all networks have.
+        """
         names = [{layer.name for layer in network.layers} for network in self.networks.values()]
         common = set.intersection(*names)
+        if not common:
+            raise ValueError("The networks have no filter layer in common that could be compared.")
         first = next(iter(self.networks.values()))
         return in_depth([layer.name for layer in first.layers if layer.name in common])
 
@@ -161,7 +177,7 @@ class Material:
         """
         _detection_only(self)
         firsts = [group[0] for group in self.sides.values()]
-        truth = read_truth(annotation_file(firsts[0].test_set))
+        truth = read_truth(*annotations_of(firsts[0].cfg, firsts[0].test_set))
         results = [read_results(run.folder, truth) for run in firsts]
         counts, ids = [], sorted(truth.getImgIds())
         for run in firsts:
@@ -177,6 +193,17 @@ class Material:
             )
             for i in chosen
         ]
+
+
+def _begun(run: RunFolder) -> Network | None:
+    """The network that a run began with; None where it is not known or cannot be had."""
+    if run.cfg.SEED < 0 and not run.cfg.MODEL.WEIGHTS:
+        return None  # random numbers that nobody kept
+    try:
+        return load_network(run.cfg, None)
+    except USER_ERRORS as error:
+        logger.warning(f"What training began with is left out. {sentence(error)}")
+        return None
 
 
 def in_depth(names: Sequence[str]) -> list[str]:
@@ -269,19 +296,19 @@ def _overlap_series(run: RunFolder) -> tuple[Series, Series | None]:
     if not run.checkpoints:
         nothing = np.zeros(0)
         return (nothing, nothing), None
-    network = load_network(run.cfg, None)
-    filters = {layer.name: layer.num_filters for layer in network.layers}
+    moments = [(int(path.name[6:-4]) + 1, path) for path in run.checkpoints if path.name != FINAL]
+    if run.finished and (not moments or moments[-1][0] < run.iterations):
+        moments.append((run.iterations, run.folder / FINAL))
     points = {}
-    if run.cfg.SEED >= 0 or run.cfg.MODEL.WEIGHTS:
+    if (network := _begun(run)) is not None:
         points[0] = overlap(network)
-    numbered = [path for path in run.checkpoints if path.name[6:-4].isdigit()]
-    step = -(-len(numbered) // _MOST_CHECKPOINTS)
-    for path in numbered[::-1][:: max(step, 1)]:
+    else:
+        network = load_network(run.cfg, run.weights)
+    step = max(1, -(-len(moments) // _MOST_CHECKPOINTS))
+    for iteration, path in moments[::-step]:
         load_weights(network, path)
-        points[int(path.name[6:-4]) + 1] = overlap(network)
-    if run.finished and not numbered:
-        load_weights(network, run.weights)
-        points[run.iterations] = overlap(network)
+        points[iteration] = overlap(network)
+    filters = {layer.name: layer.num_filters for layer in network.layers}
     iterations = np.array(sorted(points), dtype=float)
     sums = np.array([sum(points[i][n] * filters[n] for n in filters) for i in sorted(points)])
     return (iterations, sums / sum(filters.values())), (iterations, sums)
@@ -506,7 +533,17 @@ def _kept_contributions(run: RunFolder) -> dict[str, list[float]] | None:
     if not path.is_file():
         return None
     content = json.loads(path.read_text())
-    return content["layers"] if content["checkpoint"] == run.weights.name else None
+    if content["checkpoint"] != run.weights.name or content.get("sha256") != _sha256(run.weights):
+        return None  # of an earlier checkpoint, or of an earlier training in the same folder
+    return content["layers"]
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def compute_contributions(run: RunFolder) -> None:
@@ -517,9 +554,9 @@ def compute_contributions(run: RunFolder) -> None:
     """
     if _kept_contributions(run):
         return
-    layers = contributions(load_network(run.cfg, run.weights))
-    text = json.dumps({"checkpoint": run.weights.name, "layers": layers}) + "\n"
-    write_whole(run.folder / CONTRIBUTIONS, lambda file: file.write(text.encode()))
+    content = {"checkpoint": run.weights.name, "sha256": _sha256(run.weights)}
+    content |= {"layers": contributions(load_network(run.cfg, run.weights))}
+    write_text_whole(run.folder / CONTRIBUTIONS, json.dumps(content) + "\n")
 
 
 def _filters(material: Material) -> Drawn:
@@ -537,18 +574,13 @@ def _filters(material: Material) -> Drawn:
 # --- what detectors find
 
 
-def _last(run: RunFolder, metric: str, at: int) -> float:
-    iterations, values = run.evaluations(metric)
-    return float(values[np.searchsorted(iterations, at)])
-
-
 def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
     """Bars of some metrics at the last evaluation that all runs have."""
     at = last_common_evaluation(material.runs)
     if at is None:
         raise ValueError("There is no evaluation yet that all runs have.")
     values = {
-        side: [[_last(run, metric, at) for metric in names] for run in group]
+        side: [[value_at(run, metric, at) for metric in names] for run in group]
         for side, group in material.sides.items()
     }
     caption = f"{title}, at iteration {at:,}."
@@ -575,9 +607,7 @@ def _finite(material: Material, names: Mapping[str, str]) -> dict[str, str]:
     return {
         metric: name
         for metric, name in names.items()
-        if at is not None
-        and all(run.evaluations(metric) for run in material.runs)
-        and all(math.isfinite(_last(run, metric, at)) for run in material.runs)
+        if at is not None and all(value_at(run, metric, at) is not None for run in material.runs)
     }
 
 
@@ -612,12 +642,14 @@ class Entry(NamedTuple):
             cannot.
         tasks: it is of.
         sides: that it needs at least.
+        by_layer: it has a number for each layer, see :class:`Drawn`.
     """
 
     title: str
     draw: Callable[[Material], Drawn]
     tasks: tuple[str, ...] = (DETECTION, CLASSIFICATION)
     sides: tuple[str, ...] = ()
+    by_layer: bool = False
 
 
 FIGURES: dict[str, Entry] = {
@@ -630,12 +662,17 @@ FIGURES: dict[str, Entry] = {
     "overlap_over_time": Entry(
         "Filter overlap by layer over training", _overlap_over_time, sides=(REPR,)
     ),
-    "overlap_by_layer": Entry("Filter overlap by layer, before and after", _overlap_by_layer),
+    "overlap_by_layer": Entry(
+        "Filter overlap by layer, before and after", _overlap_by_layer, by_layer=True
+    ),
     "cca": Entry("Correlation of filters inside a layer", _cca),
     "svcca": Entry("The same by SVCCA", _svcca),
-    "cca_by_layer": Entry("Correlation of filters by layer", _cca_by_layer),
+    "cca_by_layer": Entry("Correlation of filters by layer", _cca_by_layer, by_layer=True),
     "similarity": Entry(
-        "Standard and RePr compared layer by layer", _similarity, sides=(STANDARD, REPR)
+        "Standard and RePr compared layer by layer",
+        _similarity,
+        sides=(STANDARD, REPR),
+        by_layer=True,
     ),
     "contributions": Entry("What each filter contributes", _contributions),
     "filters": Entry("First-layer filters", _filters),

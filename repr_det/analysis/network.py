@@ -23,6 +23,7 @@ from repr_det.analysis.cca import IMAGES, filter_cca
 from repr_det.engine import solver
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.parts import held_out_name
 from repr_det.engine.trainer import check_weights
 from repr_det.method.controller import RePr
 from repr_det.method.criteria import Data, filter_overlap, mean_overlap
@@ -133,6 +134,10 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     Raises:
         FileNotFoundError, ValueError, KeyError: the data are not there.
     """
+    if not cfg.DATASETS.TEST:
+        raise ValueError(
+            "The run has no test set (DATASETS.TEST): give one with --test-data or --test-folder."
+        )
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
@@ -157,7 +162,8 @@ def check_test_set(cfg: CfgNode) -> None:
     """
     cfg = cfg.clone()
     cfg.defrost()
-    cfg.DATASETS.TRAIN = ()  # may well be elsewhere
+    if not set(map(held_out_name, cfg.DATASETS.TRAIN)) & set(cfg.DATASETS.TEST):
+        cfg.DATASETS.TRAIN = ()  # may well be elsewhere
     trainer_for(cfg).check(cfg)
 
 

@@ -28,11 +28,13 @@ from repr_det.analysis.run_folder import (
     CLASSIFICATION,
     DETECTION,
     RunFolder,
+    rate_steps,
     settings_that_differ,
+    short_names,
 )
 from repr_det.detection.drawing import draw_instances
-from repr_det.engine.checkpoint import write_whole
-from repr_det.engine.command_line import USER_ERRORS, sentence
+from repr_det.engine.checkpoint import write_text_whole
+from repr_det.engine.command_line import USER_ERRORS, check_folder_of, sentence
 
 _TILE = 480
 """Pixels of the longer side of a held-out image."""
@@ -103,26 +105,25 @@ def write_report(
         runs: of one task and test set, with RePr or without.
         path: of the page; an earlier one is replaced when the new one is whole.
         images: held-out images on which responses of filters are compared.
-        resamples: of the paired bootstrap of detection; 0 leaves it out.
+        resamples: of the paired bootstrap, for detection without seeds to pair; 0 leaves it out.
         progress: show bars.
 
     Returns:
         ``path``.
 
     Raises:
-        ValueError: runs that cannot be compared, or arguments out of range.
+        ValueError: runs that cannot be compared, arguments out of range, or a folder as the page.
         FileNotFoundError: the folder of the page does not exist.
     """
     check_comparable(runs)
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"Folder {path.parent} does not exist: create it.")
+    check_folder_of("the report", path)
     if images < 4:
         raise ValueError(f"{images} images are too few to correlate filters on: give at least 4.")
     if resamples < 0:
         raise ValueError(f"There are no {resamples} resamples: give 0 or more.")
     page = _template().render(_content(runs, images, resamples, progress))
-    write_whole(path, lambda file: file.write(page.encode()))
+    write_text_whole(path, page)
     return path
 
 
@@ -137,6 +138,7 @@ def _content(
 ) -> dict[str, Any]:
     material = Material(runs, images, progress)
     task, found = runs[0].task, outcome(runs, resamples, progress)
+    names = short_names(runs)
     missing: Missing = []
     sections = []
     wanted = [
@@ -156,15 +158,16 @@ def _content(
     sides = list(material.sides)
     differences = settings_that_differ(runs) if len(runs) > 1 else {}
     return {
-        "title": f"{' and '.join(sides)}: {_model(runs[0])} on {runs[0].test_set}",
+        "title": f"{' and '.join(sides)}: {_model(runs[0])}"
+        + (f" on {runs[0].test_set}" if runs[0].test_set else ""),
         "subtitle": f"{task.capitalize()}. Written {time.strftime('%Y-%m-%d %H:%M')} by repr_det.",
-        "summary": _summary(material, found),
+        "summary": _summary(material, found, names),
         "iteration": None if found.iteration is None else f"{found.iteration:,}",
         "test_set": runs[0].test_set,
         "several": any(len(group) > 1 for group in material.sides.values()),
         "sides": sides,
         "rows": [_cells(row) for row in found.rows.values()],
-        "runs": [_run(run) for run in runs],
+        "runs": [_run(run, name) for run, name in zip(runs, names, strict=True)],
         "schedule": _schedule(material),
         "differences": list(differences.items()),
         "sections": sections,
@@ -246,8 +249,10 @@ def _model(run: RunFolder) -> str:
     backbone = model.BACKBONE.NAME
     if "resnet" in backbone:
         backbone = f"R{model.RESNETS.DEPTH}{'-FPN' if 'fpn' in backbone else ''}"
-    head = "Mask R-CNN" if model.MASK_ON else "Faster R-CNN"
-    architecture = head if model.META_ARCHITECTURE == "GeneralizedRCNN" else model.META_ARCHITECTURE
+    architecture = model.META_ARCHITECTURE
+    if architecture == "GeneralizedRCNN":
+        kind = "Keypoint" if model.KEYPOINT_ON else "Mask" if model.MASK_ON else "Faster"
+        architecture = f"{kind} R-CNN"
     return f"{architecture} {backbone}"
 
 
@@ -263,15 +268,16 @@ def _cells(row: Row) -> dict[str, Any]:
     return {"title": f"{row.title} ({row.unit})" if row.unit else row.title, "cells": cells}
 
 
-def _summary(material: Material, found: Outcome) -> list[str]:
+def _summary(material: Material, found: Outcome, names: Sequence[str]) -> list[str]:
     sentences = []
     row = found.rows.get(MAIN[material.runs[0].task == CLASSIFICATION])
     if row is not None and row.difference is not None:
-        way = "higher" if row.difference > 0 else "lower"
+        points = f"{abs(row.difference):.1f}"
+        way = f"{points} points {'higher' if row.difference > 0 else 'lower'}"
         ours, theirs = row.sides[REPR].mean, row.sides[STANDARD].mean
         text = (
             f"With RePr the {row.title} was {ours:.1f} %, without it {theirs:.1f} %: "
-            f"{abs(row.difference):.1f} points {way}"
+            f"{'the same' if points == '0.0' else way}"
         )
         if row.low is None:
             text += "."
@@ -288,7 +294,7 @@ def _summary(material: Material, found: Outcome) -> list[str]:
         with_it = "With RePr" if side == REPR else "Without RePr"
         sentences.append(f"{with_it} the {row.title} was {value.mean:.1f} %.")
     sentences.append(found.interval)
-    unfinished = [run.name for run in material.runs if not run.finished]
+    unfinished = [n for run, n in zip(material.runs, names, strict=True) if not run.finished]
     if unfinished:
         sentences.append(
             f"Not finished, still going or stopped: {', '.join(unfinished)}. What follows is what "
@@ -297,7 +303,7 @@ def _summary(material: Material, found: Outcome) -> list[str]:
     return sentences
 
 
-def _run(run: RunFolder) -> dict[str, str]:
+def _run(run: RunFolder, name: str) -> dict[str, str]:
     steps = seconds_per_step(run)
     step = ", ".join(f"{1000 * value:,.0f} ms in {phase}" for phase, value in steps.items())
     if list(steps) == ["full"]:
@@ -305,7 +311,7 @@ def _run(run: RunFolder) -> dict[str, str]:
     state = "finished" if run.finished else "not finished"
     return {
         "side": REPR if run.uses_repr else STANDARD,
-        "name": run.name,
+        "name": name,
         "state": f"{state}, {run.iterations:,} iterations",
         "duration": duration(run),
         "step": step,
@@ -316,8 +322,13 @@ def _schedule(material: Material) -> list[str]:
     run = material.runs[0]
     keys, epochs = run.cfg.SOLVER, run.cfg.SOLVER.get("MAX_EPOCHS", 0)
     length = f"{epochs:g} epochs" if epochs else f"{keys.MAX_ITER:,} iterations"
-    steps = run.cfg.SOLVER.get("STEPS_EPOCHS", ()) if epochs else keys.STEPS
-    falls = f", divided by {1 / keys.GAMMA:g} at {_listed(steps)}" if steps else ""
+    steps = rate_steps(keys, keys.MAX_ITER)
+    if keys.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and epochs:
+        steps = [step for step in keys.get("STEPS_EPOCHS", ()) if step < epochs]
+    if steps is None:
+        falls = f", {keys.LR_SCHEDULER_NAME}"
+    else:
+        falls = f", divided by {1 / keys.GAMMA:g} at {_listed(steps)}" if steps else ""
     sentences = [
         f"Trained on {', '.join(run.cfg.DATASETS.TRAIN)} for {length} of {keys.IMS_PER_BATCH} "
         f"images; {keys.get('OPTIMIZER', 'SGD')}, learning rate {keys.BASE_LR:g}{falls}."
@@ -334,5 +345,5 @@ def _schedule(material: Material) -> list[str]:
 
 
 def _listed(values: Sequence[Any]) -> str:
-    *most, last = (f"{value:,}" for value in values)
+    *most, last = (f"{value:,.10g}" for value in values)
     return f"{', '.join(most)} and {last}" if most else last

@@ -14,6 +14,7 @@ import numpy as np
 from detectron2.config import CfgNode
 from numpy.typing import NDArray
 
+from repr_det.detection.coco_results import BBOX, SEGM
 from repr_det.engine import history
 from repr_det.engine.checkpoint import read_checkpoint
 from repr_det.engine.command_line import merge_config_file
@@ -25,6 +26,9 @@ DETECTION, CLASSIFICATION = "detection", "classification"
 
 FINAL = "model_final.pth"
 
+_ZERO_IF_NAN = {f"{kind}/{m}" for kind in (BBOX, SEGM) for m in ("AP", "AP50", "AP75")}
+"""Metrics that are NaN where nothing was detected; of sizes and classes also without objects."""
+
 Series = tuple[NDArray[np.float64], NDArray[np.float64]]
 Metrics = dict[str, Series]
 
@@ -32,26 +36,40 @@ Metrics = dict[str, Series]
 def read_metrics(folder: str | Path) -> Metrics:
     """Read the scalars that Detectron2's ``JSONWriter`` wrote to ``metrics.json``.
 
-    Where an iteration was written twice, by a run that was resumed, the later line counts. A last
-    line that was cut off in writing is ignored.
+    Where a run was resumed or begun anew in the same folder, so that iterations come again, what
+    was written of them and of later ones before does not count. A last line that was cut off in
+    writing is ignored.
 
     Returns:
         name -> (iterations, values), both float (n,), by increasing iteration; empty where there is
         no such file.
     """
     path = Path(folder) / "metrics.json"
-    series: dict[str, dict[float, float]] = {}
+    beginnings: list[list[tuple[float, dict[str, float]]]] = []
+    last: dict[str, float] = {}
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         iteration = record.pop("iteration")
-        for name, value in record.items():
-            series.setdefault(name, {})[iteration] = value
+        # Lines are not in order, but those of one scalar are: the writer puts what is new of each.
+        if not beginnings or any(last.get(name, iteration) > iteration for name in record):
+            beginnings.append([])
+            last.clear()
+        beginnings[-1].append((iteration, record))
+        last |= dict.fromkeys(record, iteration)
+    series: dict[str, dict[float, float]] = {}
+    for lines in beginnings:
+        first = min(iteration for iteration, _ in lines)
+        series = {n: {i: v for i, v in s.items() if i < first} for n, s in series.items()}
+        for iteration, record in lines:
+            for name, value in record.items():
+                series.setdefault(name, {})[iteration] = value
     return {
         name: (np.array(sorted(s), dtype=float), np.array([s[i] for i in sorted(s)], dtype=float))
         for name, s in series.items()
+        if s
     }
 
 
@@ -123,11 +141,6 @@ class RunFolder:
     checkpoint: Path | None = None
 
     @property
-    def name(self) -> str:
-        """How to call it."""
-        return self.folder.resolve().name
-
-    @property
     def uses_repr(self) -> bool:
         """Whether it was trained with RePr."""
         return self.cfg.REPR.ENABLED
@@ -182,9 +195,15 @@ class RunFolder:
         return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else ""
 
     def evaluations(self, metric: str) -> Series | None:
-        """An evaluated metric of the test set over time, ``bbox/AP`` say; None without any."""
+        """An evaluated metric of the test set over time, ``bbox/AP`` say; None without any.
+
+        A detector that detected nothing has an AP of 0, which Detectron2 records as NaN.
+        """
         several = len(self.cfg.DATASETS.TEST) > 1
-        return self.metrics.get(f"{self.test_set}/{metric}" if several else metric)
+        series = self.metrics.get(f"{self.test_set}/{metric}" if several else metric)
+        if series is not None and metric in _ZERO_IF_NAN:
+            return series[0], np.nan_to_num(series[1])
+        return series
 
     def evaluated(self) -> list[str]:
         """Names of all metrics of the test set."""
@@ -280,6 +299,20 @@ def _read_config(path: Path) -> CfgNode:
     merge_config_file(cfg, str(path), trusted=False)
     cfg.MODEL.DEVICE = device if device == "cpu" else cfg.MODEL.DEVICE
     return cfg
+
+
+def short_names(runs: Sequence[RunFolder]) -> list[str]:
+    """What to call runs: the shortest end of each one's path that is no other's of these.
+
+    Args:
+        runs: of different folders.
+    """
+    paths = [run.folder.resolve().parts for run in runs]
+    lengths = [
+        next(n for n in range(1, len(path) + 1) if [p[-n:] for p in paths].count(path[-n:]) == 1)
+        for path in paths
+    ]
+    return [str(Path(*path[-n:])) for path, n in zip(paths, lengths, strict=True)]
 
 
 def settings_that_differ(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:

@@ -153,3 +153,11 @@ def write_whole(target: Path, write: Any) -> None:
         os.replace(aside, target)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_text_whole(target: Path, text: str) -> None:
+    """Write a text file by :func:`write_whole`; a pipe, device or link is written to and stays."""
+    if target.is_symlink() or (target.exists() and not target.is_file()):  # /dev/stdout, say
+        target.write_text(text, encoding="utf-8")
+    else:
+        write_whole(target, lambda file: file.write(text.encode()))

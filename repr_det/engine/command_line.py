@@ -153,13 +153,18 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
 
 
 def check_folder_of(option: str, path: Path | None) -> None:
-    """Refuse a file to be written where there is no folder for it; None is no file.
+    """Refuse a file to be written where there is no folder for it, or a folder; None is no file.
 
     Raises:
         FileNotFoundError: no such folder.
+        ValueError: the path is that of a folder.
     """
-    if path is not None and not path.parent.is_dir():
+    if path is None:
+        return
+    if not path.parent.is_dir():
         raise FileNotFoundError(f"Folder {path.parent} of {option} does not exist: create it.")
+    if path.is_dir():
+        raise ValueError(f"Target {path} of {option} is a folder: give the name of a file.")
 
 
 def sentence(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import Namespace
 
 import numpy as np
@@ -107,6 +108,51 @@ def test_detection_is_bootstrapped_over_images(tmp_path):
     assert 10 < row.low < row.difference < row.high < 95
     assert "say nothing about other seeds" in found.interval and "8 images" in found.interval
     assert outcome(runs, resamples=0).rows["bbox/AP"].low is None
+
+
+def test_detectors_of_the_same_seeds_are_paired_like_classifiers(tmp_path):
+    half, all_of_them = detections([1, 2, 3, 4]), detections(range(1, 9))
+    aps = {False: [40.0, 50.0, 44.0], True: [41.0, 53.0, 46.0]}
+    runs = squares(
+        tmp_path,
+        *((half, ap, False) for ap in aps[False]),
+        *((all_of_them, ap, True) for ap in aps[True]),
+    )
+    for number, run in enumerate(runs):
+        run.cfg.SEED = number % 3
+    found = outcome(runs, resamples=20)
+    row = found.rows["bbox/AP"]
+    half_width = stats.t.ppf(0.975, 2) * np.std([1, 3, 2], ddof=1) / np.sqrt(3)
+    assert row.difference == pytest.approx(2)
+    assert (row.low, row.high) == pytest.approx((2 - half_width, 2 + half_width))
+    assert "3 pairs of runs with the same seed" in found.interval
+    # Seeds that nobody knows do not pair, so all there is are the images.
+    for run, ap in zip(runs, [HALF] * 3 + [100.0] * 3, strict=True):
+        run.cfg.SEED = -1
+        run.metrics["bbox/AP"][1][:] = ap
+    assert "bootstrap" in outcome(runs, resamples=20).interval
+
+
+def test_a_side_that_detects_nothing_counts_as_zero(tmp_path):
+    nan = float("nan")
+    runs = squares(tmp_path, (detections([1, 2, 3, 4]), HALF, False), ([], nan, True))
+    found = outcome(runs, resamples=200)
+    row = found.rows["bbox/AP"]
+    assert row.difference == pytest.approx(-HALF)
+    assert row.low < row.difference < row.high < 0
+    assert "bbox/APs" not in found.rows
+
+
+def test_sides_that_detect_nothing_are_compared_by_boxes(tmp_path):
+    """Nobody knows whether they would have held masks, which these annotations lack."""
+    runs = squares(tmp_path, ([], float("nan"), False), ([], float("nan"), True))
+    path = tmp_path / "data" / "truth.json"
+    content = json.loads(path.read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    path.write_text(json.dumps(content))
+    row = outcome(runs, resamples=20).rows["bbox/AP"]
+    assert (row.difference, row.low, row.high) == (0, 0, 0)
 
 
 def test_results_that_are_not_of_the_last_evaluation_are_told(tmp_path):

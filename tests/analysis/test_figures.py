@@ -111,3 +111,16 @@ def test_saved_pictures_are_not_empty_and_other_kinds_are_refused(tmp_path):
     ET.parse(figures.save(figure, tmp_path / "a.svg"))
     with pytest.raises(ValueError, match="neither in .png nor in .svg"):
         figures.save(figure, tmp_path / "a.jpg")
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"earlier")
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        figures.save(figures.curves(two_runs()), path)
+    assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
 
 from repr_det.analysis import network as network_module
+from repr_det.analysis.figures import BEFORE, REPR
 from repr_det.analysis.gallery import CONTRIBUTIONS, FIGURES, Material, compute_contributions
 from repr_det.analysis.network import (
     contributions,
@@ -119,7 +122,48 @@ def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained):
     path = run.folder / CONTRIBUTIONS
     kept = json.loads(path.read_text())
     assert kept["checkpoint"] == FINAL
-    path.write_text(json.dumps(kept | {"checkpoint": "model_0000003.pth"}))
-    with pytest.raises(ValueError, match="It was not computed"):
-        FIGURES["contributions"].draw(Material([run]))
-    path.unlink()
+    checkpoint = run.folder / FINAL
+    trained_last = checkpoint.read_bytes()
+    try:
+        for stale, content in (
+            (kept | {"checkpoint": "model_0000003.pth"}, trained_last),
+            ({name: kept[name] for name in ("checkpoint", "layers")}, trained_last),
+            (kept, trained_last + b"trained again"),
+        ):
+            path.write_text(json.dumps(stale))
+            checkpoint.write_bytes(content)
+            with pytest.raises(ValueError, match="It was not computed"):
+                FIGURES["contributions"].draw(Material([run]))
+    finally:
+        checkpoint.write_bytes(trained_last)
+        path.unlink()
+
+
+def changed(run, **keys):
+    """A run with other keys of its config."""
+    cfg = run.cfg.clone()
+    cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    return dataclasses.replace(run, cfg=cfg)
+
+
+@pytest.mark.parametrize("keys", [{"SEED": -1}, {"MODEL.WEIGHTS": "/no/such/weights.pth"}])
+def test_what_training_began_with_is_left_out_where_it_is_not_known(trained, keys):
+    run, *_ = trained
+    assert list(Material([run]).networks) == [BEFORE, REPR]
+    material = Material([changed(run, **keys)], images=24)
+    assert list(material.networks) == [REPR]
+    assert list(FIGURES["overlap_by_layer"].draw(material).values) == [REPR]
+
+
+@pytest.mark.parametrize("keys", [{}, {"MODEL.WEIGHTS": "/no/such/weights.pth"}])
+def test_overlap_that_was_not_recorded_is_of_all_checkpoints(trained, tmp_path, keys):
+    run, *_ = trained
+    for name in ("model_0000005.pth", FINAL):
+        shutil.copy(run.folder / FINAL, tmp_path / name)
+    metrics = {name: s for name, s in run.metrics.items() if "overlap" not in name}
+    run = dataclasses.replace(changed(run, **keys), folder=tmp_path, metrics=metrics)
+    total, mean = FIGURES["overlap"].draw(Material([run])).figure.axes
+    for axes in (total, mean):
+        (line,) = [line for line in axes.lines if line.get_label() == REPR]
+        assert list(line.get_xdata()) == ([6, 12] if keys else [0, 6, 12])
+        assert line.get_ydata()[-1] == line.get_ydata()[-2] > 0

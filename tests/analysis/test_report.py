@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import re
 
@@ -9,10 +10,15 @@ import pytest
 import torch
 
 from repr_det.analysis.report import write_report
-from repr_det.analysis.run_folder import read_run
+from repr_det.analysis.run_folder import read_metrics, read_run
 from repr_det.classification import ClassificationTrainer
 from repr_det.engine import history
-from tests.analysis.folders import detections, write_run
+from tests.analysis.folders import (
+    detections,
+    write_detection_run,
+    write_metrics,
+    write_run,
+)
 from tests.analysis.test_comparison import HALF, squares
 from tests.browser import Browser, needs_chromium
 from tests.classification.settings import register_corners, small_cfg
@@ -116,6 +122,94 @@ def test_detectors_are_shown_where_they_differ_with_an_interval(tmp_path):
     assert tiles == ["ground truth", "standard: 1 mistake", "RePr: 0 mistakes"] * 4
 
 
+def test_equal_results_are_called_the_same(tmp_path):
+    half = detections([1, 2, 3, 4])
+    runs = squares(tmp_path, (half, HALF, False), (half, HALF + 0.04, True))
+    text = text_of(write_report(runs, tmp_path / "report.html", resamples=50))
+    assert "without it 50.5 %: the same, with a 95 % interval from" in text
+
+
+def test_a_detector_that_finds_nothing_in_the_end_has_no_figures_of_classes(tmp_path):
+    (run,) = squares(tmp_path, ([], 20.0, True))
+    nothing = {f"bbox/{key}": float("nan") for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
+    early = {**dict.fromkeys(nothing, 20.0), "bbox/AP-cat": 20.0, "bbox/AP-dog": 20.0}
+    training = {"iteration": 99, "total_loss": 1.0, "lr": 0.1, "time": 0.5}
+    records = [{"iteration": 50, **early}, training, {"iteration": 100, **nothing}]
+    write_metrics(run.folder, records)
+    run = dataclasses.replace(run, metrics=read_metrics(run.folder))
+    path = write_report([run], tmp_path / "report.html")
+    text = text_of(path)
+    assert figures_of(path) == ["curves"]
+    assert "AP by class : No AP by class was recorded yet" in text
+    assert "With RePr the box AP was 0.0 %" in text
+
+
+def changed(folder, **keys):
+    """A run with other keys of its config."""
+    run = read_run(folder)
+    run.cfg.merge_from_list([part for pair in keys.items() for part in pair])
+    return run
+
+
+def test_a_run_without_a_test_set_keeps_what_needs_none(pair, tmp_path):
+    run = changed(pair[1], **{"DATASETS.TEST": ()})
+    path = write_report([run], tmp_path / "report.html", images=24)
+    needs_images = {"cca", "svcca", "cca_by_layer", "similarity"}
+    assert figures_of(path) == [name for name in EVERY_FIGURE if name not in needs_images]
+    assert "The run has no test set" in text_of(path)
+
+
+def test_networks_without_common_layers_keep_what_compares_none(pair, tmp_path):
+    runs = [
+        changed(folder, **{"REPR.INCLUDE": [f"network.features.{layer}"]})
+        for folder, layer in zip(pair, (3, 6), strict=True)
+    ]
+    path = write_report(runs, tmp_path / "report.html", images=24)
+    compares = {"cca", "svcca", "cca_by_layer", "similarity", "overlap_by_layer"}
+    assert figures_of(path) == [name for name in EVERY_FIGURE if name not in compares]
+    assert "no filter layer in common" in text_of(path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"SOLVER.MAX_ITER": 1000}, "learning rate 0.001."),
+        ({"SOLVER.MAX_ITER": 50000}, "learning rate 0.001, divided by 10 at 30,000."),
+        (
+            {"SOLVER.MAX_ITER": 40000, "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR"},
+            "learning rate 0.001, WarmupCosineLR.",
+        ),
+        (
+            {"SOLVER.MAX_EPOCHS": 20, "SOLVER.STEPS_EPOCHS": (12.5, 30)},
+            "for 20 epochs of 16 images; SGD, learning rate 0.001, divided by 10 at 12.5.",
+        ),
+    ],
+)
+def test_the_schedule_is_what_was_trained(tmp_path, settings, words):
+    run = read_run(write_detection_run(tmp_path / "run", [], 1.0, settings))
+    assert words in text_of(write_report([run], tmp_path / "report.html"))
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("NONE", "Faster R-CNN"), ("MASK_ON", "Mask R-CNN"), ("KEYPOINT_ON", "Keypoint R-CNN")],
+)
+def test_detectors_are_called_by_their_names(tmp_path, key, name):
+    settings = {} if key == "NONE" else {f"MODEL.{key}": True}
+    run = read_run(write_detection_run(tmp_path / "run", [], 1.0, settings))
+    assert f"standard: {name} R50 on" in text_of(write_report([run], tmp_path / "report.html"))
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [
+        read_run(write_run(tmp_path / side / "seed_0", {"REPR.ENABLED": side == "repr"}))
+        for side in ("standard", "repr")
+    ]
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "<th>standard/seed_0</th><th>repr/seed_0</th>" in page
+    assert "stopped: standard/seed_0, repr/seed_0." in page
+
+
 def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
     runs = [read_run(folder) for folder in pair]
     page = tmp_path / "report.html"
@@ -127,7 +221,10 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
             write_report(runs, page, **arguments)
     with pytest.raises(FileNotFoundError, match="create it"):
         write_report(runs, tmp_path / "nowhere" / "report.html")
-    assert not list(tmp_path.iterdir())
+    page.mkdir()
+    with pytest.raises(ValueError, match="is a folder"):
+        write_report(runs, page)
+    assert list(tmp_path.iterdir()) == [page]
 
 
 _STATE = """({

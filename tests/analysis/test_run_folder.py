@@ -15,12 +15,13 @@ from repr_det.analysis.run_folder import (
     read_metrics,
     read_run,
     settings_that_differ,
+    short_names,
     sub_network_spans,
     training_seconds,
 )
 from repr_det.engine import history
 from repr_det.engine.history import Drop, History
-from tests.analysis.folders import write_metrics, write_run
+from tests.analysis.folders import write_detection_run, write_metrics, write_run
 
 
 def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
@@ -36,6 +37,49 @@ def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
     assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 1.5]]
     assert [list(values) for values in metrics["bbox/AP"]] == [[39], [7.0]]
     assert read_metrics(tmp_path / "nothing") == {}
+
+
+def test_what_a_later_run_overwrites_in_the_same_folder_is_dropped(tmp_path):
+    ap, lost = {"bbox/AP": 5.0}, {"bbox/AP": 9.0}
+    records = [
+        {"iteration": 19, "total_loss": 3.0},
+        {"iteration": 29, **ap},
+        {"iteration": 39, "total_loss": 2.5},
+        {"iteration": 59, "total_loss": 2.0},
+        {"iteration": 49, **lost},  # written together with the line before it
+        # Resumed after iteration 29, as Detectron2 does: the file was left as it was.
+        {"iteration": 39, "total_loss": 2.4},
+        {"iteration": 59, "total_loss": 1.9},
+    ]
+    write_metrics(tmp_path, records)
+    metrics = read_metrics(tmp_path)
+    assert [list(values) for values in metrics["total_loss"]] == [[19, 39, 59], [3.0, 2.4, 1.9]]
+    assert [list(values) for values in metrics["bbox/AP"]] == [[29], [5.0]]
+    # Trained again, without --resume, and not evaluated yet.
+    write_metrics(tmp_path, [*records, {"iteration": 19, "total_loss": 7.0}])
+    metrics = read_metrics(tmp_path)
+    assert metrics.keys() == {"total_loss"}
+    assert [list(values) for values in metrics["total_loss"]] == [[19], [7.0]]
+
+
+def test_lines_of_one_run_need_not_be_in_order(tmp_path):
+    """Detectron2 writes what is new as it was first recorded: losses, then an evaluation."""
+    write_metrics(
+        tmp_path,
+        [
+            {"iteration": 19, "total_loss": 3.0},
+            {"iteration": 39, "total_loss": 2.0},
+            {"iteration": 24, "bbox/AP": 7.0},
+            {"iteration": 59, "total_loss": 1.0},
+            {"iteration": 49, "bbox/AP": 8.0},
+            # Begun anew: its first two lines are not in order either.
+            {"iteration": 39, "total_loss": 5.0},
+            {"iteration": 24, "bbox/AP": 1.0},
+        ],
+    )
+    metrics = read_metrics(tmp_path)
+    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 5.0]]
+    assert [list(values) for values in metrics["bbox/AP"]] == [[24], [1.0]]
 
 
 def test_spans_of_the_sub_network():
@@ -112,6 +156,21 @@ def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):
         read_run(write_run(tmp_path / "b", {"SEED": 2, "OUTPUT_DIR": "b"})),
     ]
     assert settings_that_differ(runs) == {"SEED": [1, 2]}
+
+
+def test_runs_are_called_by_the_shortest_end_of_their_paths_that_is_no_other_runs(tmp_path):
+    folders = ("standard/seed_0", "repr/seed_0", "repr/seed_1", "repr/old/seed_1")
+    runs = [read_run(write_run(tmp_path / folder)) for folder in folders]
+    assert short_names(runs) == ["standard/seed_0", "repr/seed_0", "repr/seed_1", "old/seed_1"]
+    assert short_names(runs[:1]) == ["seed_0"]
+
+
+def test_a_detector_that_finds_nothing_has_an_ap_of_zero(tmp_path):
+    """Detectron2 records NaN then, as it does where there are no objects of a size."""
+    run = read_run(write_detection_run(tmp_path / "run", [], float("nan")))
+    assert [list(values) for values in run.evaluations("bbox/AP50")] == [[100], [0]]
+    assert np.isnan(run.evaluations("bbox/APs")[1]).all()
+    assert np.isnan(run.evaluations("bbox/AP-cat")[1]).all()
 
 
 def test_keys_of_somebody_elses_trainer_are_read(tmp_path):

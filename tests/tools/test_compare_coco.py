@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,7 @@ def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
         (None, ("--resamples", "0"), "--resamples is 0; give at least 1."),
         (None, ("--seed", "-1"), "--seed is -1; give 0 or more."),
         (None, ("--json", "nowhere/out.json"), "Folder nowhere of --json does not exist"),
+        (None, ("--json", "."), "Target . of --json is a folder: give the name of a file."),
         (None, ("--iou-type", "segm"), "IoU type segm needs segmentation everywhere"),
         (lambda a: a.unlink(), (), "do not exist: give a COCO results file or a run folder."),
         (lambda a: (a.unlink(), a.mkdir()), (), "holds no inference/coco_instances_results.json"),
@@ -158,4 +160,48 @@ def test_boxes_against_masks(tool, files, capsys):
         result["segmentation"] = {"size": [100, 100], "counts": "abc"}
     Path(files["a"]).write_text(json.dumps(results))
     assert tool.main([files["truth"], files["a"], files["b"]]) == 2
-    assert "Some results hold only boxes and some only masks" in capsys.readouterr().err
+    assert "Results and annotations share neither boxes nor masks" in capsys.readouterr().err
+
+
+def test_results_without_detections_are_compared_by_boxes(tool, files, capsys):
+    content = json.loads(Path(files["truth"]).read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    Path(files["truth"]).write_text(json.dumps(content))
+    for name in ("a", "c"):
+        Path(files[name]).write_text("[]")
+    assert tool.main([files["truth"], files["a"], files["c"], "--resamples", "5"]) == 0
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| AP "))
+    assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.00", "0.00", "+0.00"]
+    assert "| Boxes" in printed and "| Masks" not in printed
+
+
+def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tool, files, tmp_path, monkeypatch):
+    out = tmp_path / "out" / "record.json"
+    out.parent.mkdir()
+    out.write_text("earlier")
+
+    def full(_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    arguments = [files["truth"], files["a"], files["b"], "--resamples", "5", "--json", str(out)]
+    with pytest.raises(OSError, match="No space"):
+        tool.main(arguments)
+    assert out.read_text() == "earlier" and list(out.parent.iterdir()) == [out]
+
+
+def test_a_record_may_go_into_a_pipe(tool, files, tmp_path):
+    """As /dev/stdout is one, or a link to one; it is not replaced by a file."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    arguments = [files["truth"], files["a"], files["b"], "--resamples", "5", "--json", str(pipe)]
+    assert tool.main(arguments) == 0
+    assert json.loads(os.read(reader, 2**16))["images"] == 20
+    os.close(reader)
+    assert pipe.is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    assert tool.main([*arguments[:-1], str(tmp_path / "link")]) == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").is_file()

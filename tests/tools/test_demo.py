@@ -33,6 +33,8 @@ def content(folder):
         (("REPR.S1", "0"), "s1 is 0"),
         (("REPR.NO_KEY", "1"), "NO_KEY"),
         (("DATASETS.TEST", "('nobody',)"), "Dataset nobody is not registered"),
+        (("DATASETS.TEST", "('shapes_val', 'shapes_val')"), "DATASETS.TEST names 2 test sets"),
+        (("DATASETS.TEST", "()"), "DATASETS.TEST names 0 test sets"),
     ],
 )
 def test_a_mistake_leaves_the_earlier_run(tool, folder, capsys, pair, sentence):

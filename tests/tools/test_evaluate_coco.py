@@ -191,6 +191,11 @@ def test_models_that_do_not_fit(tool, run, monkeypatch, capsys, tmp_path, option
     assert sentence in refused(tool, capsys, "--run", run.folder, *options)
 
 
+def test_masks_of_a_detector_of_boxes_are_refused_before_the_first_image(tool, run, capsys):
+    options = ("--run", run.folder, "--iou-type", "segm", "MODEL.MASK_ON", "False")
+    assert "gives no masks" in refused(tool, capsys, *options)
+
+
 def test_a_damaged_image_is_named(tool, run, tmp_path, capsys):
     """Also by a loader's process, whose errors arrive as tracebacks."""
     images = tmp_path / "images"

@@ -153,6 +153,25 @@ def test_mistakes_are_one_sentence(tmp_path, tool, source, target, words):
     assert "\n" not in str(stopped.value) and not (tmp_path / target).exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, r"Config .*mine\.yaml does not exist: give"),
+        ("MODEL: {PIXEL_MEAN: [1, 2, 3]}\nINPUT: {FORMAT: RGB}\n", "does not hold MODEL.PIXEL"),
+        ("just words\n", "does not hold MODEL.PIXEL"),
+        ("MODEL: [1\n", "does not hold MODEL.PIXEL"),
+    ],
+)
+def test_a_config_that_does_not_say_how_it_was_trained_is_refused(tmp_path, tool, content, words):
+    source, config = tmp_path / "model_final.pth", tmp_path / "mine.yaml"
+    torch.save({"model": make_classifier("resnet18").state_dict()}, source)
+    if content is not None:
+        config.write_text(content)
+    with pytest.raises(SystemExit, match=words) as stopped:
+        tool.main([str(source), str(tmp_path / "b.pth"), "--config", str(config)])
+    assert "\n" not in str(stopped.value) and not (tmp_path / "b.pth").exists()
+
+
 def test_stages_that_detectron2_does_not_know():
     from torchvision.models.resnet import BasicBlock, ResNet
 

@@ -80,21 +80,32 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
     out = tmp_path / "out"
     out.mkdir()
     page, png = str(out / "a.html"), str(out / "a.png")
+    folder, js = tmp_path / "folder.png", str(out / "j")
+    folder.mkdir()
     for name, arguments, sentence in (
         ("report", [str(tmp_path), "-o", page], f"{tmp_path}/config.yaml does not exist: give"),
         ("report", [run, other, "-o", page], f"The test set of {other} is another"),
-        ("report", [run, "-o", str(out / "no" / "a.html")], f"Folder {out}/no does not exist"),
+        (
+            "report",
+            [run, "-o", str(out / "no" / "a.html")],
+            f"Folder {out}/no of the report does not exist",
+        ),
         ("report", [run, "-o", page, "--images", "1"], "1 images are too few"),
         ("analyze", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
         ("analyze", ["curves", "-o", png], "There are no runs to report on"),
         ("analyze", ["drops", run, "-o", png], "This is of RePr runs, and none was given"),
         ("analyze", ["cca", "--weights", "w.pth", "-o", png], "Give either runs, or --config"),
-        ("analyze", ["curves", run, "-o", png, "--json", str(out / "j")], "curves has no numbers"),
+        ("analyze", ["curves", run, "-o", png, "--json", js], "curves has no numbers"),
+        ("analyze", ["contributions", run, "-o", png, "--json", js], "contributions has"),
+        ("analyze", ["detections", run, "-o", png, "--json", js], "detections has no"),
+        ("analyze", ["detections", run, "-o", str(out / "a.svg")], "detections is a picture: give"),
+        ("analyze", ["curves", run, "-o", str(folder)], f"Target {folder} of --output is a folder"),
+        ("report", [run, "-o", str(folder)], f"Target {folder} of the report is a folder"),
         ("analyze", ["detections", run, "-o", png], "This is of detection"),
     ):
         assert load_tool(name).main(arguments) == 2
         printed = capsys.readouterr().err
         assert printed.startswith(f"{name}.py: error: {sentence}"), printed
         assert printed.count("\n") == 1
-    assert not list(out.iterdir())
+    assert not list(out.iterdir()) and not list(folder.iterdir())
     assert read_run(run).iterations == 200
