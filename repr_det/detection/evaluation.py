@@ -94,12 +94,12 @@ def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
     Raises:
         FileNotFoundError, ValueError: see :func:`annotation_file` and :func:`register_held_out`.
     """
-    register_builtin()
-    if dataset not in map(held_out_name, cfg.DATASETS.TRAIN):
-        return Annotations(annotation_file(dataset))
-    register_held_out(cfg)
-    train = MetadataCatalog.get(dataset).get("held_out_of")
-    if train is None:  # a dataset of somebody's that happens to be called so
+    train = None
+    if dataset in map(held_out_name, cfg.DATASETS.TRAIN):
+        register_held_out(cfg)
+        # None for a dataset of somebody's that happens to be called so.
+        train = MetadataCatalog.get(dataset).get("held_out_of")
+    if train is None:
         return Annotations(annotation_file(dataset))
     path = annotation_file(train)
     return Annotations(path, frozenset(r["image_id"] for r in DatasetCatalog.get(dataset)))

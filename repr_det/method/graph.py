@@ -747,7 +747,7 @@ def trace(
             except Exception as error:  # an unknown model may raise anything
                 reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
         if ran:
-            if run is not None and tracer.convs.keys() > tracer.ran.keys():
+            if run not in (None, attempt) and tracer.convs.keys() > tracer.ran.keys():
                 with suppress(Exception):  # there may be no batch to run it on
                     _run(tracer, model, run, training=True)
             if also is not None:

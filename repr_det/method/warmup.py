@@ -26,9 +26,7 @@ class RateWarmup:
     """
 
     def __init__(self, optimizer: Optimizer, schedule: RePrSchedule, length: int) -> None:
-        if not isinstance(length, int) or isinstance(length, bool) or not (
-            0 <= length <= schedule.s1
-        ):  # fmt: skip
+        if type(length) is not int or not 0 <= length <= schedule.s1:  # a bool is no length
             raise ValueError(
                 f"RePr: warmup is {length!r}; give a whole number of iterations from 0 to S1, "
                 f"which is {schedule.s1}."
