@@ -38,6 +38,31 @@ def test_plain_networks_have_the_papers_counts(name, count):
     assert count_before_last(build_classifier(name, 10)) == count
 
 
+@pytest.mark.parametrize("name", ["c3_32", "c3_32_bn"])
+def test_pooling_before_the_relu_changes_no_bit(name):
+    torch.manual_seed(0)
+    network = build_classifier(name, num_classes=10)
+    layers = list(network.features)
+    as_printed = []
+    while layers:
+        layer = layers.pop(0)
+        if isinstance(layer, nn.MaxPool2d):
+            as_printed.append(layers.pop(0))
+        as_printed.append(layer)
+    kinds = [type(layer) for layer in as_printed]
+    assert kinds.index(nn.ReLU) < kinds.index(nn.MaxPool2d)
+    images = torch.randn(16, 3, 32, 32)
+
+    def gradients(features):
+        logits = network.fc(features(images).flatten(1))
+        return logits, *torch.autograd.grad(logits.square().sum(), list(network.parameters()))
+
+    for got, expected in zip(
+        gradients(network.features), gradients(nn.Sequential(*as_printed)), strict=True
+    ):
+        assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize(
     ("name", "thousands"),
     [
