@@ -1,0 +1,22 @@
+"""Memory of tensors on a CPU: kept for the next step."""
+
+from __future__ import annotations
+
+import ctypes
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Names of glibc's ``malloc.h``."""
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed, for this process, from now on.
+
+    By default glibc hands large blocks back to the kernel as soon as they are free, and gets them
+    anew, zeroed page by page, for the same tensors of the next training step. What is kept is at
+    most what the process had in use at its peak, apart from gaps between blocks.
+
+    Returns:
+        Whether it could be set: not where there is another C library.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
