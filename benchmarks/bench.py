@@ -48,6 +48,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
             "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
             "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
+            "kept": {"c3_32": partial(speed.kept_memory_ratio, "c3_32", 2, 6)},
             "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 4)},
             "memory": {"c3_32": partial(speed.peak_memory, "c3_32")},
         }
@@ -58,6 +59,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
         },
         "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
+        "kept": {name: partial(speed.kept_memory_ratio, name, 8, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
         "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 30)},
@@ -104,6 +106,11 @@ def _options(found: dict[str, Any]) -> str:
     return aligned_table([head, *rows])
 
 
+def _kept(found: dict[str, Any]) -> str:
+    head = ["standard step, memory kept / given back", *(NETWORKS[name].title for name in found)]
+    return aligned_table([head, ["on a CPU", *(_times(one[speed.KEPT]) for one in found.values())]])
+
+
 def _ranking(found: dict[str, Any]) -> str:
     head = ["filters of", "layers", "filters", "drop, s", "return, s", "pivoted QR (SciPy), s",
             "times"]  # fmt: skip
@@ -136,7 +143,7 @@ def _memory(found: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "steps": _steps, "whole": _whole, "options": _options, "ranking": _ranking,
+    "steps": _steps, "whole": _whole, "options": _options, "kept": _kept, "ranking": _ranking,
     "growth": _growth, "loading": _loading_line, "memory": _memory,
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from detectron2.utils.events import EventStorage
 from networks import NETWORKS, VARIANTS, make_trainer, stepper
 from scipy.stats import binom
 
+import repr_det.engine.trainer
 from repr_det.engine.compact import Compact
 from repr_det.engine.config import config_path
 from repr_det.method.pruning import GradientMask
@@ -25,6 +26,11 @@ from repr_det.tasks import get_cfg, trainer_for
 WARM_UP = 2
 CYCLES, S1, S2, LENGTH = 3, 20, 10, 110
 """The paper's schedule, in epochs."""
+
+STEP, MEMORY = "step", "memory"
+"""What a process that this file starts measures."""
+
+GIVEN_BACK, KEPT = "given back", "memory kept"
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "channels last": ("MODEL.CHANNELS_LAST", True),
@@ -164,6 +170,23 @@ def option_ratios(name: str, rounds: int) -> dict[str, Any]:
     return _ratios(seconds, "none") | {"rounds": rounds}
 
 
+def kept_memory_ratio(name: str, pairs: int, steps: int) -> dict[str, Any]:
+    """Time of a standard step where freed memory is kept / where the C library gives it back.
+
+    A process is the one or the other from its beginning, so processes take turns.
+
+    Args:
+        name: of the network.
+        pairs: of processes.
+        steps: of each process, of which the median counts.
+    """
+    seconds: dict[str, list[float]] = {GIVEN_BACK: [], KEPT: []}
+    for index in range(pairs):
+        for kind in list(seconds)[:: 1 if index % 2 else -1]:
+            seconds[kind].append(float(_in_a_process(STEP, name, kind, str(steps))))
+    return _ratios(seconds, GIVEN_BACK) | {"rounds": pairs}
+
+
 def loading_share(config: str, steps: int) -> dict[str, Any]:
     """Share of a real step in which the trainer waits for its data, a median over steps."""
     with tempfile.TemporaryDirectory() as folder:
@@ -190,12 +213,23 @@ def peak_memory(name: str) -> dict[str, int]:
     Of the GPU where there is one, else of the whole process. The drop before the second step and
     what it takes to find the smaller network are within.
     """
-    found = {}
-    for variant in VARIANTS:
-        command = [sys.executable, str(Path(__file__).resolve()), name, variant]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[variant] = int(output.split()[-1])
-    return found
+    return {variant: int(_in_a_process(MEMORY, name, variant)) for variant in VARIANTS}
+
+
+def _in_a_process(*arguments: str) -> str:
+    """The last word that this file prints as a program."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+
+
+def _print_step_time(name: str, kind: str, steps: str) -> None:
+    if kind == GIVEN_BACK:
+        repr_det.engine.trainer.keep_freed_memory = lambda: False
+    with tempfile.TemporaryDirectory() as folder:
+        step = stepper(make_trainer(NETWORKS[name], folder, *VARIANTS["standard"]))
+        for _ in range(WARM_UP):
+            step()
+        print(statistics.median(step() for _ in range(int(steps))))
 
 
 def _print_peak_memory(name: str, variant: str) -> None:
@@ -212,4 +246,5 @@ def _print_peak_memory(name: str, variant: str) -> None:
 
 
 if __name__ == "__main__":
-    _print_peak_memory(*sys.argv[1:])
+    what, *arguments = sys.argv[1:]
+    {STEP: _print_step_time, MEMORY: _print_peak_memory}[what](*arguments)

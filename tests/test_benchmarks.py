@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 @pytest.mark.slow
 def test_quick_size():
     recorded = {path: path.read_bytes() for path in BENCHMARKS.iterdir() if path.is_file()}
-    parts = ["--parts", "steps", "whole", "ranking", "growth", "loading", "memory"]
+    parts = ["--parts", "steps", "whole", "kept", "ranking", "growth", "loading", "memory"]
     command = [sys.executable, BENCHMARKS / "bench.py", "quick", *parts]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     line = next(line for line in printed.splitlines() if line.startswith("| C^3(32), 64"))
@@ -29,6 +29,8 @@ def test_quick_size():
     assert 0.7 <= multiply_adds <= 0.8
     memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + r" +(\d+) \|" * 4, printed)
     assert all(100 < int(mebibytes) < 4000 for mebibytes in memory.groups())
+    kept = re.search(r"memory kept.*\n.*\n\| on a CPU \| +([\d.]+) \(", printed)
+    assert 0.3 < float(kept[1]) < 1.5
     # Only the full size records.
     assert all(path.read_bytes() == before for path, before in recorded.items())
 
