@@ -19,6 +19,8 @@ _SHORT: Overrides = (
 )  # fmt: skip
 
 _FIVE_CYCLES: Overrides = ("REPR.N", 5, "REPR.S1", 4, "REPR.S2", 2)
+_BATCHNORM: Overrides = ("MODEL.CLASSIFIER.NAME", "c3_32_bn")
+_RANDOM: Overrides = ("REPR.CRITERION", "random")
 
 
 def _screened(name: str, label: str, *changed: str | float, standard: str | None = None) -> Row:
@@ -39,7 +41,7 @@ def _with_standard(name: str, label: str, *changed: str | float) -> list[Row]:
 
 
 def screening() -> Table:
-    """One choice at a time: ranking, return, share of filters, cycles, warm-up, decay, norm."""
+    """One choice at a time: ranking, return, share of filters, cycles, warm-up, decay, norms."""
     return Table(
         "screening",
         "Screening: C^3(32) on 20,000 images of CIFAR-10, accuracy on the other 30,000 in %",
@@ -48,11 +50,9 @@ def screening() -> Table:
             _variant("ortho", "Ortho: the defaults"),
             _variant("outgoing-1", "outgoing weights kept", "REPR.REINIT.OUTGOING", 1.0),
             _variant("outgoing-0.3", "outgoing weights x 0.3", "REPR.REINIT.OUTGOING", 0.3),
-            _variant("random", "random ranking", "REPR.CRITERION", "random"),
+            _variant("random", "random ranking", *_RANDOM),
             _variant("cycles-5", "5 cycles of 4 + 2", *_FIVE_CYCLES),
-            _variant(
-                "random-5", "random ranking, 5 cycles", "REPR.CRITERION", "random", *_FIVE_CYCLES
-            ),
+            _variant("random-5", "random ranking, 5 cycles", *_RANDOM, *_FIVE_CYCLES),
             _variant("p-50", "p 50 %", "REPR.PRUNE_RATIO", 0.5, "REPR.MAX_LAYER_RATIO", 0.8),
             _variant("late", "3 cycles of 8 + 4", "REPR.S1", 8, "REPR.S2", 4),
             _variant("plain", "printed score", "REPR.CRITERION", "ortho_paper"),
@@ -71,7 +71,16 @@ def screening() -> Table:
             ),
             _variant("s2-long", "3 cycles of 5 + 5", "REPR.S1", 5, "REPR.S2", 5),
             *_with_standard("decay-0", "no weight decay", "SOLVER.WEIGHT_DECAY", 0.0),
-            *_with_standard("bn", "BatchNorm", "MODEL.CLASSIFIER.NAME", "c3_32_bn"),
+            *_with_standard("bn", "BatchNorm", *_BATCHNORM),
+            *(
+                _screened(
+                    f"bn-{name}-{value}",
+                    f"BatchNorm, {name} of new filters: {value}",
+                    *(*_BATCHNORM, f"REPR.REINIT.{name.upper()}", value),
+                    standard="bn-standard",
+                )
+                for name, value in (("gamma", "one"), ("beta", "survivors"))
+            ),
         ),
         notes=(
             "40 epochs, learning rate 0.02, a tenth of it from epoch 32 and again from 37, weight "
@@ -88,14 +97,13 @@ def few_images() -> Table:
         *("SOLVER.MAX_EPOCHS", 60, "SOLVER.STEPS_EPOCHS", "(48, 55)", "REPR.S1", 10, "REPR.S2", 5),
     )
     config = "cifar10_c3_32.yaml"
-    random: Overrides = ("REPR.CRITERION", "random")
     return Table(
         "few-images",
         "C^3(32) on 20,000 images of CIFAR-10, test accuracy in %",
         (
             Row("standard", "Standard", None, config, overrides + STANDARD),
             Row("ortho", "RePr, Ortho", None, config, overrides, "standard"),
-            Row("random", "RePr, random ranking", None, config, overrides + random, "standard"),
+            Row("random", "RePr, random ranking", None, config, overrides + _RANDOM, "standard"),
         ),
         notes=(
             "60 epochs, learning rate 0.02, a tenth of it from epoch 48 and again from 55, weight "
@@ -138,10 +146,16 @@ _EQUAL_LENGTH = "All runs are equally long, so fewer images are seen more often.
 
 def neu_det() -> Table:
     """A small detector on real images, all of them and few."""
+    config, share = "neu_det_faster_rcnn.yaml", 0.25
+    random = (*_RANDOM, "DATASETS.TRAIN_SHARE", share)
+    label, standard = "315 images, RePr with random ranking", f"{share:g}-standard"
     return Table(
         "neu-det",
         "NEU-DET: Faster R-CNN with a ResNet-18-FPN from scratch, AP on the 540 test images",
-        _by_share("neu_det_faster_rcnn.yaml", 1260),
+        (
+            *_by_share(config, 1260),
+            Row(f"{share:g}-random", label, None, config, random, standard),
+        ),
         AP,
         notes=(_EQUAL_LENGTH,),
         quick_images=160,
