@@ -35,7 +35,7 @@ FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 3
-EPOCH = {"c3_32": 20, "demo": 2, "resnet50": 8}
+EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 8}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
 
@@ -48,7 +48,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
             "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
             "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
-            "kept": {"c3_32": partial(speed.kept_memory_ratio, "c3_32", 2, 6)},
+            "kept": {"c3_32": partial(speed.kept_memory_ratio, "c3_32", 1, 12)},
             "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 4)},
             "memory": {"c3_32": partial(speed.peak_memory, "c3_32")},
         }
@@ -59,7 +59,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
         },
         "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
-        "kept": {name: partial(speed.kept_memory_ratio, name, 8, 12) for name in SMALL},
+        "kept": {name: partial(speed.kept_memory_ratio, name, 4, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
         "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 30)},

@@ -40,7 +40,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 def drop_and_return(name: str) -> dict[str, Any]:
     """Seconds of a drop (ranking) and of a return (re-initialisation) of a network's filters.
 
-    Weights are drawn anew before each, since those of a filter that has just come back are special.
+    SciPy's decompositions take their turn after each pair of them; medians over rounds, of the
+    ratio as well. Weights are drawn anew before each, since those of a filter that has just come
+    back are special.
 
     Args:
         name: in :data:`MODELS`.
@@ -49,22 +51,22 @@ def drop_and_return(name: str) -> dict[str, Any]:
     model = MODELS[name]().to(DEVICE)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     method = RePr(model, optimizer, RePrSchedule(1, 1, ROUNDS + 1), SHARE)
-    took: dict[str, list[float]] = {"drop": [], "return": []}
-    for index in range(1, 2 * ROUNDS + 3):
-        if index % 2:
-            for layer in method.layers:
-                nn.init.kaiming_normal_(layer.weight)
-        of_step = seconds(lambda now=index: method.step(now))
-        if index > 2:  # the first of each also builds what the later ones use
-            took["drop" if index % 2 else "return"].append(of_step)
-    ours = {kind: statistics.median(values) for kind, values in took.items()}
-    baseline = _pivoted_qr(method.layers)
+    rounds = []
+    for cycle in range(ROUNDS + 1):
+        for layer in method.layers:
+            nn.init.kaiming_normal_(layer.weight)
+        took = [seconds(lambda now=now: method.step(now)) for now in (2 * cycle + 1, 2 * cycle + 2)]
+        if cycle > 0:  # the first also builds what the later ones use
+            baseline = _pivoted_qr(method.layers)
+            rounds.append((*took, baseline, baseline / sum(took)))
+    drop, back, baseline, ratio = map(statistics.median, zip(*rounds, strict=True))
     return {
         "layers": len(method.layers),
         "filters": sum(layer.num_filters for layer in method.layers),
-        **{kind: round(value, 3) for kind, value in ours.items()},
+        "drop": round(drop, 3),
+        "return": round(back, 3),
         "scipy": round(baseline, 1),
-        "ratio": round(baseline / sum(ours.values()), 1),
+        "ratio": round(ratio, 1),
     }
 
 

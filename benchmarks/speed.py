@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,11 @@ WARM_UP = 2
 CYCLES, S1, S2, LENGTH = 3, 20, 10, 110
 """The paper's schedule, in epochs."""
 
-STEP, MEMORY = "step", "memory"
+STEPS, MEMORY = "steps", "memory"
 """What a process that this file starts measures."""
 
 GIVEN_BACK, KEPT = "given back", "memory kept"
+SECONDS = "seconds:"
 
 OPTIONS: dict[str, tuple[Any, ...]] = {
     "channels last": ("MODEL.CHANNELS_LAST", True),
@@ -173,18 +175,38 @@ def option_ratios(name: str, rounds: int) -> dict[str, Any]:
 def kept_memory_ratio(name: str, pairs: int, steps: int) -> dict[str, Any]:
     """Time of a standard step where freed memory is kept / where the C library gives it back.
 
-    A process is the one or the other from its beginning, so processes take turns.
+    A process is the one or the other from its beginning, so two of them make their steps in turns.
 
     Args:
         name: of the network.
         pairs: of processes.
-        steps: of each process, of which the median counts.
+        steps: of each process.
     """
     seconds: dict[str, list[float]] = {GIVEN_BACK: [], KEPT: []}
-    for index in range(pairs):
-        for kind in list(seconds)[:: 1 if index % 2 else -1]:
-            seconds[kind].append(float(_in_a_process(STEP, name, kind, str(steps))))
-    return _ratios(seconds, GIVEN_BACK) | {"rounds": pairs}
+    for _ in range(pairs):
+        with ExitStack() as stack:
+            started = {kind: _stepper_in_a_process(name, kind, stack) for kind in seconds}
+            for kind, values in _turns(started, steps).items():
+                seconds[kind] += values
+    return _ratios(seconds, GIVEN_BACK) | {"rounds": pairs * steps}
+
+
+def _stepper_in_a_process(name: str, kind: str, stack: ExitStack) -> Callable[[], float]:
+    """A function that lets a process make one step, and returns its seconds."""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = _as_a_program(STEPS, name, kind)
+    process = stack.enter_context(subprocess.Popen(command, text=True, bufsize=1, **pipes))
+    # Before the process is waited for: it ends when nothing more can be asked.
+    stack.callback(process.stdin.close)
+
+    def step() -> float:
+        process.stdin.write("step\n")
+        for line in process.stdout:
+            if line.startswith(SECONDS):
+                return float(line.removeprefix(SECONDS))
+        raise RuntimeError(f"the process that makes steps of {name} ended")
+
+    return step
 
 
 def loading_share(config: str, steps: int) -> dict[str, Any]:
@@ -213,23 +235,26 @@ def peak_memory(name: str) -> dict[str, int]:
     Of the GPU where there is one, else of the whole process. The drop before the second step and
     what it takes to find the smaller network are within.
     """
-    return {variant: int(_in_a_process(MEMORY, name, variant)) for variant in VARIANTS}
+    found = {}
+    for variant in VARIANTS:
+        command = _as_a_program(MEMORY, name, variant)
+        printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found[variant] = int(printed.split()[-1])
+    return found
 
 
-def _in_a_process(*arguments: str) -> str:
-    """The last word that this file prints as a program."""
-    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+def _as_a_program(*arguments: str) -> list[str]:
+    return [sys.executable, str(Path(__file__).resolve()), *arguments]
 
 
-def _print_step_time(name: str, kind: str, steps: str) -> None:
+def _make_steps_when_asked(name: str, kind: str) -> None:
+    """A step for each line that comes in."""
     if kind == GIVEN_BACK:
         repr_det.engine.trainer.keep_freed_memory = lambda: False
     with tempfile.TemporaryDirectory() as folder:
         step = stepper(make_trainer(NETWORKS[name], folder, *VARIANTS["standard"]))
-        for _ in range(WARM_UP):
-            step()
-        print(statistics.median(step() for _ in range(int(steps))))
+        for _ in sys.stdin:
+            print(SECONDS, step(), flush=True)
 
 
 def _print_peak_memory(name: str, variant: str) -> None:
@@ -247,4 +272,4 @@ def _print_peak_memory(name: str, variant: str) -> None:
 
 if __name__ == "__main__":
     what, *arguments = sys.argv[1:]
-    {STEP: _print_step_time, MEMORY: _print_peak_memory}[what](*arguments)
+    {STEPS: _make_steps_when_asked, MEMORY: _print_peak_memory}[what](*arguments)

@@ -29,7 +29,7 @@ def test_quick_size():
     assert 0.7 <= multiply_adds <= 0.8
     memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + r" +(\d+) \|" * 4, printed)
     assert all(100 < int(mebibytes) < 4000 for mebibytes in memory.groups())
-    kept = re.search(r"memory kept.*\n.*\n\| on a CPU \| +([\d.]+) \(", printed)
+    kept = re.search(r"memory kept.*\n.*\n\| on a CPU +\| +([\d.]+) \(", printed)
     assert 0.3 < float(kept[1]) < 1.5
     # Only the full size records.
     assert all(path.read_bytes() == before for path, before in recorded.items())
