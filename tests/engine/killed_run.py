@@ -107,7 +107,10 @@ def classification(output: str):
         for split, size in (("train", 50_000), ("test", 10_000)):
             arrays[f"x_{split}"] = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
             arrays[f"y_{split}"] = np.arange(size, dtype=np.int64) % 10
-        np.savez(folder / "cifar10.npz", **arrays)
+        # Several ranks may be here at once.
+        aside = folder / f"{os.getpid()}.npz"
+        np.savez(aside, **arrays)
+        os.replace(aside, folder / "cifar10.npz")
     from repr_det.engine.config import config_path
 
     cfg = get_cfg()
