@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import shlex
 import shutil
 import sys
@@ -31,6 +30,7 @@ from repr_det.analysis.run_folder import flat_settings, read_metrics, training_s
 from repr_det.analysis.summary import table_in_markdown
 from repr_det.analysis.tables import Row, Table
 from repr_det.classification.together import Together, common_settings, obstacle
+from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import has_run
 from repr_det.tasks import get_cfg, trainer_for
@@ -435,9 +435,7 @@ def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
 def write_record(path: Path, record: Record) -> None:
     """Write a record whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
-    os.replace(aside, path)
+    write_text_whole(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def read_records(table: Table, scale: str, output: Path) -> list[Record]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repr_det.engine.checkpoint import write_whole
+
 _PREFIX = "network."
 # Depth by the numbers of blocks in the four stages and whether they are bottlenecks.
 _DEPTHS = {
@@ -138,15 +140,13 @@ def export_backbone(
     weights = read_weights(source)
     settings = backbone_settings(weights)
     swap = input_format != target_format
-    # Detectron2 matches names by their ends, so one file serves FPN and C4 detectors.
-    torch.save(
-        {
-            "model": backbone_weights(weights, bgr=swap),
-            "__author__": "repr_det",
-            "matching_heuristics": True,
-        },
-        target,
-    )
+    contents = {
+        "model": backbone_weights(weights, bgr=swap),
+        "__author__": "repr_det",
+        # Detectron2 matches names by their ends, so one file serves FPN and C4 detectors.
+        "matching_heuristics": True,
+    }
+    write_whole(Path(target), lambda file: torch.save(contents, file))
     order = -1 if swap else 1
     return {
         "MODEL": {

@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -231,13 +232,31 @@ class DenseSparseDenseHook(HookBase):
             handle.remove()
         self._handles = []
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The masks, by parameter name; empty outside the sparse part."""
-        return dict(self.masks)
+    def state_dict(self) -> dict[str, Any]:
+        """The settings, and the masks by parameter name; these are empty outside S of D-S-D."""
+        return {"settings": self._settings(), "masks": dict(self.masks)}
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over the masks of :meth:`state_dict`."""
-        self.masks = dict(state)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the masks of :meth:`state_dict`.
+
+        Raises:
+            ValueError: the state was written with other settings.
+        """
+        mine, theirs = self._settings(), state.get("settings", {})
+        if different := [key for key in mine if mine[key] != theirs.get(key)]:
+            listed = "; ".join(f"{key} was {theirs.get(key)}, is {mine[key]}" for key in different)
+            raise ValueError(
+                f"DSD settings differ from the checkpoint's ({listed}): resume with the same "
+                "settings or start a new run."
+            )
+        self.masks = dict(state["masks"])
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "DSD.DENSE_ITERS": self.dense_iters,
+            "DSD.SPARSE_ITERS": self.sparse_iters,
+            "DSD.SPARSITY": self.sparsity,
+        }
 
     @property
     def _model(self) -> nn.Module:

@@ -16,6 +16,8 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
+from repr_det.engine.checkpoint import write_whole
+
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (0, 114, 178),
     (230, 159, 0),
@@ -184,7 +186,7 @@ def draw_detections(
             if row == 0:
                 pen.text((x, head * 0.1), title, font=_font(head * 0.62), fill="black")
     out_png = Path(out_png)
-    sheet.save(out_png)
+    write_whole(out_png, lambda file: sheet.save(file, format="PNG"))
     return out_png
 
 

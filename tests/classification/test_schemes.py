@@ -305,3 +305,10 @@ def test_dense_sparse_dense_that_ends_sparse():
 def test_dense_sparse_dense_out_of_range(arguments):
     with pytest.raises(ValueError, match="DSD"):
         DenseSparseDenseHook(*arguments)
+
+
+def test_dense_sparse_dense_resumed_with_other_settings_is_refused():
+    state = DenseSparseDenseHook(3, 4, 0.3).state_dict()
+    told = r"DSD.SPARSE_ITERS was 4, is 5; DSD.SPARSITY was 0.3, is 0.4\): resume with the same"
+    with pytest.raises(ValueError, match=told):
+        DenseSparseDenseHook(3, 5, 0.4).load_state_dict(state)
