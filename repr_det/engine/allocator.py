@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 """Names of glibc's ``malloc.h``."""
 
 
@@ -19,4 +19,6 @@ def keep_freed_memory() -> bool:
         Whether it could be set: not where there is another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return bool(mallopt and mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, -1))
+    # One heap for all threads, since what is kept in one cannot be used from another.
+    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
+    return bool(mallopt) and all(mallopt(option, value) for option, value in options.items())

@@ -40,3 +40,40 @@ def test_blocks_that_were_freed_are_used_again():
     pages = 5 * 2 * 2**26 // 4096
     assert faults["kept"] < 0.01 * pages
     assert faults["given back"] > 10 * faults["kept"]
+
+
+HEAPS = """
+import sys
+import threading
+
+import torch
+
+from repr_det.engine.allocator import keep_freed_memory
+
+def work():
+    for _ in range(4):
+        tensors = [torch.ones(2**20) for _ in range(40)]
+        del tensors
+
+assert keep_freed_memory()
+tensors = [torch.ones(2**20) for _ in range(80)]
+del tensors
+for _ in range(2):
+    if sys.argv[1] == "threads":
+        worker = threading.Thread(target=work)
+        worker.start()
+        worker.join()
+    else:
+        work()
+print(next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is set")
+def test_what_one_thread_freed_another_uses():
+    kilobytes = {
+        kind: int(subprocess.check_output([sys.executable, "-c", HEAPS, kind], text=True))
+        for kind in ("threads", "no threads")
+    }
+    # Otherwise each thread would keep 160 MiB of its own.
+    assert kilobytes["threads"] < kilobytes["no threads"] + 80 * 2**10
