@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,9 @@ from repr_det.method.filters import (
     Slot,
     finite,
     named_modules,
+    row_lengths,
     select_layers,
-    shared_weights,
+    separable,
     unwrap,
 )
 from repr_det.method.graph import ChannelGraph, Reader, eager, preserved, trace
@@ -149,12 +151,14 @@ class RePr:
             raise ValueError(
                 f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
             )
+        if not isinstance(seed, Integral):
+            raise ValueError(f"RePr: seed is {seed!r}; give a whole number.")
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
         self.prune_ratio = prune_ratio
         self.max_layer_ratio = max_layer_ratio
-        self.seed = seed
+        self.seed = int(seed)
         self.reinit = reinit or Reinit()
         self._warmup = RateWarmup(optimizer, schedule, warmup)
         self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
@@ -213,12 +217,11 @@ class RePr:
             include=self._include,
             exclude=self._exclude,
         )
-        return shared_weights(
-            [
-                FilterLayer(name, self.graph.convs[name], tuple(self.graph.norms.get(name, ())))
-                for name in names
-            ]
-        )
+        layers = [
+            FilterLayer(name, conv, tuple(self.graph.norms.get(name, ())))
+            for name, conv in self.graph.convs.items()
+        ]
+        return separable(layers, set(names))
 
     def _factors_on_readers(self) -> dict[str, float]:
         """The factor on what reads a returned filter, by reader name."""
@@ -241,6 +244,13 @@ class RePr:
                 f"RePr: a copy of the model has no layer {min(missing)}; copies must be built as "
                 f"the model is."
             )
+        for layer in [*self.layers, *self._readers]:
+            mine, theirs = layer.module.weight.shape, modules[layer.name].weight.shape
+            if mine != theirs:
+                raise ValueError(
+                    f"RePr: the weight of {layer.name} is {tuple(theirs)} in a copy of the model "
+                    f"and {tuple(mine)} in the model; copies must be built as the model is."
+                )
         layers = [
             FilterLayer(
                 layer.name,
@@ -286,7 +296,7 @@ class RePr:
     def count_zero_filters(self) -> dict[str, int]:
         """Number of filters of zero norm by layer name, layers without any left out."""
         counts = {
-            layer.name: int((layer.matrix().norm(dim=1) == 0).sum())
+            layer.name: int((row_lengths(layer.matrix()) == 0).sum())
             - int(self._pruned[layer.name].sum())
             for layer in self.layers
         }
@@ -400,7 +410,9 @@ class RePr:
 
     def _generator(self, cycle: int, event: int) -> torch.Generator:
         """Random numbers of one event, a function of seed and cycle and not of history."""
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + cycle) * 2 + event)
+        # A generator's seed has 64 bits.
+        seed = ((self.seed * 1_000_003 + cycle) * 2 + event) % 2**64
+        return torch.Generator().manual_seed(seed)
 
     def _data(self, cycle: int) -> Data:
         return Data(
@@ -412,16 +424,17 @@ class RePr:
         with preserved(self._model), eager():
             scores = self._agreed_scores(self._criterion(self.layers, self._data(cycle)))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
-        self._before = {
-            layer.name: _values(layer, pruned[layer.name])
-            for layer in self.layers
-            if pruned[layer.name].any()
-        }
+        losing = [layer for layer in self.layers if pruned[layer.name].any()]
+        values = over_layers(lambda layer: _values(layer, pruned[layer.name]), losing)
+        self._before = {layer.name: v for layer, v in zip(losing, values, strict=True)}
         self._aside = []
         for layers, readers, optimizer in self._everywhere():
             self._aside.append(set_aside(readers, pruned, optimizer, self._outgoing))
-            for layer in layers:
+
+            def zero(layer: FilterLayer, optimizer: Optimizer | None = optimizer) -> None:
                 zero_filters(layer, pruned[layer.name], optimizer)
+
+            over_layers(zero, layers)
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
@@ -437,12 +450,14 @@ class RePr:
         for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
             put_back(readers, returned, optimizer, aside, self._outgoing)
         rows = self._new_rows(generator)
-        for layer in self.layers:
-            if layer.name in rows:
-                chosen = returned[layer.name]
-                layer.write_rows(chosen, rows[layer.name])
-                self._write_affine(layer, chosen)
-                reset_state(layer, chosen, self.optimizer)
+
+        def write(layer: FilterLayer) -> None:
+            chosen = returned[layer.name]
+            layer.write_rows(chosen, rows[layer.name])
+            self._write_affine(layer, chosen)
+            reset_state(layer, chosen, self.optimizer)
+
+        over_layers(write, [layer for layer in self.layers if layer.name in rows])
         self._reset_statistics(returned)
         report = self._report(None)
         for layers, _, optimizer in everywhere:
@@ -453,8 +468,8 @@ class RePr:
         return PhaseChange("return", self._cycle, report)
 
     def _check_finite(self, action: str) -> None:
-        for layer in self.layers:
-            if not finite(layer):
+        for layer, is_finite in zip(self.layers, over_layers(finite, self.layers), strict=True):
+            if not is_finite:
                 raise FloatingPointError(
                     f"RePr cannot {action} the filters of {layer.name}: its weight holds NaN or "
                     f"infinity; training has diverged, lower the learning rate or resume an "
@@ -518,8 +533,8 @@ class RePr:
                     kept = group[~mask]
                     directions = orthogonal_directions(previous, kept, own)
                     lengths = lengths_of(self.reinit, previous, kept)
-                    new.append(lengths.to(directions.dtype) * directions)
-            return torch.cat(new).to(layer.weight.dtype)
+                    new.append(directions.mul_(lengths.to(directions.dtype)))
+            return (new[0] if len(new) == 1 else torch.cat(new)).to(layer.weight.dtype)
 
         rows = over_layers(rows_of, returning)
         return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
@@ -569,6 +584,11 @@ class RePr:
 
     def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores averaged over ranks, the first rank's bits on all of them."""
+        if not isinstance(scores, Mapping):
+            raise ValueError(
+                f"RePr criterion {self._criterion_name!r} must return scores by layer name; it "
+                f"returned {type(scores).__name__}."
+            )
         for layer in self.layers:
             got = scores.get(layer.name)
             if got is None or got.shape != (layer.num_filters,):
@@ -580,8 +600,9 @@ class RePr:
         if not _distributed():
             return scores
         device = self.layers[0].weight.device
-        scores = {n: _mean_over_ranks(s.to(device, torch.float64)) for n, s in scores.items()}
-        return _from_first_rank(scores)
+        # Copies: a criterion may keep what it returns.
+        own = {n: s.to(device, torch.float64, copy=True) for n, s in scores.items()}
+        return _from_first_rank({n: _mean_over_ranks(s.contiguous()) for n, s in own.items()})
 
     # --- state
 
@@ -612,7 +633,7 @@ class RePr:
             "pruned": self.pruned if self._phase == SUB else {},
             "before": self._before,
             "aside": self._aside,
-            "history": self._history,
+            "history": self.history,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -677,7 +698,7 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
                 ]
             }
         )
-    values = {"weight": layer.matrix()[chosen.to(layer.weight.device)].clone(), "norms": norms}
+    values = {"weight": layer.matrix()[chosen.to(layer.weight.device)], "norms": norms}
     if layer.bias is not None:
         values["bias"] = layer.bias.detach()[chosen].clone()
     return values
@@ -729,7 +750,10 @@ def _mean_over_ranks(tensor: Tensor) -> Tensor:
 
 def _from_first_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The first rank's values of some tensors, on all ranks."""
-    if _distributed():
-        for tensor in tensors.values():
-            dist.broadcast(tensor, 0)
+    if not _distributed():
+        return tensors
+    # What is broadcast is the memory, whatever its strides are on each rank.
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        dist.broadcast(tensor, 0)
     return tensors

@@ -52,7 +52,7 @@ def chance_overlap(dimension: int) -> float:
     )
 
 
-_BLOCK = 128
+_BLOCK = 96
 """Filters whose products with the others are computed at once: what the cache holds."""
 
 

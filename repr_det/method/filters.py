@@ -268,7 +268,11 @@ class FilterLayer:
 
     def filter_slots(self, chosen: Tensor) -> list[Slot]:
         """Everything that belongs to the chosen filters: weight rows, bias, gamma and beta."""
-        slots = self.weight_slots(chosen)
+        return self.weight_slots(chosen) + self.affine_slots(chosen)
+
+    def affine_slots(self, chosen: Tensor) -> list[Slot]:
+        """Bias, gamma and beta of the chosen filters (bool of shape (J,))."""
+        slots = []
         if self.bias is not None:
             slots.append(Slot(self.bias, None, 0, chosen.to(self.bias.device).nonzero().flatten()))
         for link in self.norms:
@@ -391,18 +395,37 @@ def select_layers(
     return comparable
 
 
-def shared_weights(layers: Sequence[FilterLayer]) -> list[FilterLayer]:
-    """One layer for each weight: the first that holds it, with the norms behind all that do.
+def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[FilterLayer]:
+    """Those layers of the given names whose filters can be dropped without touching any others.
 
-    Layers that share a weight but not their bias are left out: a filter has one bias here.
+    Convs that share a weight become one layer: the first that holds it, with the norms behind all
+    that do. Left out is what is shared with a conv that does not take part: a weight, or a channel
+    of a norm that is called behind several convs; likewise convs that share a weight but not their
+    bias, since a filter has one bias here.
+
+    Args:
+        layers: of all convs.
+        names: of those that are to take part.
     """
     by_weight: dict[Tensor, list[FilterLayer]] = {}
+    owners: dict[tuple[str, int], set[Tensor]] = {}
     for layer in layers:
         by_weight.setdefault(layer.weight, []).append(layer)
+        for link in layer.norms:
+            for channel in link.channels.tolist():
+                owners.setdefault((link.name, channel), set()).add(layer.weight)
+    not_alone = {weight for weights in owners.values() if len(weights) > 1 for weight in weights}
     found = []
-    for first, *others in by_weight.values():
-        if all(other.bias is first.bias for other in others):
-            norms = {link.name: link for layer in (first, *others) for link in layer.norms}
+    for weight, (first, *others) in by_weight.items():
+        one_bias = all(other.bias is first.bias for other in others)
+        selected = all(layer.name in names for layer in (first, *others))
+        if one_bias and selected and weight not in not_alone:
+            # Behind several convs, one norm may have a part of its channels for each.
+            norms = {
+                (link.name, *link.channels.tolist()): link
+                for layer in (first, *others)
+                for link in layer.norms
+            }
             found.append(replace(first, norms=tuple(norms.values())))
     return found
 

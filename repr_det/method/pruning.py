@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.filters import FilterLayer, Slot, column_slots
 from repr_det.method.graph import Reader
+from repr_det.method.threads import over_layers
 
 SECOND_MOMENTS = {
     "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size"
@@ -192,8 +193,8 @@ def set_aside(
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
     """
-    aside: dict[str, list[dict[str, Any]]] = {}
-    for reader in readers:
+
+    def of(reader: Reader) -> list[dict[str, Any]]:
         entries = []
         for slot, factor in _columns(reader, pruned, factors):
             states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
@@ -204,9 +205,10 @@ def set_aside(
             }
             entries.append({"value": slot.read(), "state": kept} if factor else {"state": kept})
             _zero(slot, optimizer)
-        if entries:
-            aside[reader.name] = entries
-    return aside
+        return entries
+
+    found = over_layers(of, readers)
+    return {reader.name: some for reader, some in zip(readers, found, strict=True) if some}
 
 
 def put_back(
@@ -217,7 +219,8 @@ def put_back(
     factors: Mapping[str, float],
 ) -> None:
     """Undo :func:`set_aside`, with a factor on weights and on their first moments."""
-    for reader in readers:
+
+    def of(reader: Reader) -> None:
         columns = _columns(reader, pruned, factors)
         for (slot, factor), entry in zip(columns, aside.get(reader.name, []), strict=True):
             if factor:
@@ -234,6 +237,8 @@ def put_back(
                 else:
                     slot.write(factor * entry["state"][key], like=state)
 
+    over_layers(of, readers)
+
 
 def reset_state(layer: FilterLayer, returned: Tensor, optimizer: Optimizer) -> None:
     """Give returned filters (bool of shape (J,)) a fresh optimizer state.
@@ -243,16 +248,18 @@ def reset_state(layer: FilterLayer, returned: Tensor, optimizer: Optimizer) -> N
     several times its neighbours'.
     """
     survivors = ~returned
-    for slot in layer.filter_slots(returned):
-        for key, state in state_tensors(optimizer, slot.tensor).items():
-            if key not in SECOND_MOMENTS or not survivors.any():
+    for key, state in state_tensors(optimizer, layer.weight).items():
+        if key in SECOND_MOMENTS and survivors.any():
+            rows = layer.matrix(state)
+            mean = rows[survivors.to(rows.device)].mean(dim=0)
+            layer.write_rows(returned, mean.expand(int(returned.sum()), -1), state)
+        else:
+            for slot in layer.weight_slots(returned):
                 slot.fill(0.0, like=state)
-            elif slot.tensor is layer.weight:
-                rows = layer.matrix(state)
-                mean = rows[survivors.to(rows.device)].mean(dim=0)
-                layer.write_rows(returned, mean.expand(int(returned.sum()), -1), state)
-            else:
-                others = torch.ones(len(state), dtype=torch.bool, device=state.device)
-                others[slot.index] = False
-                mean = state[others].mean() if others.any() else state.new_zeros(())
-                slot.fill(float(mean), like=state)
+    for slot, others in zip(
+        layer.affine_slots(returned), layer.affine_slots(survivors), strict=True
+    ):
+        for key, state in state_tensors(optimizer, slot.tensor).items():
+            of_others = others.read(like=state)
+            scales = key in SECOND_MOMENTS and len(of_others)
+            slot.fill(float(of_others.mean()) if scales else 0.0, like=state)

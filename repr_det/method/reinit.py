@@ -63,7 +63,7 @@ class Reinit:
 _EXACT_ENOUGH = 40
 """What may be left of a row's cosines, in units of rounding: 5e-6 in float32; 1e-5 is promised."""
 
-_BLOCK = 128
+_BLOCK = 96
 """Rows whose products with the others are computed at once."""
 
 
@@ -85,25 +85,30 @@ def orthogonal_directions(
         shape (p, d), unit rows, on the device of ``previous``, float32 or float64.
     """
     count, dimension = previous.shape
-    old, kept = _unit_rows(previous), _unit_rows(survivors)
+    dtype = torch.float64 if previous.dtype == torch.float64 else torch.float32
     # float32 in any case: a random direction needs no more digits.
-    random = torch.randn(count, dimension, generator=generator).to(old.device, old.dtype)
-    if len(old) + len(kept) + count > dimension:
-        return _least_covered(old, kept, random)
-    taken = torch.cat([old, kept])
+    random = torch.randn(count, dimension, generator=generator).to(previous.device, dtype)
+    if count >= dimension:
+        # All directions are needed, so none comes first; and further sets, since one cannot hold
+        # them.
+        return torch.cat([torch.linalg.qr(part.T).Q.T for part in random.split(dimension)])
+    taken = _unit_rows(previous, survivors)
+    if len(taken) + count > dimension:
+        signs = random[:, :1].sign() + (random[:, :1] == 0)
+        return signs * _least_covered(_unit_rows(previous), _unit_rows(survivors), count)
     quick = _quickly_in_null_space(taken, random, generator)
     return _surely_in_null_space(taken.double(), random.double()) if quick is None else quick
 
 
-def _unit_rows(rows: Tensor) -> Tensor:
-    """Rows of length one, at least float32; rows of zero length left out."""
-    rows = rows.detach()
+def _unit_rows(*parts: Tensor) -> Tensor:
+    """Rows of all parts, of length one, at least float32; rows of zero length left out."""
+    rows = torch.cat([part.detach() for part in parts])
     rows = rows if rows.dtype == torch.float64 else rows.float()
     lengths = row_lengths(rows)
     there = lengths.flatten() > 0
     if not there.all():
         rows, lengths = rows[there], lengths[there]
-    return rows * lengths.reciprocal().to(rows.dtype)
+    return rows.mul_(lengths.reciprocal().to(rows.dtype))
 
 
 def _quickly_in_null_space(
@@ -128,9 +133,9 @@ def _quickly_in_null_space(
     # root of their number, on average, at a fraction of what all of them would cost. Not too many
     # at once, or the rounding of the sum would pass for an error.
     signs = 2.0 * torch.randint(0, 2, (len(rows), 8), generator=generator) - 1
-    signs = torch.block_diag(*signs.split(_BLOCK)).to(rows.device, rows.dtype)
-    mixed = rows.T @ signs
-    errors = torch.cat([taken @ mixed, rows @ mixed - signs]).abs().max()
+    signs = torch.block_diag(*signs.split(_BLOCK)).T.to(rows.device, rows.dtype)
+    mixed = signs @ rows
+    errors = torch.cat([mixed @ taken.T, mixed @ rows.T - signs], dim=1).abs().max()
     # Written so that a NaN counts as not exact.
     return rows if errors <= _EXACT_ENOUGH * torch.finfo(rows.dtype).eps else None
 
@@ -153,16 +158,7 @@ def _surely_in_null_space(taken: Tensor, random: Tensor) -> Tensor:
     return torch.linalg.qr(random.T).Q.T
 
 
-def _least_covered(old: Tensor, kept: Tensor, random: Tensor) -> Tensor:
-    count, dimension = random.shape
-    if count < dimension:
-        signs = random[:, :1].sign() + (random[:, :1] == 0)
-        return signs * _by_coverage(old, kept, count)
-    # All directions are needed, so none comes first; and further sets, since one cannot hold them.
-    return torch.cat([torch.linalg.qr(part.T).Q.T for part in random.split(dimension)])
-
-
-def _by_coverage(old: Tensor, kept: Tensor, count: int) -> Tensor:
+def _least_covered(old: Tensor, kept: Tensor, count: int) -> Tensor:
     """Orthonormal rows (count, d): what survivors cover least, and of that what ``old`` does."""
     # Where channels came back, no survivor reads them yet: these directions are known to be free.
     read = (kept != 0).any(dim=0)

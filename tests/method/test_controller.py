@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from repr_det import Reinit, RePr, RePrSchedule
+from repr_det.method import controller
 from repr_det.method.criteria import chance_overlap
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
 
@@ -452,6 +453,25 @@ def test_late_in_training_adam_moves_a_returned_filter_like_its_neighbours(amsgr
         assert max(step_ratios(zeroed=True)) > 4
 
 
+def test_second_moments_in_a_norm_of_several_layers_are_those_of_the_own_survivors():
+    model, trainer, method = build("dense", "adam", prune_ratio=0.5, max_layer_ratio=0.8)
+    for i in range(S1 + S2):
+        method.step(i)
+        train(model, trainer, i)
+    gone = method.pruned
+    expected = [
+        (link, link.channels_of(gone[layer.name]), moments, moments[survivors].mean())
+        for layer in method.layers
+        for link in layer.norms
+        for survivors in [link.channels_of(~gone[layer.name])]
+        for moments in [trainer.state[link.gamma]["exp_avg_sq"]]
+    ]
+    method.step(S1 + S2)
+    assert len(expected) > len({link.name for link, *_ in expected}) > 1
+    for _, channels, moments, mean in expected:
+        assert (moments[channels] == mean).all()
+
+
 def test_frozen_norm_is_calibrated_on_the_batches():
     """A returned channel's statistics are those of the conv's output, pooled over the batches."""
     _, pruned, model, _, method = drop_and_return("chain-frozen")
@@ -639,11 +659,64 @@ def test_weights_that_are_not_finite_are_named(value):
     assert method.phase == "sub"
 
 
+@pytest.mark.parametrize("seed", [2**63, -(2**63), 1_727_000_000_000_000_000])
+def test_seeds_of_any_size(seed):
+    _, _, method = build(seed=seed, criterion="random")
+    method.step(3)
+    method.step(5)
+
+
+def test_seed_that_is_no_whole_number_is_refused():
+    with pytest.raises(ValueError, match="seed is 0.5; give a whole number"):
+        build(seed=0.5)
+
+
+def test_copies_of_another_width_are_refused():
+    other = net("chain", torch.float32)
+    other[3] = nn.Conv2d(other[3].in_channels, 12, 3)
+    with pytest.raises(ValueError, match="the weight of 3 is .* in a copy of the model"):
+        build(copies=[other])
+
+
+def test_criterion_that_returns_nothing_is_told():
+    _, _, method = build(criterion=lambda layers, data: None)
+    with pytest.raises(ValueError, match="must return scores by layer name; it returned NoneType"):
+        method.step(3)
+
+
 def test_criterion_that_returns_something_else_is_told():
     for scores in ({}, {"3": torch.zeros(8), "7": torch.zeros(3)}):
         _, _, method = build(criterion=lambda layers, data, scores=scores: scores)
         with pytest.raises(ValueError, match="a score for each of the 8 filters of"):
             method.step(3)
+
+
+def test_state_does_not_go_on_with_the_run():
+    _, _, method = build()
+    state = method.state_dict()
+    method.step(3)
+    assert state["history"] == [] and len(method.history) == 1
+
+
+def test_what_goes_to_other_ranks_is_a_contiguous_copy(monkeypatch):
+    """NCCL refuses other strides, gloo takes the memory as it is; and scores may be kept."""
+    sent = []
+    monkeypatch.setattr(controller, "_distributed", lambda: True)
+    monkeypatch.setattr(controller.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(controller.dist, "all_reduce", lambda t: t.mul_(3))
+    monkeypatch.setattr(controller.dist, "broadcast", lambda t, source: sent.append(t))
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1), nn.Conv2d(16, 5, 1)
+    )
+    kept = {"1": torch.arange(24.0).double(), "2": torch.zeros(16).double()}
+    trainer = torch.optim.SGD(model.parameters(), 0.1)
+    method = RePr(model, trainer, SCHEDULE, criterion=lambda layers, data: kept)
+    method.step(S1)
+    method.step(S1 + S2)
+    assert kept["1"][1] == 1
+    # Beside 24 filters there is no room for new ones in 16 dimensions.
+    assert any(tensor.shape == (12, 16) for tensor in sent)
+    assert all(tensor.is_contiguous() for tensor in sent)
 
 
 def test_zero_filters_are_counted():
@@ -655,41 +728,6 @@ def test_zero_filters_are_counted():
     method.step(3)
     assert method.pruned["3"][[1, 4]].all()
     assert method.count_zero_filters() == {}
-
-
-class SharedWeight(nn.Module):
-    """Two branches with one weight and a norm each."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 3, padding=1)
-        self.a, self.b = (nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(2))
-        self.b.weight = self.a.weight
-        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(2))
-        self.last = nn.Linear(16, 5)
-
-    def branches(self, x):
-        x = self.stem(x).relu()
-        return [norm(conv(x)) for norm, conv in zip(self.norms, (self.a, self.b), strict=True)]
-
-    def forward(self, x):
-        return self.last(torch.cat([y.relu().mean((2, 3)) for y in self.branches(x)], 1))
-
-
-def test_dropped_filter_of_a_shared_weight_is_zero_behind_every_norm():
-    torch.manual_seed(0)
-    model = SharedWeight()
-    for norm in model.norms:
-        nn.init.uniform_(norm.bias, 0.1, 0.3)
-    trainer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    method = RePr(model, trainer, RePrSchedule(1, 9, 1))
-    for i in range(5):
-        method.step(i)
-        train(model, trainer, i)
-    gone = method.pruned["a"]
-    assert 0 < gone.sum() < 8
-    for result in model.branches(batch(9, torch.float32)[0]):
-        assert not result[:, gone].any() and result[:, ~gone].any()
 
 
 def test_frozen_readers_get_their_weights_back():
