@@ -24,11 +24,11 @@ from repr_det.analysis.markdown import aligned_table
 from repr_det.detection.coco_results import (
     TITLES,
     check_iou_type,
+    evaluable_types,
     read_results,
     read_truth,
     results_path,
 )
-from repr_det.detection.evaluation import evaluable_types
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from repr_det.analysis.markdown import aligned_table
-from repr_det.detection.coco_results import METRICS, SEGM, TITLES
+from repr_det.detection.coco_results import METRICS, SEGM, TITLES, evaluable_types
 from repr_det.detection.datasets import add_coco_argument, take_num_classes, use_coco_data
 from repr_det.detection.evaluation import (
     Detections,
@@ -29,7 +29,6 @@ from repr_det.detection.evaluation import (
     Metrics,
     annotation_file,
     detect,
-    evaluable_types,
     evaluate,
     read_detections,
 )

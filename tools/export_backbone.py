@@ -21,7 +21,7 @@ import yaml
 
 from repr_det.classification.export import export_backbone
 from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of
+from repr_det.engine.command_line import check_folder_of, exit_status
 
 # What torchvision's weights were trained with, times 255.
 TORCHVISION_MEAN = [123.675, 116.28, 103.53]
@@ -59,8 +59,8 @@ def overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
     return pairs
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Parse arguments, export, print."""
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -76,22 +76,25 @@ def main(arguments: list[str] | None = None) -> None:
         "--format", choices=("RGB", "BGR"), default="RGB", help="channel order of the detector"
     )
     args = parser.parse_args(arguments)
-    try:
-        config = args.target.with_suffix(".yaml")
-        check_folder_of("the weights", args.target)
-        check_folder_of("the settings", config)
-        beside = args.source.with_name("config.yaml")
-        if args.config or beside.is_file():
-            mean, std, order = classifier_input(args.config or beside)
-        else:
-            mean, std, order = TORCHVISION_MEAN, TORCHVISION_STD, "RGB"
-        settings = export_backbone(args.source, args.target, mean, std, order, args.format)
-    except (FileNotFoundError, ValueError) as error:
-        sys.exit(str(error))
+    return exit_status(
+        "export_backbone.py", lambda: _export(args), stopped="Stopped; nothing was written."
+    )
+
+
+def _export(args: argparse.Namespace) -> None:
+    config = args.target.with_suffix(".yaml")
+    check_folder_of("the weights", args.target)
+    check_folder_of("the settings", config)
+    beside = args.source.with_name("config.yaml")
+    if args.config or beside.is_file():
+        mean, std, order = classifier_input(args.config or beside)
+    else:
+        mean, std, order = TORCHVISION_MEAN, TORCHVISION_STD, "RGB"
+    settings = export_backbone(args.source, args.target, mean, std, order, args.format)
     write_text_whole(config, yaml.safe_dump(settings, sort_keys=False, default_flow_style=None))
     print(f"Wrote {args.target} and {config}. Settings for the detector:")
     print(shlex.join(overrides(settings)))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

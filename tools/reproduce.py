@@ -26,6 +26,7 @@ from repr_det.analysis.runs import (
     import_run,
     read_records,
     reproduce,
+    table_folder,
     write_table,
 )
 from repr_det.engine.command_line import check_folder_of, exit_status
@@ -78,7 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
         help="draw every row beside its standard training over time, mean and spread over seeds",
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--show", action="store_true", help="train nothing, print what is recorded")
+    what.add_argument(
+        "--show",
+        action="store_true",
+        help="train nothing; print what is recorded, and write it to table.md",
+    )
     what.add_argument(
         "--import-run",
         type=Path,
@@ -112,6 +117,11 @@ def _reproduce(args: argparse.Namespace) -> None:
     else:
         table = tables.only(table, args.rows)
     if args.show:
+        folder = table_folder(args.output, table, args.scale)
+        if not folder.is_dir():
+            raise ValueError(
+                f"{folder} does not exist, so no run is recorded there: check --output."
+            )
         text = write_table(table, args.scale, args.output)
     else:
         text = reproduce(table, range(seeds), args.scale, args.output, args.together)

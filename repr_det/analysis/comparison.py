@@ -19,10 +19,11 @@ from repr_det.detection.coco_results import (
     METRICS,
     SEGM,
     Annotations,
+    evaluable_types,
     read_results,
     read_truth,
 )
-from repr_det.detection.evaluation import annotations_of, evaluable_types
+from repr_det.detection.evaluation import annotations_of
 from repr_det.engine.command_line import sentence
 
 Sides = dict[str, list[RunFolder]]

@@ -84,11 +84,20 @@ class Material:
         runs: comparable ones.
         images: held-out images that networks are run on.
         progress: show bars.
+
+    Raises:
+        ValueError: too few images.
     """
 
     runs: Sequence[RunFolder]
     images: int = 32
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.images < 4:
+            raise ValueError(
+                f"{self.images} images are too few to correlate filters on: give at least 4."
+            )
 
     @property
     def sides(self) -> Sides:

@@ -118,8 +118,6 @@ def write_report(
     check_comparable(runs)
     path = Path(path)
     check_folder_of("the report", path)
-    if images < 4:
-        raise ValueError(f"{images} images are too few to correlate filters on: give at least 4.")
     if resamples < 0:
         raise ValueError(f"There are no {resamples} resamples: give 0 or more.")
     page = _template().render(_content(runs, images, resamples, progress))

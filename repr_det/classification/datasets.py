@@ -30,9 +30,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
-from repr_det.engine.parts import HELD_OUT_SUFFIX, datasets_root, held_out_name, part_indices
+from repr_det.engine.parts import datasets_root, held_out_name, part_indices
 
-HELD_OUT_DEFAULT = 5000
 DOWNLOAD_TIMEOUT_S = 15
 
 
@@ -361,6 +360,20 @@ def _parts(
     return split_images(read(), held_out, share)
 
 
+def training_set(cfg: CfgNode) -> str:
+    """The name of the dataset that a config trains on.
+
+    Raises:
+        ValueError: none or several.
+    """
+    if len(cfg.DATASETS.TRAIN) != 1:
+        raise ValueError(
+            f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset, "
+            "so name one that is registered, or give images with --train-data."
+        )
+    return cfg.DATASETS.TRAIN[0]
+
+
 def load_images(cfg: CfgNode, name: str) -> ImageData:
     """A dataset that the config names, checked against the config.
 
@@ -371,14 +384,10 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     Raises:
         KeyError: a name that is not registered.
         FileNotFoundError: a dataset that is missing.
-        ValueError: more than one training set, a part of it that cannot be had, a dataset that is
+        ValueError: none or several training sets, a part that cannot be had, a dataset that is
             damaged, labels or images that do not fit the config.
     """
-    if len(cfg.DATASETS.TRAIN) != 1:
-        raise ValueError(
-            f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset."
-        )
-    train_name = cfg.DATASETS.TRAIN[0]
+    train_name = training_set(cfg)
     count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if name == held_out_name(train_name) and not count:
         raise ValueError(
@@ -393,10 +402,6 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     return _check(_read(name), name, cfg)
 
 
-def _held_out(data: ImageData) -> ImageData:
-    return split_images(data, HELD_OUT_DEFAULT)[1]
-
-
 def register_builtin() -> None:
     """Register CIFAR-10, CIFAR-100 and ImageNet under Detectron2's dataset root."""
     for release in (CIFAR10, CIFAR100):
@@ -405,10 +410,6 @@ def register_builtin() -> None:
                 f"{release.name}_{split}",
                 lambda r=release, s=split: _cifar(r, s, datasets_root()),
             )
-        register_images(
-            release.name + HELD_OUT_SUFFIX,
-            lambda r=release: _held_out(_cifar(r, "train", datasets_root())),
-        )
     for split in ("train", "val"):
         register_images(
             f"imagenet_{split}", lambda s=split: _folder(datasets_root() / "imagenet" / s)

@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from repr_det.classification.datasets import ImageArrays, load_images
+from repr_det.classification.datasets import ImageArrays, load_images, training_set
 from repr_det.classification.epochs import resolve_epochs
 from repr_det.classification.evaluator import AccuracyEvaluator
 from repr_det.classification.loader import (
@@ -59,12 +59,13 @@ class ClassificationTrainer(RePrTrainer):
                 "DSD.ENABLED and REPR.ENABLED each take weights out and bring them back without "
                 "regard to the other: turn one of them off."
             )
-        classes = load_images(cfg, cfg.DATASETS.TRAIN[0]).classes
+        train = training_set(cfg)
+        classes = load_images(cfg, train).classes
         for name in cfg.DATASETS.TEST:
             found = load_images(cfg, name).classes
             if found != classes:
                 raise ValueError(
-                    f"{name} has other classes than {cfg.DATASETS.TRAIN[0]} ({len(found)} and "
+                    f"{name} has other classes than {train} ({len(found)} and "
                     f"{len(classes)}): labels would not mean the same, so give both the same "
                     "folders."
                 )
@@ -72,7 +73,7 @@ class ClassificationTrainer(RePrTrainer):
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
         """How many images a config trains on; reads the data."""
-        return len(load_images(cfg, cfg.DATASETS.TRAIN[0]))
+        return len(load_images(cfg, training_set(cfg)))
 
     @classmethod
     def in_iterations(cls, cfg: CfgNode) -> CfgNode:

@@ -22,6 +22,9 @@ BBOX, SEGM = "bbox", "segm"
 
 TITLES = {BBOX: "Boxes", SEGM: "Masks"}
 
+_KEYS = {BBOX: "bbox", SEGM: "segmentation"}
+"""What detections and annotations hold them under."""
+
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 """As Detectron2 calls them."""
 
@@ -164,13 +167,16 @@ def _problem(result: dict[str, Any], truth: COCO) -> str | None:
     return None
 
 
-def common_iou_types(sides: Sequence[Sequence[Sequence[dict[str, Any]]]]) -> tuple[str, ...]:
-    """What all results of all sides can be evaluated for: boxes, masks or both."""
-    keys = {BBOX: "bbox", SEGM: "segmentation"}
+def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str, ...]:
+    """What results and annotations can be compared by: boxes, masks or both.
+
+    Results without any detection are compared by boxes: nobody knows what they would have held.
+    """
+    entries = [*results, *truth.dataset["annotations"]]
     return tuple(
         iou_type
-        for iou_type, key in keys.items()
-        if all(key in result for side in sides for results in side for result in results)
+        for iou_type, key in _KEYS.items()
+        if all(key in entry for entry in entries) and (results or iou_type == BBOX)
     )
 
 
@@ -180,7 +186,7 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO
     Raises:
         ValueError: a detection or an object without.
     """
-    key = "bbox" if iou_type == BBOX else "segmentation"
+    key = _KEYS[iou_type]
     for whose, entries in (
         ("a detection", results),
         ("an annotation", truth.dataset["annotations"]),

@@ -40,7 +40,7 @@ def read_coco(annotations: str) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not COCO's JSON.
+        ValueError: it cannot be read, or is not COCO's JSON.
     """
     try:
         content = json.loads(Path(annotations).read_text())
@@ -58,6 +58,11 @@ def read_coco(annotations: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(
             f"Annotation file {annotations} does not exist: give the path of a COCO-format JSON."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"Annotation file {annotations} cannot be read ({error.strerror}): give the path of a "
+            "COCO-format JSON."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(

@@ -22,12 +22,10 @@ from tqdm import tqdm
 
 from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import (
-    BBOX,
     IOU_75,
     METRICS,
     Annotations,
     check_iou_type,
-    common_iou_types,
     evaluated_classes,
     read_results,
     read_truth,
@@ -103,15 +101,6 @@ def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
         return Annotations(annotation_file(dataset))
     path = annotation_file(train)
     return Annotations(path, frozenset(r["image_id"] for r in DatasetCatalog.get(dataset)))
-
-
-def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str, ...]:
-    """What results and annotations can be compared by: boxes, masks or both.
-
-    Results without any detection are compared by boxes: nobody knows what they would have held.
-    """
-    common = common_iou_types([[results, truth.dataset["annotations"]]])
-    return tuple(iou_type for iou_type in common if results or iou_type == BBOX)
 
 
 def evaluate(

@@ -19,6 +19,10 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
         ValueError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on, or
             a sampler that needs whole datasets.
     """
+    if not cfg.DATASETS.TRAIN:
+        raise ValueError(
+            "DATASETS.TRAIN is empty: name registered datasets, or give images with --train-data."
+        )
     records = get_detection_dataset_dicts(
         cfg.DATASETS.TRAIN,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,

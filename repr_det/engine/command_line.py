@@ -169,6 +169,8 @@ def check_folder_of(option: str, path: Path | None) -> None:
 
 def sentence(error: Exception) -> str:
     """What one of :data:`USER_ERRORS` says."""
+    if isinstance(error, NotADirectoryError) and error.filename:
+        return f"{error.filename} lies below a file: give a folder."
     # The text of a KeyError would be its message in quotes.
     message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if message.startswith("Caught "):

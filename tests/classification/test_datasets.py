@@ -20,6 +20,7 @@ from repr_det.classification.datasets import (
     split_images,
     use_image_folder,
 )
+from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.parts import held_out_name
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
@@ -233,9 +234,12 @@ def test_unknown_dataset():
         load_images(small_cfg(), "cifar11_train")
 
 
-def test_two_training_sets():
+@pytest.mark.parametrize("names", [(), ("corners_train", "corners_test")])
+def test_not_one_training_set(names):
     cfg = small_cfg()
-    cfg.DATASETS.TRAIN = ("corners_train", "corners_test")
+    cfg.DATASETS.TRAIN = names
+    with pytest.raises(ValueError, match="trains on one dataset"):
+        ClassificationTrainer.check_to_train(cfg)
     with pytest.raises(ValueError, match="trains on one dataset"):
         load_images(cfg, "corners_train")
 

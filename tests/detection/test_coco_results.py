@@ -11,7 +11,7 @@ from repr_det.detection.coco_results import (
     BBOX,
     METRICS,
     SEGM,
-    common_iou_types,
+    evaluable_types,
     evaluated_classes,
     read_results,
 )
@@ -79,10 +79,12 @@ def test_only_what_all_results_hold_is_compared(tmp_path):
     content = make_truth()
     both = make_results(content, 1)
     boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in both]
-    assert common_iou_types([[both], [both, both]]) == (BBOX, SEGM)
-    assert common_iou_types([[both], [both, boxes]]) == (BBOX,)
+    truth = read(tmp_path, content)
+    assert evaluable_types(both, truth) == (BBOX, SEGM)
+    assert evaluable_types([], truth) == evaluable_types([*both, *boxes], truth) == (BBOX,)
     with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
-        list(evaluated_classes(read(tmp_path, content), boxes, SEGM))
+        list(evaluated_classes(truth, boxes, SEGM))
     content["annotations"][0].pop("segmentation")
+    assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):
         list(evaluated_classes(read(tmp_path, content), both, SEGM))

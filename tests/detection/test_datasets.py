@@ -74,6 +74,11 @@ def test_not_coco(tmp_path, content):
         read_coco(str(path))
 
 
+def test_annotations_that_are_a_folder(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\): give the path"):
+        read_coco(str(tmp_path))
+
+
 def test_no_annotation_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no.json does not exist: give the path"):
         read_coco(str(tmp_path / "no.json"))

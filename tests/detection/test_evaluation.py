@@ -9,7 +9,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
 from repr_det.detection.evaluation import (
     annotation_file,
-    evaluable_types,
     evaluate,
     instances_of,
 )
@@ -31,18 +30,6 @@ def test_metrics_are_those_of_pycocotools(tmp_path, iou_type):
 def test_no_detections(tmp_path):
     found = evaluate(read(tmp_path, make_truth()), [], BBOX)
     assert found.overall["AP"] == 0 and found.classes["never seen"]["AP"] is None
-
-
-def test_what_can_be_evaluated(tmp_path):
-    content = make_truth()
-    results = make_results(content, 1)
-    truth = read(tmp_path, content)
-    assert evaluable_types(results, truth) == (BBOX, SEGM)
-    assert evaluable_types([], truth) == (BBOX,)
-    boxes = [{k: v for k, v in result.items() if k != "segmentation"} for result in results]
-    assert evaluable_types(boxes, truth) == (BBOX,)
-    del content["annotations"][0]["segmentation"]
-    assert evaluable_types(results, read(tmp_path, content)) == (BBOX,)
 
 
 def test_no_detector():

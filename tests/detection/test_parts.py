@@ -106,6 +106,12 @@ def test_images_without_annotations_are_left_out_of_training_only(cfg):
     assert ids(DatasetCatalog.get(NAMES[1])) == held_out
 
 
+def test_nothing_to_train_on(cfg):
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
+    with pytest.raises(ValueError, match="DATASETS.TRAIN is empty: name"):
+        DetectionTrainer(cfg)
+
+
 def test_mistakes(cfg):
     cfg.DATASETS.HELD_OUT = 8
     DetectionTrainer.check(cfg)

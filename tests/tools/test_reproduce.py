@@ -40,6 +40,12 @@ def test_trains_shows_and_writes(tool, tmp_path, capsys):
     assert "RePr" in Path(plot).read_text()
 
 
+def test_nothing_to_show(tool, tmp_path, capsys):
+    assert tool.main(["small", "--show", "--output", str(tmp_path / "none")]) == 2
+    assert "none/small does not exist, so no run is recorded" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_trains_together(tool, tmp_path, capsys):
     output = tmp_path / "output"
     arguments = ["small", "--seeds", "1", "--together", "5", "--output", str(output)]
