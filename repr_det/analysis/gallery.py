@@ -123,7 +123,10 @@ class Material:
             ValueError: nothing is known of them.
         """
         if self.with_repr.history is None:
-            raise ValueError("The run left neither a record of its drops nor a checkpoint yet.")
+            raise ValueError(
+                "Nothing is known of drops: there is neither a record of them nor a checkpoint "
+                "with RePr's state."
+            )
         return self.with_repr.history
 
     @cached_property
