@@ -131,14 +131,15 @@ def _loading_line(found: dict[str, Any]) -> str:
 
 
 def _memory(found: dict[str, Any]) -> str:
-    head = [
-        "peak memory with a drop, MiB",
-        "standard",
-        "full phase",
-        "S2, filters as zeros",
-        "S2, smaller",
-    ]
-    rows = [[NETWORKS[name].title, *map(str, one.values())] for name, one in found.items()]
+    variants = {"standard": "standard", "full": "full phase", "masked": "S2, filters as zeros",
+                "smaller": "S2, smaller"}  # fmt: skip
+    head = ["peak memory of tensors (of the process), MiB", *variants.values(), "pruned weights"]
+    rows = [
+        [NETWORKS[name].title,
+         *(f"{one[v][speed.TENSORS]:.2f} ({one[v][speed.PROCESS]:.0f})" for v in variants),
+         f"{one[speed.PRUNED]:.2f}"]
+        for name, one in found.items()
+    ]  # fmt: skip
     return aligned_table([head, *rows])
 
 
@@ -153,7 +154,9 @@ def tables(record: dict[str, Any]) -> str:
     made = [TABLES[part](record[part]) for part in TABLES if record.get(part)]
     about = record["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    made.append(f"{about['device']}; {versions}; {record['date']}.")
+    dates = {date for part in record["dates"].values() for date in part.values()}
+    when = " to ".join(sorted({min(dates), max(dates)}))
+    made.append(f"{about['device']}; {versions}; {when}.")
     return "\n\n".join(made)
 
 
@@ -176,18 +179,24 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--networks", nargs="+", help="only these names in each part")
     args = parser.parse_args()
+    chosen = {part: named for part, named in jobs(args.size).items() if part in args.parts}
+    known = {name for named in chosen.values() for name in named}
+    if unknown := set(args.networks or ()) - known:
+        parser.error(f"--networks {min(unknown)}: these parts know {', '.join(sorted(known))}")
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     keep = args.size == FULL
     records = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
     about = environment(ranking.DEVICE)
     record = records.setdefault(about["device"], {})
-    record |= {"environment": about, "date": datetime.date.today().isoformat()}
-    for part, named in jobs(args.size).items():
-        for name, measure in named.items() if part in args.parts else ():
+    record["environment"] = about
+    for part, named in chosen.items():
+        for name, measure in named.items():
             if args.networks and name not in args.networks:
                 continue
             record.setdefault(part, {})[name] = measure()
+            dates = record.setdefault("dates", {}).setdefault(part, {})
+            dates[name] = datetime.date.today().isoformat()
             print(part, name, json.dumps(record[part][name]), flush=True)
             if keep:
                 RESULT.write_text(json.dumps(records, indent=1) + "\n")

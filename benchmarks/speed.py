@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import statistics
 import subprocess
@@ -17,10 +18,13 @@ from clock import now
 from detectron2.utils.events import EventStorage
 from networks import NETWORKS, VARIANTS, make_trainer, stepper
 from scipy.stats import binom
+from torch.cuda import max_memory_allocated, max_memory_reserved
+from torch.profiler import profile
 
 import repr_det.engine.trainer
 from repr_det.engine.compact import Compact
 from repr_det.engine.config import config_path
+from repr_det.method.filters import column_slots
 from repr_det.method.pruning import GradientMask
 from repr_det.tasks import get_cfg, trainer_for
 
@@ -30,6 +34,9 @@ CYCLES, S1, S2, LENGTH = 3, 20, 10, 110
 
 STEPS, MEMORY = "steps", "memory"
 """What a process that this file starts measures."""
+
+TENSORS, PROCESS, PRUNED = "tensors", "process", "pruned weights"
+"""Whose memory."""
 
 GIVEN_BACK, KEPT = "given back", "memory kept"
 SECONDS = "seconds:"
@@ -229,18 +236,23 @@ def loading_share(config: str, steps: int) -> dict[str, Any]:
     return {"share": round(statistics.median(shares), 4), "steps": steps}
 
 
-def peak_memory(name: str) -> dict[str, int]:
+def peak_memory(name: str) -> dict[str, Any]:
     """Peak memory of the first steps of each variant, in MiB, each in a process of its own.
 
-    Of the GPU where there is one, else of the whole process. The drop before the second step and
-    what it takes to find the smaller network are within.
+    The drop before the second step and what it takes to find the smaller network are within.
+
+    Returns:
+        By variant what tensors hold and what the process does (on a GPU, what was reserved there);
+        under :data:`PRUNED` the size of these weights.
     """
-    found = {}
-    for variant in VARIANTS:
-        command = _as_a_program(MEMORY, name, variant)
+
+    def measure(kind: str, variant: str) -> float:
+        command = _as_a_program(MEMORY, kind, name, variant)
         printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found[variant] = int(printed.split()[-1])
-    return found
+        return round(int(printed.split()[-1]) / 2**20, 2)
+
+    found = {v: {kind: measure(kind, v) for kind in (TENSORS, PROCESS)} for v in VARIANTS}
+    return found | {PRUNED: measure(PRUNED, "masked")}
 
 
 def _as_a_program(*arguments: str) -> list[str]:
@@ -257,17 +269,50 @@ def _make_steps_when_asked(name: str, kind: str) -> None:
             print(SECONDS, step(), flush=True)
 
 
-def _print_peak_memory(name: str, variant: str) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        step = stepper(make_trainer(NETWORKS[name], folder, *VARIANTS[variant]))
+def _print_peak_memory(kind: str, name: str, variant: str) -> None:
+    """In bytes."""
+    on_gpu = torch.cuda.is_available()
+    with ExitStack() as stack:
+        if kind == TENSORS and not on_gpu:
+            torch.set_num_threads(1)  # only one is watched
+            watched = stack.enter_context(profile(profile_memory=True, acc_events=True))
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        trainer = make_trainer(NETWORKS[name], folder, *VARIANTS[variant])
+        step = stepper(trainer)
         for _ in range(3):  # the second is the first of S2
             step()
-    if torch.cuda.is_available():
-        print(torch.cuda.max_memory_allocated() // 2**20)
+    if kind == PRUNED:
+        print(_size_of_pruned(trainer))
+    elif on_gpu:
+        print({TENSORS: max_memory_allocated, PROCESS: max_memory_reserved}[kind]())
     else:
-        # Not getrusage: its peak survives exec, so it would be that of the process that started us.
-        status = Path("/proc/self/status").read_text()
-        print(int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) // 2**10)
+        print(_peak_of_tensors(watched) if kind == TENSORS else _peak_of_process())
+
+
+def _size_of_pruned(trainer: Any) -> int:
+    """Of the pruned filters and of the weights that read nothing else."""
+    method = trainer._repr_hook.method
+    pruned = method.pruned
+    slots = [slot for layer in method.layers for slot in layer.filter_slots(pruned[layer.name])]
+    for reader in method.graph.readers.values():
+        slots += column_slots(reader.module, reader.dead(pruned))
+    masks = {slot.tensor: torch.zeros_like(slot.tensor, dtype=torch.bool) for slot in slots}
+    for slot in slots:
+        slot.fill(True, like=masks[slot.tensor])
+    return sum(int(mask.sum()) * tensor.element_size() for tensor, mask in masks.items())
+
+
+def _peak_of_tensors(watched: profile) -> int:
+    """Bytes that tensors held at once, at most, while they were watched."""
+    found = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in found))
+
+
+def _peak_of_process() -> int:
+    # Not getrusage: its peak survives exec, so it would be that of the process that started us.
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 2**10
 
 
 if __name__ == "__main__":

@@ -27,8 +27,13 @@ def test_quick_size():
     assert holding == 0
     # The stem is whole; 19 of the other 64 filters are gone, and what read them.
     assert 0.7 <= multiply_adds <= 0.8
-    memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + r" +(\d+) \|" * 4, printed)
-    assert all(100 < int(mebibytes) < 4000 for mebibytes in memory.groups())
+    cells = r" +([\d.]+) \((\d+)\) \|" * 4 + r" +([\d.]+) \|"
+    memory = re.search(r"peak memory.*\n.*\n\| C[^|]*\|" + cells, printed)
+    *variants, pruned = map(float, memory.groups())
+    tensors, processes = variants[::2], variants[1::2]
+    # At least the images and what the first conv makes of them, forward and backward.
+    assert all(16 < peak <= tensors[0] + pruned + 0.2 for peak in tensors)
+    assert all(100 < peak < 4000 for peak in processes)
     kept = re.search(r"memory kept.*\n.*\n\| on a CPU +\| +([\d.]+) \(", printed)
     assert 0.3 < float(kept[1]) < 1.5
     # Only the full size records.
