@@ -369,7 +369,7 @@ def training_set(cfg: CfgNode) -> str:
     if len(cfg.DATASETS.TRAIN) != 1:
         raise ValueError(
             f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset, "
-            "so name one that is registered, or give images with --train-data."
+            "so name one that is registered, or give images with --train-folder."
         )
     return cfg.DATASETS.TRAIN[0]
 

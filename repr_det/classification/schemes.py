@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.pruning import SECOND_MOMENTS, state_tensors
+from repr_det.method.settings import check_same_settings
 
 
 def orthogonality_penalty(weight: Tensor) -> Tensor:
@@ -242,13 +243,7 @@ class DenseSparseDenseHook(HookBase):
         Raises:
             ValueError: the state was written with other settings.
         """
-        mine, theirs = self._settings(), state.get("settings", {})
-        if different := [key for key in mine if mine[key] != theirs.get(key)]:
-            listed = "; ".join(f"{key} was {theirs.get(key)}, is {mine[key]}" for key in different)
-            raise ValueError(
-                f"DSD settings differ from the checkpoint's ({listed}): resume with the same "
-                "settings or start a new run."
-            )
+        check_same_settings("DSD", self._settings(), state.get("settings", {}))
         self.masks = dict(state["masks"])
 
     def _settings(self) -> dict[str, Any]:

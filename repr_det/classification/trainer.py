@@ -94,7 +94,7 @@ class ClassificationTrainer(RePrTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ArrayTrainLoader | FileTrainLoader:
         """Endless training batches; ``set_iteration`` makes them start elsewhere."""
-        data = load_images(cfg, cfg.DATASETS.TRAIN[0])
+        data = load_images(cfg, training_set(cfg))
         common = {
             "batch_size": cfg.SOLVER.IMS_PER_BATCH,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),

@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-HELD_OUT_SUFFIX = "_heldout"
-
 
 def datasets_root() -> Path:
     """The folder in ``DETECTRON2_DATASETS``, by default ``./datasets``."""
@@ -18,7 +16,7 @@ def datasets_root() -> Path:
 
 def held_out_name(train_name: str) -> str:
     """The name of the held-out part of a training set: ``cifar10_heldout`` of ``cifar10_train``."""
-    return train_name.removesuffix("_train") + HELD_OUT_SUFFIX
+    return train_name.removesuffix("_train") + "_heldout"
 
 
 def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -52,6 +52,7 @@ from repr_det.method.pruning import (
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
+from repr_det.method.settings import check_same_settings
 from repr_det.method.threads import over_layers
 from repr_det.method.warmup import RateWarmup
 
@@ -427,19 +428,24 @@ class RePr:
         losing = [layer for layer in self.layers if pruned[layer.name].any()]
         values = over_layers(lambda layer: _values(layer, pruned[layer.name]), losing)
         self._before = {layer.name: v for layer, v in zip(losing, values, strict=True)}
-        self._aside = []
-        for layers, readers, optimizer in self._everywhere():
-            self._aside.append(set_aside(readers, pruned, optimizer, self._outgoing))
-
-            def zero(layer: FilterLayer, optimizer: Optimizer | None = optimizer) -> None:
-                zero_filters(layer, pruned[layer.name], optimizer)
-
-            over_layers(zero, layers)
+        self._aside = [self._take_out(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
         self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
+
+    def _take_out(
+        self,
+        pruned: dict[str, Tensor],
+        layers: Sequence[FilterLayer],
+        readers: Sequence[Reader],
+        optimizer: Optimizer | None,
+    ) -> dict[str, Any]:
+        """Set pruned filters and what reads them to zero; returns what :func:`set_aside` does."""
+        aside = set_aside(readers, pruned, optimizer, self._outgoing)
+        over_layers(lambda layer: zero_filters(layer, pruned[layer.name], optimizer), layers)
+        return aside
 
     def _return(self) -> PhaseChange:
         self._check_finite("bring back")
@@ -601,8 +607,9 @@ class RePr:
             return scores
         device = self.layers[0].weight.device
         # Copies: a criterion may keep what it returns.
-        own = {n: s.to(device, torch.float64, copy=True) for n, s in scores.items()}
-        return _from_first_rank({n: _mean_over_ranks(s.contiguous()) for n, s in own.items()})
+        form = {"copy": True, "memory_format": torch.contiguous_format}
+        own = {n: s.to(device, torch.float64, **form) for n, s in scores.items()}
+        return _from_first_rank({n: _mean_over_ranks(s) for n, s in own.items()})
 
     # --- state
 
@@ -649,14 +656,7 @@ class RePr:
                 f"resume with the version of repr_det that wrote the checkpoint."
             )
         # Checkpoints from before there was a warm-up do not mention it.
-        mine, theirs = self.settings(), {"warmup": 0, **state["settings"]}
-        different = [k for k in mine if theirs.get(k) != mine[k]]
-        if different:
-            listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine[k]!r}" for k in different)
-            raise ValueError(
-                f"RePr settings differ from the checkpoint's ({listed}): "
-                f"resume with the same settings or start a new run."
-            )
+        check_same_settings("RePr", self.settings(), {"warmup": 0, **state["settings"]})
         if state["layers"] != {layer.name: layer.num_filters for layer in self.layers}:
             changed = set(state["layers"].items()) ^ {(x.name, x.num_filters) for x in self.layers}
             raise ValueError(
