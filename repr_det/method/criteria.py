@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repr_det.method import data_criteria
 from repr_det.method.filters import FilterLayer, row_lengths
+from repr_det.method.products import lower_products
 from repr_det.method.threads import over_layers
 
 
@@ -52,10 +53,6 @@ def chance_overlap(dimension: int) -> float:
     )
 
 
-_BLOCK = 96
-"""Filters whose products with the others are computed at once: what the cache holds."""
-
-
 def _grouped_units(layer: FilterLayer) -> tuple[Tensor, Tensor]:
     """Unit filters of shape (groups, J / groups, d) and which are of zero norm, shape (J,)."""
     rows = layer.matrix()
@@ -77,13 +74,11 @@ def overlap_sums(units: Tensor) -> Tensor:
         float64 of shape (groups, J); the diagonal is left out, rounding and all.
     """
     sums = units.new_zeros(units.shape[:2], dtype=torch.float64)
-    for begin in range(0, units.shape[1], _BLOCK):
-        end = begin + _BLOCK
-        # P is symmetric: what lies below this block of the diagonal also lies right of it.
-        block = (units[:, begin:] @ units[:, begin:end].transpose(1, 2)).abs_()
-        block.diagonal(dim1=1, dim2=2).zero_()
-        sums[:, begin:] += block.sum(dim=2)
-        sums[:, begin:end] += block[:, _BLOCK:].sum(dim=1)
+    for columns, block in lower_products(units):
+        block.abs_().diagonal(dim1=1, dim2=2).zero_()
+        sums[:, columns.start :] += block.sum(dim=2)
+        # What lies below this block of the diagonal also lies right of it.
+        sums[:, columns] += block[:, block.shape[2] :].sum(dim=1)
     return sums
 
 

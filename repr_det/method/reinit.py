@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from repr_det.method.filters import row_lengths
+from repr_det.method.products import BLOCK, lower_products
 
 NORM_CHOICES = ("survivors", "previous")
 GAMMA_CHOICES = ("survivors", "one", "previous")
@@ -63,9 +64,6 @@ class Reinit:
 _EXACT_ENOUGH = 40
 """What may be left of a row's cosines, in units of rounding: 5e-6 in float32; 1e-5 is promised."""
 
-_BLOCK = 96
-"""Rows whose products with the others are computed at once."""
-
 
 def orthogonal_directions(
     previous: Tensor, survivors: Tensor, generator: torch.Generator
@@ -102,13 +100,16 @@ def orthogonal_directions(
 
 def _unit_rows(*parts: Tensor) -> Tensor:
     """Rows of all parts, of length one, at least float32; rows of zero length left out."""
-    rows = torch.cat([part.detach() for part in parts])
-    rows = rows if rows.dtype == torch.float64 else rows.float()
-    lengths = row_lengths(rows)
+    parts = tuple(part.detach() for part in parts)
+    sizes = [len(part) for part in parts]
+    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
+    rows = parts[0].new_empty(sum(sizes), parts[0].shape[1], dtype=dtype)
+    lengths = torch.cat([row_lengths(part) for part in parts])
+    scales = lengths.reciprocal().to(dtype)
+    for part, scale, place in zip(parts, scales.split(sizes), rows.split(sizes), strict=True):
+        torch.mul(part, scale, out=place)
     there = lengths.flatten() > 0
-    if not there.all():
-        rows, lengths = rows[there], lengths[there]
-    return rows.mul_(lengths.reciprocal().to(rows.dtype))
+    return rows if there.all() else rows[there]
 
 
 def _quickly_in_null_space(
@@ -123,7 +124,8 @@ def _quickly_in_null_space(
         the rows, or None where they are not exact enough.
     """
     factor, failed = torch.linalg.cholesky_ex(_products(taken))
-    left = random - torch.cholesky_solve(taken @ random.T, factor).T @ taken
+    # Small times large is the faster order, and its transpose the memory that LAPACK wants.
+    left = random - torch.cholesky_solve((random @ taken.T).T, factor).T @ taken
     inner, failed_too = torch.linalg.cholesky_ex(_products(left))
     if failed or failed_too:
         return None
@@ -133,7 +135,7 @@ def _quickly_in_null_space(
     # root of their number, on average, at a fraction of what all of them would cost. Not too many
     # at once, or the rounding of the sum would pass for an error.
     signs = 2.0 * torch.randint(0, 2, (len(rows), 8), generator=generator) - 1
-    signs = torch.block_diag(*signs.split(_BLOCK)).T.to(rows.device, rows.dtype)
+    signs = torch.block_diag(*signs.split(BLOCK)).T.to(rows.device, rows.dtype)
     mixed = signs @ rows
     errors = torch.cat([mixed @ taken.T, mixed @ rows.T - signs], dim=1).abs().max()
     # Written so that a NaN counts as not exact.
@@ -141,11 +143,10 @@ def _quickly_in_null_space(
 
 
 def _products(rows: Tensor) -> Tensor:
-    """``rows @ rows.T`` on and below the diagonal, which is all that Cholesky reads."""
+    """``rows @ rows.T`` on and below the diagonal: all that Cholesky and ``eigh`` read."""
     products = rows.new_zeros(len(rows), len(rows))
-    for begin in range(0, len(rows), _BLOCK):
-        end = begin + _BLOCK
-        products[begin:, begin:end] = rows[begin:] @ rows[begin:end].T
+    for columns, block in lower_products(rows):
+        products[columns.start :, columns] = block
     return products
 
 
@@ -161,7 +162,7 @@ def _surely_in_null_space(taken: Tensor, random: Tensor) -> Tensor:
 def _least_covered(old: Tensor, kept: Tensor, count: int) -> Tensor:
     """Orthonormal rows (count, d): what survivors cover least, and of that what ``old`` does."""
     # Where channels came back, no survivor reads them yet: these directions are known to be free.
-    read = (kept != 0).any(dim=0)
+    read = kept.any(dim=0)
     coverage, directions = _ascending(kept[:, read])
     free = int((coverage <= 1e-10).sum())
     eye = torch.eye(len(read), dtype=directions.dtype, device=kept.device)
@@ -178,12 +179,11 @@ def _least_covered(old: Tensor, kept: Tensor, count: int) -> Tensor:
 def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
     """How much rows cover each of d orthonormal directions (columns), the least first."""
     if len(kept) >= kept.shape[1]:
-        coverage, directions = torch.linalg.eigh(kept.T @ kept)
+        coverage, directions = torch.linalg.eigh(_products(kept.T))
         if not len(coverage) or coverage[0] > 1e-3:
             return coverage, directions
     # float32 does not resolve which directions are not covered at all.
-    kept = kept.double()
-    return torch.linalg.eigh(kept.T @ kept)
+    return torch.linalg.eigh(_products(kept.T.double()))
 
 
 def lengths_of(choice: Reinit, previous: Tensor, survivors: Tensor) -> Tensor:
