@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A trained detector on images, folders of images and videos.
+r"""A trained detector on images, folders of images and videos.
 
 tools/predict.py photos/ --run output/repr --output drawn/
 tools/predict.py photo.jpg clip.mp4 --run output/repr --output drawn/ --json found.json
