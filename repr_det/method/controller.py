@@ -173,15 +173,19 @@ class RePr:
         self._batches, self._loss, self._progress = batches, loss, progress
 
         self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
+        self._hooks_followed = _forward_hooks(self._model)
         self.layers: list[FilterLayer] = self._find_layers()
         self._readers = list(self.graph.readers.values())
         self._outgoing = self._factors_on_readers()
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
+        constant = any(link.constant_statistics for link, _ in self._norms(None))
+        if None not in (batches, loss) and (constant or criterion in NEEDS_DATA):
+            self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with preserved(self._model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
-        if batches is None and any(link.constant_statistics for link, _ in self._norms(None)):
+        if batches is None and constant:
             warnings.warn(
                 "RePr: the model has norms with constant statistics, which returned channels need "
                 "measured; pass batches= and loss=, or they keep those of the dropped filters.",
@@ -206,6 +210,19 @@ class RePr:
         if self._batches is None or self._loss is None:
             raise ValueError("no zero image fits, and no batches= and loss= were given")
         self._loss(self._model, next(self._batches()))
+
+    def _check_loss(self) -> None:
+        """Refuse batches and a loss that would fail at the first phase change, an hour from now."""
+        try:
+            with preserved(self._model), torch.no_grad(), eager():
+                self._model.train()
+                for batch in itertools.islice(self._batches(), 1):
+                    self._loss(self._model, batch)
+        except Exception as error:  # foreign loaders and models may raise anything
+            raise ValueError(
+                f"RePr could not run the model on a training batch ({type(error).__name__}: "
+                f"{error}), which it needs at phase changes; pass batches= and loss= that fit."
+            ) from error
 
     def _find_layers(self) -> list[FilterLayer]:
         names = select_layers(
@@ -492,8 +509,10 @@ class RePr:
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
         slots: list[Slot] = []
         unread: list[Slot] = []
-        # The columns that read them are zero, so nothing flows back into filters that could go.
-        silent = self._removable.choose(pruned).filters if layers is self.layers else {}
+        # The columns that read them are zero, so nothing flows back into filters that could go;
+        # unless a hook set since the model was followed gives features to a loss.
+        as_followed = layers is self.layers and _forward_hooks(self._model) <= self._hooks_followed
+        silent = self._removable.choose(pruned).filters if as_followed else {}
         for layer in layers:
             chosen = pruned[layer.name]
             if chosen.any():
@@ -677,6 +696,10 @@ class RePr:
         if self._phase == SUB:
             self._pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
             self._hold(self.layers, self._pruned)
+
+
+def _forward_hooks(model: nn.Module) -> set[int]:
+    return {number for module in model.modules() for number in module._forward_hooks}
 
 
 def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:

@@ -7,6 +7,7 @@ module types (its FrozenBatchNorm2d is no torch BatchNorm) nor names would tell.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import re
@@ -264,6 +265,15 @@ class _Tracer(TorchDispatchMode):
             elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
                 waiting += tree_leaves(list(vars(value).values()))
 
+    def fix_what_is_left(self) -> None:
+        """So must those of tensors that outlive the run: someone keeps them to look at them.
+
+        A forward hook for a loss on features, or the model as an attribute.
+        """
+        if any(True for _ in self._tags):
+            gc.collect()  # what only a cycle of references keeps is looked at by nobody
+        self._fix(*self._tags.values())
+
     def _tie(self, a: Channels, b: Channels) -> Channels:
         """Channels that became one: what each is made of."""
         if a != b:
@@ -410,12 +420,29 @@ class _Tracer(TorchDispatchMode):
         self._notice(op, args, kwargs, followed=tag is not None)
         out = func(*args, **kwargs)
         self._set_behind(out, behind)
+        if func._schema.is_mutable and op not in _SAME:
+            self._changed_through(func, args, behind)
         if callable(tag):
             tag(out)
         else:
             for i, tensor in enumerate(t for t in tree_leaves(out) if isinstance(t, Tensor)):
                 self._set_tag(tensor, tag if i == 0 else None)
         return out
+
+    def _changed_through(self, func: Any, args: tuple, behind: frozenset[str]) -> None:
+        """What shares memory with a tensor that was written into is not known any more."""
+        written = [
+            tensor
+            for tensor, argument in zip(args, func._schema.arguments, strict=False)
+            if isinstance(tensor, Tensor) and argument.alias_info and argument.alias_info.is_write
+        ]
+        memory = {tensor.untyped_storage()._cdata for tensor in written}
+        for other in list(self._behind):
+            shares = other.untyped_storage()._cdata in memory
+            if shares and not any(other is tensor for tensor in written):
+                self._behind[other] |= behind
+                self._fix(self._tag(other))
+                self._set_tag(other, None)
 
     def _notice(self, op: str, args: tuple, kwargs: dict, *, followed: bool) -> None:
         """Channels that an unknown operation sees must stay, and weights used outside a layer."""
@@ -651,6 +678,11 @@ def _padded(tag: Tag, x: Tensor, pad: list[int], value: float | None) -> Tag | N
     return Tag(tag.dim, zero * before + tag.sources + zero * after)
 
 
+def _numbers(module: nn.Module) -> dict[str, float]:
+    attributes = vars(module).items()
+    return {k: v for k, v in attributes if isinstance(v, (int, float)) and k != "training"}
+
+
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
     """Undo on leaving what running a model changes.
@@ -659,12 +691,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     of RetinaNet), and the random state.
     """
     modes = [(m, m.training) for m in model.modules()]
-    numbers = [
-        (m, key, value)
-        for m in model.modules()
-        for key, value in vars(m).items()
-        if isinstance(value, (int, float)) and key != "training"
-    ]
+    numbers = [(m, _numbers(m), set(vars(m))) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers()]
     devices = {b.device for b in model.parameters()} | {b.device for b in model.buffers()}
     try:
@@ -673,8 +700,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-        for module, key, value in numbers:
-            setattr(module, key, value)
+        for module, before, attributes in numbers:
+            for key in _numbers(module).keys() - attributes:
+                delattr(module, key)
+            for key, value in before.items():
+                setattr(module, key, value)
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
@@ -768,6 +798,7 @@ def _run(tracer: _Tracer, model: nn.Module, run: Callable[[], Any], training: bo
         with preserved(model), torch.no_grad(), eager(), tracer.watching():
             model.train(training)
             tracer.fix_all(run())
+            tracer.fix_what_is_left()
     except Exception:
         tracer.restore(record)
         raise
@@ -821,9 +852,10 @@ def _around_norms(tracer: _Tracer) -> tuple[list[tuple[Channels, Channels]], lis
 
 def _one_per_weight(readers: dict[str, Reader]) -> dict[str, Reader]:
     """Readers that share one weight as one reader of what any of them reads."""
-    first: dict[int, Reader] = {}
+    # By tensor and not by its id: one that is computed at every access lives no longer than that.
+    first: dict[Tensor, Reader] = {}
     for reader in readers.values():
-        shared = first.setdefault(id(reader.module.weight), reader)
+        shared = first.setdefault(reader.module.weight, reader)
         if shared is not reader:
             shared.sources = _merge(shared.sources, reader.sources)
     return {reader.name: reader for reader in first.values()}

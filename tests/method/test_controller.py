@@ -773,6 +773,36 @@ def test_drop_between_accumulated_gradients(activation):
     assert not model[7].weight[:, method.pruned["3"]].any()
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("losses", ["in turns", "one by one"])
+def test_features_that_a_hook_gives_to_a_loss(when, losses):
+    """What reads them is no layer; so their gradients are held, whatever a first backward shows."""
+    torch.manual_seed(0)
+    model = net("chain", torch.float32)
+    features = {}
+
+    def tap():
+        model[3].register_forward_hook(lambda module, args, out: features.update(out=out))
+
+    if when == "before":
+        tap()
+    trainer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    method = RePr(model, trainer, RePrSchedule(1, 40, 1), prune_ratio=0.5)
+    if when == "after":
+        tap()
+    for i in range(8):
+        method.step(i)
+        trainer.zero_grad()
+        loss(model, batch(i, torch.float32)).backward(retain_graph=True)
+        if losses == "one by one" or i % 2 == 1:
+            (features["out"] - 1).square().mean().backward()
+        trainer.step()
+    for layer in method.layers:
+        gone = method.pruned[layer.name]
+        assert gone.any()
+        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+
+
 # --- norms that mix channels
 
 

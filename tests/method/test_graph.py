@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from repr_det.method.graph import trace
+from repr_det.method.removal import Removable
 from tests.method.nets import PreActivation, Residual, chain
 
 
@@ -318,6 +319,73 @@ def test_padded_channels_are_zero():
     assert silent(graph, {"conv2": [0, 3], "conv1": [1]}) == {"last": [0, 3], "conv2": [1]}
 
 
+def written_beside(y, x):
+    padded = torch.zeros_like(y)
+    padded[:, :2] = x[:, :2]
+    return y + padded
+
+
+def added_in_place(y, x):
+    y = y.clone()
+    y[:, :2] += x[:, :2]
+    return y
+
+
+def replaced_in_place(y, x):
+    y = y.clone()
+    y[:, :2] = x[:, :2]
+    return y
+
+
+@pytest.mark.parametrize("combine", [written_beside, added_in_place, replaced_in_place])
+def test_tensor_that_is_written_into_through_a_view(combine):
+    class Into(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+            self.norm, self.last = nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.last(self.norm(combine(self.conv(x), x)))
+
+    graph = trace(Into())
+    # Channel 0 of what `last` reads is the stem's as well, whatever `conv` gives.
+    assert silent(graph, {"conv": [0]}) == {}
+    assert norm_names(graph, "conv") == norm_names(graph, "stem") == []
+    assert graph.stems == {"stem"}
+
+
+@pytest.mark.parametrize("widths", [(8, 16, 24), (16, 16, 16)])
+def test_weights_that_are_computed_at_every_access(widths):
+    a, b, c = widths
+    convs = [nn.Conv2d(3, a, 1), nn.Conv2d(a, b, 1), nn.Conv2d(b, c, 1), nn.Conv2d(c, 2, 1)]
+    convs[1:3] = map(nn.utils.parametrizations.weight_norm, convs[1:3])
+    graph = trace(nn.Sequential(*convs))
+    assert list(graph.readers) == ["0", "1", "2", "3"]
+    assert [len(reader.sources) for reader in graph.readers.values()] == [3, *widths]
+
+
+@pytest.mark.parametrize("keep", ["hook", "attribute"])
+def test_channels_that_someone_keeps_stay(keep):
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            y = F.relu(self.a(x))
+            if keep == "attribute":
+                self.features = y
+            return self.c(self.b(y))
+
+    model, kept = Keeps(), {}
+    if keep == "hook":
+        model.a.register_forward_hook(lambda module, args, out: kept.update(features=out))
+    every = {name: torch.ones(4, dtype=torch.bool) for name in ("a", "b")}
+    assert list(Removable(trace(model)).choose(every).filters) == ["b"]
+
+
 def test_weight_shared_by_two_convs_is_one_reader_of_both():
     class Twice(nn.Module):
         def __init__(self):
@@ -439,19 +507,29 @@ def test_operation_that_wakes_zeros_hides_what_is_behind_it():
 # --- how the model is run
 
 
+class Counts(nn.Module):
+    """Makes and moves a number of its own, as RetinaNet does with its loss normaliser."""
+
+    def forward(self, x):
+        self.normalizer = 0.9 * getattr(self, "normalizer", 100.0) + 1.0
+        return x
+
+
 def test_trace_leaves_everything_as_it_was():
     torch.manual_seed(0)
-    model = nn.Sequential(chain(), nn.Dropout(0.5))
+    model = nn.Sequential(chain(), nn.Dropout(0.5), Counts())
     model.train()
     model[0][1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     modes = [m.training for m in model.modules()]
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    attributes = [set(vars(m)) for m in model.modules()]
     random = torch.get_rng_state()
     trace(model)
     assert torch.equal(torch.get_rng_state(), random)
     assert [m.training for m in model.modules()] == modes
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert [set(vars(m)) for m in model.modules()] == attributes
     after = model.state_dict()
     assert all(torch.equal(after[k], before[k]) for k in before)
     assert all(p.grad is None for p in model.parameters())
