@@ -8,11 +8,11 @@ buffers are kept aside. A running variance that training would have moved stays 
 drop: nothing reads it, and the return resets it. Losses and weights are those of the masked network
 up to the order in which floating-point numbers are added.
 
-Parameters stay the same objects with other data, so optimizers, schedules, clipping and exponential
-averages go on with them. State dicts of the model and the optimizer are full-size, written and
-loaded, whoever asks for them. ``torch.compile`` compiles anew for the shapes of each S2. What holds
-sizes of its own must be built anew by its owner: :func:`rewrapped` does so for
-DistributedDataParallel.
+Parameters stay the same objects with other data, so optimizers, schedules and clipping go on with
+them, and so do averages that are passed as ``copies``. State dicts of the model and the optimizer
+are full-size, written and loaded, whoever asks for them. ``torch.compile`` compiles anew for the
+shapes of each S2. What holds sizes of its own must be built anew by its owner: :func:`rewrapped`
+does so for DistributedDataParallel.
 
 Which filters can go is found in :mod:`repr_det.method.removal`. Nothing here needs Detectron2.
 """
@@ -23,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +79,9 @@ class _Cut:
         name: attribute of the module.
         index: what is kept: ``full[index]`` is the smaller tensor.
         shape: of the full tensor.
-        aside: the full tensor where what is cut is not zero (norm buffers), else None.
+        aside: the full tensor where what is cut is not zero (norm buffers, and what was loaded
+            meanwhile), else None.
+        states: the full optimizer state that was loaded meanwhile, by name.
     """
 
     module: nn.Module
@@ -87,6 +89,7 @@ class _Cut:
     index: tuple[Tensor, ...]
     shape: torch.Size
     aside: Tensor | None = None
+    states: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def tensor(self) -> Tensor:
@@ -298,7 +301,7 @@ class _Body:
         """Make it smaller; where that fails halfway, :meth:`grow` puts back what was done."""
         for cut in self._cuts:
             if isinstance(cut.tensor, nn.Parameter):
-                self._resize(cut, cut.take)
+                self._resize(cut, lambda full, _, cut=cut: cut.take(full))
             else:
                 cut.aside = cut.tensor.detach()
                 cut.tensor.data = cut.take(cut.aside)
@@ -331,12 +334,18 @@ class _Body:
         ):
             raise RuntimeError("pruned filters are not zero")
 
-    def _resize(self, cut: _Cut, change: Callable[[Tensor], Tensor]) -> None:
-        """Change a parameter, its gradient and its optimizer state alike."""
+    def _resize(self, cut: _Cut, change: Callable[[Tensor, Tensor | None], Tensor]) -> None:
+        """Change a parameter, its gradient and its optimizer state alike.
+
+        ``change`` is given the tensor and what lies aside of it.
+        """
         parameter = cut.tensor
-        data = change(parameter.detach())
-        gradient = None if parameter.grad is None else change(parameter.grad)
-        states = {key: change(state) for key, state in self._states(parameter).items()}
+        data = change(parameter.detach(), cut.aside)
+        gradient = None if parameter.grad is None else change(parameter.grad, None)
+        states = {
+            key: change(state, cut.states.get(key))
+            for key, state in self._states(parameter).items()
+        }
         parameter.grad = None
         # Whatever keeps the node alive that accumulates the gradient (an old loss, a replaced
         # DistributedDataParallel) would keep its shape; another type makes torch drop the node.
@@ -376,6 +385,7 @@ def _model_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
         for cut in cuts:
             key = prefix + cut.name
             if key in state and state[key].shape == cut.shape:
+                cut.aside = state[key].detach().clone()
                 state[key] = cut.take(state[key])
 
     return writes, loads
@@ -386,7 +396,7 @@ def _optimizer_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
     by_parameter = {id(cut.tensor): cut for cut in cuts}
 
     def changed(
-        optimizer: Optimizer, state: dict[str, Any], change: Callable[[_Cut, Tensor], Tensor]
+        optimizer: Optimizer, state: dict[str, Any], change: Callable[[_Cut, str, Tensor], Tensor]
     ) -> dict[str, Any]:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         numbers = [n for group in state["param_groups"] for n in group["params"]]
@@ -395,20 +405,24 @@ def _optimizer_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
             cut = by_parameter.get(id(parameter))
             if cut is not None and number in entries:
                 entries[number] = {
-                    key: change(cut, value) if isinstance(value, Tensor) else value
+                    key: change(cut, key, value) if isinstance(value, Tensor) else value
                     for key, value in entries[number].items()
                 }
         return {**state, "state": entries}
 
-    def writes(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return changed(
-            optimizer, state, lambda cut, v: cut.fill(v) if v.shape == cut.tensor.shape else v
-        )
+    def filled(cut: _Cut, key: str, value: Tensor) -> Tensor:
+        return cut.fill(value, cut.states.get(key)) if value.shape == cut.tensor.shape else value
 
-    def loads(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        return changed(optimizer, state, lambda cut, v: cut.take(v) if v.shape == cut.shape else v)
+    def taken(cut: _Cut, key: str, value: Tensor) -> Tensor:
+        if value.shape != cut.shape:
+            return value
+        cut.states[key] = value.detach().clone()
+        return cut.take(value)
 
-    return writes, loads
+    return (
+        lambda optimizer, state: changed(optimizer, state, filled),
+        lambda optimizer, state: changed(optimizer, state, taken),
+    )
 
 
 # --- what a removal means for modules

@@ -181,6 +181,24 @@ def test_full_size_state_can_be_loaded_into_the_smaller_network():
     assert_same(run, other, 0)
 
 
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_checkpoint_from_before_the_drop_comes_back_whole(optimizer):
+    """As after a loss that is not finite: the network grows only once everything is loaded."""
+    before = Run(net("residual"), optimizer, False).until(S1)
+    run = Run(net("residual"), optimizer, True).until(S1 + 2)
+    assert run.compact.active
+    saved = copy.deepcopy((before.model.state_dict(), before.optimizer.state_dict()))
+    run.model.load_state_dict(copy.deepcopy(saved[0]))
+    run.optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    for _ in range(2):  # while it is small, and after
+        found = run.model.state_dict()
+        assert all(torch.equal(found[key], value) for key, value in saved[0].items())
+        states = flat_state(run.optimizer)
+        assert all(torch.equal(states[k], v) for k, v in flat_state(before.optimizer).items())
+        run.compact.grow()
+    assert not run.compact.active
+
+
 def test_module_alone_writes_full_size_tensors_through_a_wrapper():
     run = Run(net("chain"), "sgd", True).until(S1 + 1)
     assert run.model[7].weight.shape[0] < 8
