@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from detectron2.data.common import AspectRatioGroupedDataset, _MapIterableDataset
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from repr_det.engine.randomness import RandomStream
 
@@ -17,21 +18,51 @@ from repr_det.engine.randomness import RandomStream
 def _loader_of_its_own(loader: Any) -> Any:
     """A loader over the same data, from its beginning, that shares no state with the given one."""
     if isinstance(loader, AspectRatioGroupedDataset):
-        return AspectRatioGroupedDataset(_loader_of_its_own(loader.dataset), loader.batch_size)
+        own = copy.copy(loader)
+        own.dataset = _loader_of_its_own(loader.dataset)
+        own._buckets = [[] for _ in loader._buckets]
+        return own
     if isinstance(loader, _MapIterableDataset):
         return type(loader)(_loader_of_its_own(loader._dataset), loader._map_func)
     if isinstance(loader, DataLoader):
         if isinstance(loader.dataset, IterableDataset):
             order = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
         elif loader.batch_size is None:
-            order = {"batch_size": None, "sampler": copy.deepcopy(loader.sampler)}
+            order = {"batch_size": None, "sampler": _sampler_of_its_own(loader.sampler)}
         else:
-            order = {"batch_sampler": copy.deepcopy(loader.batch_sampler)}
+            order = {"batch_sampler": _sampler_of_its_own(loader.batch_sampler)}
         return DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
     own = copy.copy(loader)
+    for key, value in vars(own).items() if hasattr(own, "__dict__") else ():
+        if isinstance(value, (list, deque, set)):  # what it has gathered for its next batches
+            own.__dict__[key] = _container_of_its_own(value)
     if hasattr(own, "set_iteration"):
         own.set_iteration(0)
     return own
+
+
+def _container_of_its_own(container: Any) -> Any:
+    """A copy, also of the containers in it, that holds the same things."""
+    kinds = (list, deque, set)
+    return type(container)(copy.copy(x) if isinstance(x, kinds) else x for x in container)
+
+
+def _sampler_of_its_own(sampler: Any) -> Any:
+    """A copy of a sampler that reads the same dataset."""
+    memo: dict[int, Any] = {}
+    waiting = [sampler]
+    while waiting:
+        for key, value in getattr(waiting.pop(), "__dict__", {}).items():
+            if key in ("dataset", "data_source") or isinstance(value, Dataset):
+                memo[id(value)] = value  # taken by deepcopy for a copy that is made already
+            elif isinstance(value, Sampler):
+                waiting.append(value)
+    return copy.deepcopy(sampler, memo)
+
+
+def can_be_opened_again(loader: Any) -> bool:
+    """Whether there is a loader, and a second iterator of it takes no batches from the first."""
+    return loader is not None and not hasattr(loader, "__next__")
 
 
 def own_batches(loader: Any, seed: int) -> Callable[[], Iterator[Any]]:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from repr_det.engine import history
 from repr_det.engine.amp import MixedPrecisionTrainer
-from repr_det.engine.batches import own_batches, training_loss
+from repr_det.engine.averages import unknown_averages
+from repr_det.engine.batches import can_be_opened_again, own_batches, training_loss
 from repr_det.engine.compact import MODES, Compact, Shrunk, rewrapped
 from repr_det.engine.randomness import RandomStream
 from repr_det.method.controller import PhaseChange, RePr
@@ -64,8 +65,8 @@ class RePrHook(HookBase):
             hence ``"auto"`` means off where torch's deterministic algorithms are on, and where S2
             is too short for the measurement to pay. See :mod:`repr_det.engine.compact`.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
-            ``batches`` and ``loss`` default to the trainer's data and the model's losses,
-            ``progress`` to a bar on the main process.
+            ``batches`` and ``loss`` default to the trainer's data (where its loader can be opened a
+            second time) and the model's losses, ``progress`` to a bar on the main process.
 
     Raises:
         ValueError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
@@ -150,7 +151,7 @@ class RePrHook(HookBase):
                 "inside another wrapper and cannot be renewed: wrap it last, or turn compact off."
             )
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
-        if hasattr(trainer, "data_loader"):
+        if can_be_opened_again(getattr(trainer, "data_loader", None)):
             defaults["batches"] = own_batches(trainer.data_loader, seed)
         arguments = {**defaults, **self._arguments}
         self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
@@ -183,6 +184,7 @@ class RePrHook(HookBase):
         self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
+        self._look_for_averages()
         self._begin_history()
         zero = self.method.count_zero_filters()
         if zero:
@@ -207,6 +209,26 @@ class RePrHook(HookBase):
                 f"This run goes on at iteration {start_iter}, but its checkpoint holds no RePr "
                 f"state (made without RePr?): start a new run with it as MODEL.WEIGHTS."
             )
+
+    def _look_for_averages(self) -> None:
+        """Say where something is kept in step with the model by others, which RePr cannot."""
+        trainer = self.trainer
+        holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
+        known = self._arguments.get("copies", ())
+        mine = unknown_averages(holders, trainer.model, known)
+        # Some hooks are the first rank's alone, and all must go on alike.
+        averages = sorted(set().union(*comm.all_gather(mine)))
+        if not averages:
+            return
+        stays = ""
+        if self._mode == "auto":
+            self._compacts = False
+            stays = "; pruned filters stay in the network as zeros (REPR.COMPACT auto)"
+        logger.warning(
+            f"RePr: {', '.join(averages)} looks like an average of the model's weights, and at "
+            f"drops and returns it is left behind: pass it to RePrHook as copies=[...], or take no "
+            f"notice if it is none{stays}."
+        )
 
     def before_step(self) -> None:
         """Do what is due, log it, and record the phase."""
