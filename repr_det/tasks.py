@@ -53,6 +53,8 @@ def configure(args: argparse.Namespace) -> CfgNode:
     cfg = get_cfg()
     command_line.merge_arguments(cfg, args)
     use_data(cfg, args, args.opts)
+    if args.eval_only:
+        cfg.DISTILL.TEACHER = ""  # a teacher is not part of the network
     return cfg
 
 

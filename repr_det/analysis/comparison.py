@@ -187,13 +187,17 @@ def _with_seeds(iteration: int, rows: dict[str, Row], sides: Sides) -> Outcome |
     """Paired over seeds; None where the sides share fewer than two, or have several runs of one."""
     seeds = {side: [run.cfg.SEED for run in group] for side, group in sides.items()}
     common = set(seeds[STANDARD]) & set(seeds[REPR]) - {-1}
-    unique = all(len(set(s)) == len(s) for s in seeds.values())
+    unique = all(numbers.count(seed) == 1 for numbers in seeds.values() for seed in common)
     if len(common) < 2 or not unique:
         return None
     found = {}
     for metric, row in rows.items():
         by_seed = {
-            side: {run.cfg.SEED: value_at(run, metric, iteration) for run in group}
+            side: {
+                run.cfg.SEED: value_at(run, metric, iteration)
+                for run in group
+                if run.cfg.SEED in common
+            }
             for side, group in sides.items()
         }
         paired = paired_difference(by_seed[REPR], by_seed[STANDARD])

@@ -24,7 +24,7 @@ class Example(NamedTuple):
     Attributes:
         image: uint8 (height, width, 3), RGB.
         truth: what is there.
-        found: detections of each side.
+        found: detections of each side, of :data:`MIN_SCORE` or more.
         mistakes: missed objects and wrong detections of each side.
     """
 
@@ -86,7 +86,12 @@ def example(
     image = read_image(record["file_name"], format="RGB")
     found = [
         _instances(
-            [found for found in side if found["image_id"] == record["image_id"]],
+            # A mask is as large as the image, so only those that will be seen are decoded.
+            [
+                found
+                for found in side
+                if found["image_id"] == record["image_id"] and found["score"] >= MIN_SCORE
+            ],
             image.shape[:2],
             to_contiguous,
         )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import cv2
 import jinja2
+import numpy as np
 from tqdm import tqdm
 
 from repr_det.analysis import figures
@@ -36,8 +37,8 @@ from repr_det.detection.drawing import draw_instances
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import USER_ERRORS, check_folder_of, sentence
 
-_TILE = 480
-"""Pixels of the longer side of a held-out image."""
+_TILE, _LARGEST_TILE = 480, 1440
+"""Pixels of the longer side of a held-out image: smaller ones are enlarged, larger ones shrunk."""
 
 Missing = list[tuple[str, str]]
 
@@ -232,7 +233,10 @@ def _examples(material: Material) -> dict[str, Any]:
     return {"examples": rows, "examples_caption": caption}
 
 
-def _jpeg(picture: Any) -> str:
+def _jpeg(picture: np.ndarray) -> str:
+    shrink = _LARGEST_TILE / max(picture.shape[:2])
+    if shrink < 1:
+        picture = cv2.resize(picture, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     return figures.data_uri(encoded.tobytes(), "image/jpeg")
 

@@ -24,7 +24,8 @@ from repr_det.tasks import get_cfg
 
 DETECTION, CLASSIFICATION = "detection", "classification"
 
-FINAL = "model_final.pth"
+FINAL, _LAST = "model_final.pth", "last_checkpoint"
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 _ZERO_IF_NAN = {f"{kind}/{m}" for kind in (BBOX, SEGM) for m in ("AP", "AP50", "AP75")}
 """Metrics that are NaN where nothing was detected; of sizes and classes also without objects."""
@@ -152,8 +153,14 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end."""
-        return (self.folder / FINAL).is_file()
+        """Whether training came to its end, and was not begun anew or prolonged since."""
+        return (self.folder / FINAL).is_file() and self._newest in (FINAL, "")
+
+    @cached_property
+    def _newest(self) -> str:
+        """Name of the checkpoint that was written last; empty where nothing says so."""
+        tag = self.folder / _LAST
+        return tag.read_text().strip() if tag.is_file() else ""
 
     @property
     def iterations(self) -> int:
@@ -213,12 +220,14 @@ class RunFolder:
 
     @cached_property
     def checkpoints(self) -> list[Path]:
-        """By increasing iteration, the final one last."""
+        """By increasing iteration, the final one last; none of an earlier run in the folder."""
         numbered = [
             (int(match[1]), path)
             for path in self.folder.glob("model_*.pth")
-            if (match := re.fullmatch(r"model_(\d+)\.pth", path.name))
+            if (match := _NUMBERED.fullmatch(path.name))
         ]
+        if match := _NUMBERED.fullmatch(self._newest):
+            numbered = [(number, path) for number, path in numbered if number <= int(match[1])]
         final = [self.folder / FINAL] if self.finished else []
         return [path for _, path in sorted(numbered)] + final
 

@@ -215,7 +215,18 @@ class DenseSparseDenseHook(HookBase):
             )
 
     def before_train(self) -> None:
-        """Hold what a run that is resumed had removed."""
+        """Hold what a run that is resumed had removed.
+
+        Raises:
+            ValueError: the run goes on in its sparse part and no state was loaded.
+        """
+        start, end = self.trainer.start_iter, self.dense_iters + self.sparse_iters
+        if self.dense_iters < start < end and not self.masks:
+            raise ValueError(
+                f"This run goes on at iteration {start}, in the sparse part of DSD, but its "
+                f"checkpoint holds no masks (made without DSD?): start a new run with it as "
+                f"MODEL.WEIGHTS."
+            )
         self._hold()
 
     def before_step(self) -> None:

@@ -71,6 +71,12 @@ class ClassificationTrainer(RePrTrainer):
                 )
 
     @classmethod
+    def check_to_evaluate(cls, cfg: CfgNode) -> None:
+        """Read the test sets; see :func:`repr_det.classification.datasets.load_images`."""
+        for name in cfg.DATASETS.TEST:
+            load_images(cfg, name)
+
+    @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
         """How many images a config trains on; reads the data."""
         return len(load_images(cfg, training_set(cfg)))
@@ -90,6 +96,20 @@ class ClassificationTrainer(RePrTrainer):
             # Before the checkpointer, so that a checkpoint holds the masks of its own weights.
             hooks.insert(0, dsd)
         return hooks
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a checkpoint's state of the trainer.
+
+        Raises:
+            ValueError: it was written in the sparse part of DSD and this run is without.
+        """
+        state = state_dict.get("hooks", {}).get(DenseSparseDenseHook.__name__, {})
+        if state.get("masks") and not self.cfg.DSD.ENABLED:
+            raise ValueError(
+                "This checkpoint was written in the sparse part of a DSD run, and DSD.ENABLED is "
+                "False: resume with DSD, or start a new run from it as MODEL.WEIGHTS."
+            )
+        super().load_state_dict(state_dict)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ArrayTrainLoader | FileTrainLoader:

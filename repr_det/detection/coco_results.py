@@ -176,7 +176,7 @@ def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str
     return tuple(
         iou_type
         for iou_type, key in _KEYS.items()
-        if all(key in entry for entry in entries) and (results or iou_type == BBOX)
+        if all(entry.get(key) for entry in entries) and (results or iou_type == BBOX)
     )
 
 
@@ -191,7 +191,7 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO
         ("a detection", results),
         ("an annotation", truth.dataset["annotations"]),
     ):
-        missing = next((entry for entry in entries if key not in entry), None)
+        missing = next((entry for entry in entries if not entry.get(key)), None)
         if missing is not None:
             raise ValueError(
                 f"IoU type {iou_type} needs {key} everywhere, but {whose} of image "

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
+from PIL import Image
 
 from repr_det.engine.parts import datasets_root
 
@@ -84,13 +87,20 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
         content: of the file.
 
     Raises:
-        ValueError: no images, no annotations, or ids that point nowhere.
+        ValueError: no images, no annotations, ids that point nowhere or are not unique, boxes that
+            are no numbers, objects to ignore.
     """
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     if not images or not content["annotations"]:
         what = "annotations" if images else "images"
         raise ValueError(f"{annotations} holds no {what}: give a file that does.")
+    numbers = Counter(entry["id"] for entry in content["annotations"])
+    if numbers.total() > len(numbers):
+        number, times = numbers.most_common(1)[0]
+        raise ValueError(
+            f"{annotations}: {times} annotations have the id {number}: number them anew."
+        )
     useless = []
     for entry in content["annotations"]:
         for key, known in (("image_id", images), ("category_id", categories)):
@@ -99,6 +109,16 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
                     f"{annotations}: annotation {entry['id']} has {key} {entry[key]}, which the "
                     f"file does not define: correct or remove it."
                 )
+        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in entry["bbox"]):
+            raise ValueError(
+                f"{annotations}: the box of annotation {entry['id']} is {entry['bbox']}: give four "
+                f"numbers."
+            )
+        if entry.get("ignore"):
+            raise ValueError(
+                f"{annotations}: annotation {entry['id']} has the key ignore, which COCO's format "
+                f"does not know: give it iscrowd 1, or remove it."
+            )
         image = images[entry["image_id"]]
         x, y, width, height = entry["bbox"]
         right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
@@ -135,7 +155,7 @@ class NamedImages:
         """Map a record of the dataset to a training example."""
         try:
             return self._mapper(record)
-        except (OSError, SyntaxError, SizeMismatchError) as error:
+        except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
             reason = str(error).splitlines()[0]
             if not self._skip:
                 raise ValueError(
@@ -245,16 +265,29 @@ def _folder_of(path: str) -> str:
         return "it"
 
 
-def check_num_classes(cfg: CfgNode, dataset: str) -> None:
-    """Refuse a model whose number of classes differs from the dataset's.
+def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
+    """Refuse datasets of other classes than the model's, or than each other's; reads them.
 
     Raises:
-        ValueError: they differ.
+        ValueError: their number differs, or their names.
     """
-    classes: Sequence[str] | None = MetadataCatalog.get(dataset).get("thing_classes")
     count = num_classes(cfg)
-    if classes is not None and count != len(classes):
-        raise ValueError(
-            f"{num_classes_key(cfg)} is {count}, but dataset {dataset} has {len(classes)} "
-            f"classes: set it to {len(classes)}."
-        )
+    first: tuple[str, Sequence[str]] | None = None
+    for name in datasets:
+        metadata = MetadataCatalog.get(name)
+        if metadata.get("thing_classes") is None:
+            DatasetCatalog.get(name)  # only then does the catalog know the classes of a file
+        classes: Sequence[str] | None = metadata.get("thing_classes")
+        if classes is None:
+            continue
+        if count != len(classes):
+            raise ValueError(
+                f"{num_classes_key(cfg)} is {count}, but dataset {name} has {len(classes)} "
+                f"classes: set it to {len(classes)}, or give another dataset."
+            )
+        first = first or (name, classes)
+        if list(classes) != list(first[1]):
+            raise ValueError(
+                f"Dataset {name} has other classes than {first[0]}, or in another order: give both "
+                f"the same ones."
+            )

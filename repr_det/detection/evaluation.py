@@ -31,7 +31,7 @@ from repr_det.detection.coco_results import (
     read_truth,
     results_path,
 )
-from repr_det.detection.datasets import check_dataset, check_num_classes
+from repr_det.detection.datasets import check_classes, check_dataset
 from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.parts import held_out_name
@@ -179,9 +179,7 @@ def detect(
             check_iou_type([], iou_type, truths[dataset][1])
     model = load_trained(cfg)
     loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
-    for dataset in truths:
-        # Only now does the catalog know the classes of a dataset that was just read.
-        check_num_classes(cfg, dataset)
+    check_classes(cfg, cfg.DATASETS.TEST)
     for dataset, (annotations, truth) in truths.items():
         bar = tqdm(loaders[dataset], f"Detecting on {dataset}", unit="image", disable=not progress)
         results = _detect(model, bar, category_ids(dataset))

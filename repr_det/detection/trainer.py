@@ -15,7 +15,7 @@ from detectron2.evaluation import COCOEvaluator
 
 from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import complete
-from repr_det.detection.datasets import NamedImages, check_datasets, check_num_classes
+from repr_det.detection.datasets import NamedImages, check_classes, check_datasets
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.parts import register_held_out, training_records
 from repr_det.engine.trainer import RePrTrainer
@@ -44,6 +44,12 @@ class DetectionTrainer(RePrTrainer):
         check_datasets(cfg)
 
     @classmethod
+    def check_to_evaluate(cls, cfg: CfgNode) -> None:
+        """Refuse test sets of other classes than the model's; reads them."""
+        cls.check(cfg)
+        check_classes(cfg, cfg.DATASETS.TEST)
+
+    @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
         """How many images a config trains on; reads the annotations."""
         return len(training_records(cfg))
@@ -57,8 +63,7 @@ class DetectionTrainer(RePrTrainer):
             loader = build_deterministic_loader(cfg, records, mapper)
         else:
             loader = build_detection_train_loader(cfg, mapper=mapper, dataset=records)
-        # Only now does the catalog know the classes of a dataset that was just read.
-        check_num_classes(cfg, cfg.DATASETS.TRAIN[0])
+        check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         return loader
 
     @classmethod

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -19,11 +19,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
+from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
-from repr_det.engine.trainer import RePrTrainer, check_weights
+from repr_det.engine.trainer import RePrTrainer, check_weights_given
 
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
 """What checks raise for mistakes in config, arguments and data: told in one sentence."""
@@ -134,22 +135,36 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         trainer_class = trainer_for(cfg)
         trainer_class.check(cfg)
         with undone_on_error(Path(cfg.OUTPUT_DIR)):
-            default_setup(cfg, args)
+            with kept(Path(cfg.OUTPUT_DIR) / "config.yaml") if args.eval_only else nullcontext():
+                default_setup(cfg, args)
             if not args.eval_only:
                 trainer = trainer_class(cfg)
                 trainer.resume_or_load(resume=args.resume)
             else:
+                trainer_class.check_to_evaluate(cfg)
                 model = trainer_class.build_model(cfg)
-                checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-                if not (args.resume and checkpointer.has_checkpoint()):
-                    check_weights(cfg.MODEL.WEIGHTS)
-                checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+                load_to_evaluate(model, cfg, args.resume)
     if args.eval_only:
         results = trainer_class.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)
         return
     trainer.train()
+
+
+def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
+    """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
+
+    Raises:
+        FileNotFoundError: weights that do not exist or cannot be downloaded.
+        ValueError: none are given, or they are not the whole model's.
+    """
+    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    if resume and checkpointer.has_checkpoint():
+        checkpointer.resume_or_load("", resume=True)
+        return
+    check_weights_given(cfg.MODEL.WEIGHTS)
+    checkpointer.load_whole(cfg.MODEL.WEIGHTS)
 
 
 def check_folder_of(option: str, path: Path | None) -> None:
@@ -219,6 +234,19 @@ def told_in_one_sentence() -> Iterator[None]:
             time.sleep(GRACE_S)
         tell(Path(sys.argv[0]).name, error)
         sys.exit(2)
+
+
+@contextmanager
+def kept(file: Path) -> Iterator[None]:
+    """Put a file back as it was, if it was there; the main process does.
+
+    Detectron2 writes its config into ``OUTPUT_DIR`` even to evaluate: the run that lies there was
+    trained with another one.
+    """
+    before = file.read_bytes() if comm.is_main_process() and file.is_file() else None
+    yield
+    if before is not None:
+        file.write_bytes(before)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.command_line import merge_config_file, merge_overrides
-from repr_det.engine.trainer import check_weights, has_run
+from repr_det.engine.trainer import check_weights_given, has_run
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
@@ -70,13 +70,11 @@ def load_trained(cfg: CfgNode) -> nn.Module:
         FileNotFoundError: weights that do not exist or cannot be downloaded.
         ValueError: no weights or damaged ones, weights of another architecture, no such device.
     """
-    if not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: give MODEL.DEVICE cpu."
         )
-    check_weights(cfg.MODEL.WEIGHTS)
+    check_weights_given(cfg.MODEL.WEIGHTS)
     model = build_model(cfg)
     SafeCheckpointer(model).load_whole(cfg.MODEL.WEIGHTS)
     return model.eval()

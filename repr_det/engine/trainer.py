@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -113,6 +114,15 @@ class RePrTrainer(DefaultTrainer):
         cls.check(cfg)
 
     @classmethod
+    def check_to_evaluate(cls, cfg: CfgNode) -> None:
+        """:meth:`check`, and what else can be told of the data before evaluation.
+
+        Raises:
+            ValueError, FileNotFoundError, KeyError: what is wrong.
+        """
+        cls.check(cfg)
+
+    @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
         """How many images a config trains on; reads the data."""
         raise NotImplementedError
@@ -132,6 +142,8 @@ class RePrTrainer(DefaultTrainer):
                 if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
             )
             built.insert(before, self._repr_hook)
+        if comm.get_world_size() > 1:
+            built.insert(0, SharedStatistics(self.cfg))
         if self.cfg.DETERMINISTIC:
             built.insert(0, SeedEveryStep(self.cfg.SEED))
         built.append(LossNormalizer())
@@ -191,6 +203,35 @@ class RePrTrainer(DefaultTrainer):
                 "MODEL.WEIGHTS."
             )
         super().load_state_dict(state_dict)
+
+
+class SharedStatistics(HookBase):
+    """Gives every process the first one's buffers before an evaluation and before a checkpoint.
+
+    Norms count the batches of their own process, and a checkpoint holds those of the first one:
+    it would evaluate, and resume, to something else than what was reported.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+
+    def after_step(self) -> None:
+        """Share them where one of the hooks behind this one evaluates or saves."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
+            for buffer in self.trainer.model.buffers():
+                dist.broadcast(buffer, 0)
+
+
+def check_weights_given(weights: str) -> None:
+    """Refuse to go without weights, or with some that cannot be had; see :func:`check_weights`.
+
+    Raises:
+        ValueError: none are given.
+    """
+    if not weights:
+        raise ValueError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
+    check_weights(weights)
 
 
 def check_weights(weights: str) -> None:

@@ -54,6 +54,17 @@ def test_seeds_are_paired(tmp_path):
     assert "3 pairs of runs with the same seed" in found.interval
 
 
+def test_runs_without_a_seed_are_in_no_pair(tmp_path):
+    with_seed, without = (
+        outcome(classification(tmp_path / name, seeds))
+        for name, seeds in (("two", [3, 5]), ("three", [3, 5, -1]))
+    )
+    assert "2 pairs of runs" in without.interval
+    rows = [found.rows["accuracy/top1"] for found in (with_seed, without)]
+    assert rows[0][-3:] == rows[1][-3:]
+    assert rows[0].difference == pytest.approx(1.5)
+
+
 @pytest.mark.parametrize(
     ("seeds", "words"), [([3], "One run each has no interval"), ([4, 4], "no interval")]
 )

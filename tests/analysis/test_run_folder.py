@@ -150,6 +150,24 @@ def test_drops_are_read_from_the_newest_checkpoint_where_no_record_is(tmp_path):
     assert read_run(write_run(tmp_path / "standard")).history is None
 
 
+def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_the_runs(tmp_path):
+    folder = write_run(tmp_path / "run")
+    numbered = ["model_0000049.pth", "model_0000099.pth"]
+    for name in (*numbered, "model_final.pth"):
+        (folder / name).touch()
+    tag = folder / "last_checkpoint"
+    for last, finished, count in (
+        ("model_final.pth", True, 3), (numbered[1], False, 2), (numbered[0], False, 1)
+    ):  # fmt: skip
+        tag.write_text(last)
+        run = read_run(folder)
+        assert run.finished == finished
+        assert len(run.checkpoints) == count
+        assert run.weights.name == last
+    tag.unlink()
+    assert read_run(folder).finished
+
+
 def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):
     runs = [
         read_run(write_run(tmp_path / "a", {"SEED": 1, "OUTPUT_DIR": "a"})),

@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import nn
 
+from repr_det.classification import ClassificationTrainer
 from repr_det.classification.schemes import (
     DenseSparseDenseHook,
     Distillation,
@@ -19,7 +20,7 @@ from repr_det.classification.schemes import (
     orthogonality_penalty,
     sparsity_masks,
 )
-from tests.classification.settings import make_arrays, small_cfg
+from tests.classification.settings import make_arrays, register_corners, small_cfg
 
 
 def test_orthogonality_penalty_by_hand():
@@ -305,6 +306,25 @@ def test_dense_sparse_dense_that_ends_sparse():
 def test_dense_sparse_dense_out_of_range(arguments):
     with pytest.raises(ValueError, match="DSD"):
         DenseSparseDenseHook(*arguments)
+
+
+def test_dense_sparse_dense_resumed_without_masks_is_refused():
+    """A checkpoint made without DSD, in the part that would have to be sparse."""
+    trainer = dsd_trainer(DenseSparseDenseHook(3, 4, 0.3))
+    with pytest.raises(ValueError, match="goes on at iteration 5, in the sparse part of DSD"):
+        trainer.train(5, 10)
+    trainer = dsd_trainer(DenseSparseDenseHook(3, 4, 0.3))
+    trainer.train(7, 10)  # behind it
+
+
+def test_sparse_part_resumed_without_dense_sparse_dense_is_refused(tmp_path):
+    register_corners()
+    cfg = small_cfg(str(tmp_path))
+    trainer = ClassificationTrainer(cfg)
+    state = trainer.state_dict()
+    state.setdefault("hooks", {})["DenseSparseDenseHook"] = {"masks": {"a": torch.ones(1)}}
+    with pytest.raises(ValueError, match="DSD.ENABLED is False: resume with DSD"):
+        trainer.load_state_dict(state)
 
 
 def test_dense_sparse_dense_resumed_with_other_settings_is_refused():

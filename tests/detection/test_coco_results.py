@@ -84,6 +84,8 @@ def test_only_what_all_results_hold_is_compared(tmp_path):
     assert evaluable_types([], truth) == evaluable_types([*both, *boxes], truth) == (BBOX,)
     with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
         list(evaluated_classes(truth, boxes, SEGM))
+    content["annotations"][0]["segmentation"] = []  # as some programs write
+    assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     content["annotations"][0].pop("segmentation")
     assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):

@@ -10,12 +10,13 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from PIL import Image
 
 from repr_det.detection.datasets import (
     NamedImages,
     category_names,
+    check_classes,
     check_datasets,
-    check_num_classes,
     read_coco,
     take_num_classes,
     use_coco_data,
@@ -99,6 +100,21 @@ def test_no_annotation_file(tmp_path):
         ),
         (lambda c: c["annotations"][0].pop("bbox"), r"train.json is not a COCO annotation file"),
         (lambda c: c.pop("categories"), r"train.json is not a COCO annotation file"),
+        (
+            lambda c: c["annotations"].append(c["annotations"][0]),
+            r"train.json: 2 annotations have the id 5: number them anew",
+        ),
+        (
+            lambda c: c["annotations"][0].update(ignore=1),
+            r"train.json: annotation 5 has the key ignore, .* iscrowd 1",
+        ),
+        *(
+            (
+                lambda c, box=box: c["annotations"][0].update(bbox=box),
+                r"train.json: the box of annotation 5 is .*: give four numbers",
+            )
+            for box in (["1", "2", "3", "4"], [1, 2, None, 4], [1, 2, float("nan"), 4])
+        ),
     ],
 )
 def test_contradictions(cfg, coco, name, change, sentence):
@@ -127,8 +143,8 @@ def test_images_without_annotations_are_warned_of(cfg, coco, name, caplog):
 
 
 class TestUnreadableImages:
-    @pytest.fixture(params=["missing", "truncated", "text", "other size"])
-    def record(self, request, tmp_path):
+    @pytest.fixture(params=["missing", "truncated", "text", "other size", "huge"])
+    def record(self, request, tmp_path, monkeypatch):
         path = tmp_path / "photo.jpg"
         if request.param != "missing":
             cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (60, 80, 3)))
@@ -136,6 +152,8 @@ class TestUnreadableImages:
             path.write_bytes(path.read_bytes()[:500])
         if request.param == "text":
             path.write_text("not an image")
+        if request.param == "huge":  # Pillow refuses twice as many pixels as this
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
         size = (60, 81) if request.param == "other size" else (60, 80)
         return {"file_name": str(path), "height": size[0], "width": size[1], "annotations": []}
 
@@ -186,6 +204,18 @@ def test_unregistered(cfg):
 def test_wrong_number_of_classes(cfg, name):
     MetadataCatalog.get(name).thing_classes = ["a", "b"]
     with pytest.raises(ValueError, match=f"NUM_CLASSES is 80, but dataset {name} has 2 classes"):
-        check_num_classes(cfg, name)
+        check_classes(cfg, [name])
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 2
-    check_num_classes(cfg, name)
+    check_classes(cfg, [name])
+
+
+def test_classes_in_another_order(cfg, coco, name):
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    other = f"{name}_other"
+    MetadataCatalog.get(other).thing_classes = ["bolt", "nut", "washer"]
+    try:
+        with pytest.raises(ValueError, match=f"{other} has other classes than {name}, or in ano"):
+            check_classes(cfg, [name, other])
+    finally:
+        MetadataCatalog.remove(other)

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from repr_det.tasks import get_cfg, run
+from repr_det.tasks import argument_parser, configure, get_cfg, run, trainer_for
+from tests.analysis.folders import write_detection_data
 from tests.detectors import needs_coco, shrink
 
 CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
@@ -78,11 +80,69 @@ def test_trains_is_stopped_and_resumes(config, tmp_path):
     assert any("bbox/AP50" in line for line in metrics)
 
 
+def save_weights(path, *arguments):
+    """A checkpoint of a network that nobody trained."""
+    cfg = configure(argument_parser().parse_args(list(arguments)))
+    torch.save({"model": trainer_for(cfg).build_model(cfg).state_dict()}, path)
+
+
 @needs_coco
 def test_eval_only(tmp_path, capsys):
-    arguments = overrides(tmp_path, **{"SOLVER.MAX_ITER": "9"})
-    train("--config", "repr_faster_rcnn_standard.yaml", "--eval-only", *arguments)
-    assert (tmp_path / "inference" / "coco_instances_results.json").is_file()
+    weights, out = tmp_path / "weights.pth", tmp_path / "out"
+    arguments = ["--config", "repr_faster_rcnn_standard.yaml"]
+    arguments += overrides(out, **{"SOLVER.MAX_ITER": "9"})
+    text = refused(capsys, "--eval-only", *arguments)
+    assert "MODEL.WEIGHTS is empty: give the checkpoint of a trained model" in text
+    assert not out.exists()
+    save_weights(weights, *arguments)
+    train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights))
+    assert (out / "inference" / "coco_instances_results.json").is_file()
+    # That of the run that lies there stays as it is.
+    (out / "config.yaml").write_text("# of another run\n")
+    train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights))
+    assert (out / "config.yaml").read_text() == "# of another run\n"
+
+
+class TestOtherClasses:
+    """A model or a test set of other classes than a dataset of two."""
+
+    SHAPES = ("DATASETS.TRAIN", "('shapes_train',)", "DATASETS.TEST", "('shapes_val',)")
+
+    @pytest.fixture
+    def two(self, tmp_path, request):
+        annotations, images = write_detection_data(tmp_path / "two")
+        name = f"two_{request.node.name}"
+        yield [name, str(annotations), str(images)]
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            if name in catalog.list():
+                catalog.remove(name)
+
+    def test_test_set_of_other_classes_than_training(self, tmp_path, capsys, two):
+        text = refused(
+            capsys, "--config", "repr_faster_rcnn.yaml", "--train-data", *two,
+            *overrides(tmp_path / "out"), *self.SHAPES[2:],
+        )  # fmt: skip
+        assert "NUM_CLASSES is 2, but dataset shapes_val has" in text
+        assert not (tmp_path / "out").exists()
+
+    def test_weights_of_another_number_of_classes_are_not_evaluated(self, tmp_path, capsys, two):
+        arguments = ["--config", "repr_faster_rcnn.yaml", *overrides(tmp_path / "out")]
+        arguments += self.SHAPES
+        save_weights(tmp_path / "weights.pth", *arguments)
+        text = refused(
+            capsys, "--eval-only", "--test-data", *two, *arguments,
+            "MODEL.WEIGHTS", str(tmp_path / "weights.pth"),
+        )  # fmt: skip
+        assert "is of another architecture" in text
+
+    def test_number_of_classes_given_by_hand(self, tmp_path, capsys, two):
+        arguments = ["--config", "repr_faster_rcnn.yaml", *overrides(tmp_path / "out")]
+        arguments += self.SHAPES
+        text = refused(
+            capsys, "--eval-only", "--test-data", *two, *arguments,
+            "MODEL.ROI_HEADS.NUM_CLASSES", "5",
+        )  # fmt: skip
+        assert "NUM_CLASSES is 5, but dataset two_" in text and "has 2 classes" in text
 
 
 class TestErrors:
