@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
+import filecmp
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +136,7 @@ def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
     """
     cfg = row_cfg(row, seed)
     if row.teacher:
-        teacher = run_folder(output, table, row.teacher, seed, scale)
+        teacher = run_folder(output, table, row.teacher, seed + row.teacher_seed, scale)
         cfg.DISTILL.WEIGHTS = str(teacher / CHECKPOINT)
     cfg.OUTPUT_DIR = str(run_folder(output, table, row.name, seed, scale))
     if scale == QUICK:
@@ -351,10 +354,14 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: Run) -> None:
-    """Make a run's folder, empty unless it holds a checkpoint to go on from."""
-    if run.folder.exists() and not has_run(str(run.folder)):
-        shutil.rmtree(run.folder)
+    """Make a run's folder, empty unless it holds a checkpoint to go on from.
+
+    The folder itself stays: it is what :func:`_lock` holds.
+    """
     run.folder.mkdir(parents=True, exist_ok=True)
+    if not has_run(str(run.folder)):
+        for path in run.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run.folder / "config.yaml").write_text(run.cfg.dump())
 
 
@@ -539,7 +546,8 @@ def reproduce(
     """Train and record what is missing of a table, and write the table.
 
     May be stopped at any moment; called again, it goes on with the run that was stopped, while
-    runs that were trained at once start again. The table is written anew after every run.
+    runs that were trained at once start again. The table is written anew after every run. Several
+    processes may share the work: none trains a run that another is at.
 
     Args:
         table: which.
@@ -555,7 +563,15 @@ def reproduce(
         FileNotFoundError, ValueError, KeyError: before anything is trained, a mistake in config or
             data, data that is not there, or records of other settings.
     """
-    runs = [plan(table, row, seed, scale, output) for seed in seeds for row in table.rows]
+    wanted = [(row, seed) for seed in seeds for row in table.rows]
+    wanted += [
+        (table.row(row.teacher), seed + row.teacher_seed)
+        for row, seed in wanted
+        if row.teacher_seed and seed + row.teacher_seed not in seeds
+    ]
+    # Teachers first: they may be of a later seed.
+    wanted.sort(key=lambda pair: pair[0].teacher is not None)
+    runs = [plan(table, row, seed, scale, output) for row, seed in wanted]
     missing = _missing(runs)
     planned, sentences = batches(missing, together)
     quiet = 0.5 if sys.stderr.isatty() else 30.0
@@ -564,7 +580,7 @@ def reproduce(
         for sentence in sentences:
             bar.write(sentence, file=sys.stderr)
         number = 0
-        for batch in planned:
+        for batch in _one_process_each(planned):
             first, number = number + 1, number + len(batch)
             numbers = f"run {first}" if len(batch) == 1 else f"runs {first}-{number}"
             name = f"{batch[0].row.name} seed {batch[0].seed}"
@@ -583,6 +599,68 @@ def reproduce(
                 )
             write_table(table, scale, output)
     return write_table(table, scale, output)
+
+
+def _one_process_each(planned: Sequence[list[Run]]) -> Iterator[list[Run]]:
+    """The batches that are still to be trained, each while no other process trains one of its runs.
+
+    What another process is at, or its student, comes last, and only what that process left undone.
+    """
+    had = {run.record_path for batch in planned for run in batch if run.record_path.is_file()}
+
+    def done(run: Run) -> bool:
+        """Whether it was trained since it was planned; of a teacher the network may be missing."""
+        path = run.record_path
+        return path.is_file() and (path not in had or run.checkpoint.is_file())
+
+    later = []
+    for wait, some in ((False, planned), (True, later)):
+        for batch in some:
+            with ExitStack() as locks:
+                free = all([locks.enter_context(_lock(run.folder, wait)) for run in batch])
+                taught = all(run.row.teacher is None or _teacher_is_there(run) for run in batch)
+                if not wait and not (free and taught):
+                    later.append(batch)
+                elif left := [run for run in batch if not done(run)]:
+                    yield left
+
+
+def _teacher_is_there(run: Run) -> bool:
+    return Path(run.cfg.DISTILL.WEIGHTS).is_file()
+
+
+@contextmanager
+def _lock(folder: Path, wait: bool) -> Iterator[bool]:
+    """Hold a folder against other processes; whether it could be had, if not to be waited for.
+
+    The system lets go of it when the process ends, however it does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+    finally:
+        os.close(handle)
+
+
+def _check_teacher(weights: Path, run: Run) -> None:
+    """Refuse a run whose teacher is not the one of the table.
+
+    Raises:
+        ValueError: it is another one, or either is not there to be compared.
+    """
+    own = Path(run.cfg.DISTILL.WEIGHTS)
+    if run.row.teacher is None or weights == own:
+        return
+    if not all(path.is_file() and filecmp.cmp(path, own, shallow=False) for path in (own, weights)):
+        raise ValueError(
+            f"Its teacher {weights} is not the one of this table, {own}: train with that one, or "
+            f"let reproduce.py train the row."
+        )
 
 
 def import_run(
@@ -612,6 +690,7 @@ def import_run(
     found = yaml.safe_load(config.read_text())
     run = plan(table, row, found["SEED"], scale, output)
     _check_settings(found, run.cfg, source)
+    _check_teacher(Path(found["DISTILL"]["WEIGHTS"]), run)
     evaluations = read_evaluations(run, source)
     done = max((e["iteration"] for es in evaluations.values() for e in es), default=0)
     if done < run.max_iter:

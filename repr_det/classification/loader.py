@@ -61,7 +61,7 @@ class SampleOrder:
         return torch.cat(parts)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)  # networks that are trained at once have one each
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_for(seed, "order", epoch))
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,6 +98,38 @@ def _without_training(record):
         {key: value for key, value in entry.items() if key != "train_top1"}
         for entry in record["evaluations"]["small_test"]
     ]
+
+
+def test_processes_share_the_work(table, output):
+    """What another process is at comes last, with what it teaches; what it finished is left out."""
+    teacher, other, taught = (
+        plan(table, table.row(row), seed, FULL, output)
+        for row, seed in (("standard", 0), ("standard", 1), ("taught", 0))
+    )
+    planned = [[teacher], [other], [taught]]
+    for finishes in (False, True):
+        shared = runs._one_process_each(planned)
+        with runs._lock(teacher.folder, wait=False) as held:
+            assert held
+            with runs._lock(teacher.folder, wait=False) as twice:
+                assert not twice
+            assert next(shared) == [other]
+            if finishes:
+                runs.write_record(teacher.record_path, {})
+                teacher.checkpoint.touch()
+        assert list(shared) == ([[taught]] if finishes else [[teacher], [taught]])
+
+
+def test_a_teacher_of_another_seed_is_trained_first(table, output):
+    """As of a Born-Again network, which would begin as its teacher began."""
+    taught = replace(table.row("taught"), teacher_seed=1)
+    rows = tuple(taught if row.name == "taught" else row for row in table.rows)
+    table = only(replace(table, rows=rows), ["taught"])
+    reproduce(table, [0], FULL, output)
+    found = [(r["row"], r["seed"]) for r in read_records(table, FULL, output)]
+    assert (taught.teacher, 1) in found and ("taught", 0) in found
+    record = json.loads((output / "small" / "taught" / "seed_0.json").read_text())
+    assert f"{taught.teacher}/seed_1" in record["settings"]["DISTILL"]["WEIGHTS"]
 
 
 def test_what_a_record_holds(table, output, tmp_path):
@@ -313,6 +347,19 @@ def test_import_of_a_run_of_train_net(table, output, tmp_path):
     metrics.write_text("".join(lines[:2]) + lines[2][:20])
     with pytest.raises(ValueError, match="of 72: import it when it is finished"):
         import_run(tmp_path / "mine", table, row, FULL, output)
+
+
+def test_import_asks_for_the_teacher_of_the_table(table, output, tmp_path):
+    run = plan(table, table.row("taught"), 0, FULL, output)
+    own = Path(run.cfg.DISTILL.WEIGHTS)
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"network")
+    other = tmp_path / "copy.pth"
+    other.write_bytes(b"network")
+    runs._check_teacher(other, run)
+    other.write_bytes(b"another")
+    with pytest.raises(ValueError, match="copy.pth is not the one of this table"):
+        runs._check_teacher(other, run)
 
 
 def test_correlation_with_the_oracle(tmp_path, output, stop_at):
