@@ -98,7 +98,7 @@ def _whole(found: dict[str, Any]) -> str:
 
 
 def _options(found: dict[str, Any]) -> str:
-    head = ["standard step / without", *(NETWORKS[name].title for name in found)]
+    head = ["standard step with the option / without", *(NETWORKS[name].title for name in found)]
     rows = [
         [option, *(_times(one[option]) if option in one else "" for one in found.values())]
         for option in speed.OPTIONS
