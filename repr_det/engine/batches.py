@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from repr_det.engine.randomness import RandomStream
 
+_BUCKETS = (list, deque, set)
+
 
 def _loader_of_its_own(loader: Any) -> Any:
     """A loader over the same data, from its beginning, that shares no state with the given one."""
@@ -34,17 +36,21 @@ def _loader_of_its_own(loader: Any) -> Any:
         return DataLoader(loader.dataset, collate_fn=loader.collate_fn, **order)
     own = copy.copy(loader)
     for key, value in vars(own).items() if hasattr(own, "__dict__") else ():
-        if isinstance(value, (list, deque, set)):  # what it has gathered for its next batches
-            own.__dict__[key] = _container_of_its_own(value)
+        if isinstance(value, (dict, *_BUCKETS)):  # what it has gathered for its next batches
+            vars(own)[key] = _container_of_its_own(value)
     if hasattr(own, "set_iteration"):
         own.set_iteration(0)
     return own
 
 
 def _container_of_its_own(container: Any) -> Any:
-    """A copy, also of the containers in it, that holds the same things."""
-    kinds = (list, deque, set)
-    return type(container)(copy.copy(x) if isinstance(x, kinds) else x for x in container)
+    """A copy, also of the buckets in it, that holds the same things."""
+    own = copy.copy(container)
+    if not isinstance(own, set):  # whose entries cannot be buckets
+        for place, value in list(own.items() if isinstance(own, dict) else enumerate(own)):
+            if isinstance(value, _BUCKETS):
+                own[place] = copy.copy(value)
+    return own
 
 
 def _sampler_of_its_own(sampler: Any) -> Any:
