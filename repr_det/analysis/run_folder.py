@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 
 from repr_det.detection.coco_results import BBOX, SEGM
 from repr_det.engine import history
-from repr_det.engine.checkpoint import read_checkpoint
+from repr_det.engine.checkpoint import NUMBERED, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path
 from repr_det.engine.hook import STATE_KEY
@@ -25,7 +24,6 @@ from repr_det.tasks import get_cfg
 DETECTION, CLASSIFICATION = "detection", "classification"
 
 FINAL, _LAST = "model_final.pth", "last_checkpoint"
-_NUMBERED = re.compile(r"model_(\d+)\.pth")
 
 _ZERO_IF_NAN = {f"{kind}/{m}" for kind in (BBOX, SEGM) for m in ("AP", "AP50", "AP75")}
 """Metrics that are NaN where nothing was detected; of sizes and classes also without objects."""
@@ -224,9 +222,9 @@ class RunFolder:
         numbered = [
             (int(match[1]), path)
             for path in self.folder.glob("model_*.pth")
-            if (match := _NUMBERED.fullmatch(path.name))
+            if (match := NUMBERED.fullmatch(path.name))
         ]
-        if match := _NUMBERED.fullmatch(self._newest):
+        if match := NUMBERED.fullmatch(self._newest):
             numbered = [(number, path) for number, path in numbered if number <= int(match[1])]
         final = [self.folder / FINAL] if self.finished else []
         return [path for _, path in sorted(numbered)] + final

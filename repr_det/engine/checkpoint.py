@@ -15,6 +15,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
+NUMBERED = re.compile(r"model_(\d+)\.pth")
+"""Name of a checkpoint that is not the final one: its last iteration."""
+
 
 class SafeCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, its files written aside and renamed when they are whole.
@@ -100,9 +103,9 @@ class SafeCheckpointer(DetectionCheckpointer):
         numbers = {
             path: int(match[1])
             for path in tagged.parent.glob("model_*.pth")
-            if (match := re.fullmatch(r"model_(\d+)\.pth", path.name)) and path != tagged
+            if (match := NUMBERED.fullmatch(path.name)) and path != tagged
         }
-        limit = re.fullmatch(r"model_(\d+)\.pth", tagged.name)
+        limit = NUMBERED.fullmatch(tagged.name)
         for path in sorted(numbers, key=numbers.__getitem__, reverse=True):
             if limit is None or numbers[path] < int(limit[1]):
                 yield path

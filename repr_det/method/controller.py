@@ -148,7 +148,8 @@ class RePr:
             raise ValueError(
                 f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
             )
-        if isinstance(criterion, str) and criterion in NEEDS_DATA and None in (batches, loss):
+        needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
+        if needs_data and None in (batches, loss):
             raise ValueError(
                 f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
             )
@@ -180,7 +181,7 @@ class RePr:
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
         constant = any(link.constant_statistics for link, _ in self._norms(None))
-        if None not in (batches, loss) and (constant or criterion in NEEDS_DATA):
+        if None not in (batches, loss) and (constant or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with preserved(self._model), eager():
