@@ -59,7 +59,7 @@ from repr_det.method.warmup import RateWarmup
 CALIBRATION_BATCHES = 4
 """Batches that measure a returned channel in front of a frozen norm."""
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 
 
 class LayerReport(NamedTuple):

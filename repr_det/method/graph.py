@@ -116,10 +116,10 @@ class Reader:
             bool of shape (c_in,).
         """
         made_of, by_layer = self._index
-        gone = torch.zeros(len(self.sources), dtype=torch.int64)
+        gone = torch.zeros_like(made_of)
         for name, (channels, filters) in by_layer.items():
             if name in pruned:
-                gone.index_add_(0, channels, pruned[name].cpu()[filters].long())
+                gone.index_add_(0, channels, pruned[name].cpu()[filters].to(gone.dtype))
         return (made_of > 0) & (gone == made_of)
 
     @cached_property
@@ -129,8 +129,9 @@ class Reader:
         for channel, sources in enumerate(self.sources):
             for name, index in sources or ():
                 pairs.setdefault(name, []).append((channel, index))
-        by_layer = {name: tuple(torch.tensor(p).T) for name, p in pairs.items()}
-        return torch.tensor([len(sources or ()) for sources in self.sources]), by_layer
+        by_layer = {n: tuple(torch.tensor(p, dtype=torch.int32).T) for n, p in pairs.items()}
+        counts = [len(sources or ()) for sources in self.sources]
+        return torch.tensor(counts, dtype=torch.int32), by_layer
 
 
 @dataclass
@@ -724,12 +725,15 @@ def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable
     channels = dict.fromkeys([3, first.in_channels, 1])
     sizes = _IMAGE_SIZES[:1] if is_detector else _IMAGE_SIZES  # a detector takes any size
     for size, width in itertools.product(sizes, channels):
-        x = torch.zeros(2, width, *[size] * spatial, device=device, dtype=dtype)
-        records = [{"image": x[0], "height": size, "width": size}]
-        runs = [lambda x=x: model(x), lambda r=records: model(r)]
+        # One number seen as an image: a graph keeps the run, and what it holds, while it lives.
+        blank = torch.zeros((), device=device, dtype=dtype).expand(2, width, *[size] * spatial)
+        runs = [
+            lambda x=blank: model(x.clone()),
+            lambda x=blank, n=size: model([{"image": x[0].clone(), "height": n, "width": n}]),
+        ]
         yield from reversed(runs) if is_detector else runs
         if is_detector:
-            yield lambda x=x: model.backbone(x)
+            yield lambda x=blank: model.backbone(x.clone())
 
 
 def eager() -> Any:

@@ -14,8 +14,8 @@ where they are all that reads it, its gradients are zero by themselves and cost 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -159,20 +159,56 @@ def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None
             mean.detach()[channels.to(mean.device)] = 0.0
 
 
+class _Columns(NamedTuple):
+    """Weights that read pruned channels.
+
+    Attributes:
+        slot: where they are.
+        staying: the filters of the slot that are not pruned themselves, int64; None for all. The
+            others need not be kept: they come back as new ones.
+        factor: on what comes back.
+    """
+
+    slot: Slot
+    staying: Tensor | None
+    factor: float
+
+    def read(self, like: Tensor | None = None) -> Tensor:
+        values = self.slot.read(like)
+        # The filters are counted along the other one of a weight's first two dimensions.
+        return values if self.staying is None else values.index_select(self._filters, self.staying)
+
+    def write(self, values: Tensor, like: Tensor | None = None) -> None:
+        if self.staying is not None:
+            whole = self.slot.read(like)
+            values = whole.index_copy_(self._filters, self.staying, values.to(whole))
+        self.slot.write(values, like)
+
+    @property
+    def _filters(self) -> int:
+        return 1 - self.slot.dim
+
+
 def _columns(
     reader: Reader, pruned: dict[str, Tensor], factors: Mapping[str, float]
-) -> list[tuple[Slot, float]]:
+) -> Iterator[_Columns]:
     """Where a layer reads pruned channels, and the factor on what comes back there.
 
     Filters that read nothing else (depthwise) come back as they were: at zero they would be silent
     however the channels that they read do, and a norm behind them would magnify their gradients.
     """
     dead = reader.dead(pruned)
-    inputs = len(dead) // getattr(reader.module, "groups", 1)
-    return [
-        (slot, 1.0 if len(slot.index) == inputs else factors[reader.name])
-        for slot in column_slots(reader.module, dead)
-    ]
+    groups = getattr(reader.module, "groups", 1)
+    inputs = len(dead) // groups
+    filters = pruned.get(reader.name)
+    for slot in column_slots(reader.module, dead):
+        staying = None
+        if filters is not None and filters.any():
+            group = 0 if slot.rows is None else groups * slot.rows.start // len(slot.tensor)
+            kept = ~filters.reshape(groups, -1)[group].to(slot.index.device)
+            staying = kept.nonzero().flatten()
+        factor = 1.0 if len(slot.index) == inputs else factors[reader.name]
+        yield _Columns(slot, staying, factor)
 
 
 def set_aside(
@@ -188,7 +224,7 @@ def set_aside(
         pruned: bool of shape (J,) by layer name.
         optimizer: whose state to treat likewise; None for a model that is not trained.
         factors: by reader name, what :func:`put_back` will be given; with 0 nothing is copied that
-            it would not use.
+            it would not use. Of filters that are pruned themselves nothing is, either.
 
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
@@ -196,14 +232,15 @@ def set_aside(
 
     def of(reader: Reader) -> list[dict[str, Any]]:
         entries = []
-        for slot, factor in _columns(reader, pruned, factors):
+        for columns in _columns(reader, pruned, factors):
+            slot, factor = columns.slot, columns.factor
             states = state_tensors(optimizer, slot.tensor) if optimizer is not None else {}
             kept = {
-                key: slot.read(like=state)
+                key: columns.read(like=state)
                 for key, state in states.items()
                 if factor or key in SECOND_MOMENTS
             }
-            entries.append({"value": slot.read(), "state": kept} if factor else {"state": kept})
+            entries.append({"value": columns.read(), "state": kept} if factor else {"state": kept})
             _zero(slot, optimizer)
         return entries
 
@@ -221,10 +258,11 @@ def put_back(
     """Undo :func:`set_aside`, with a factor on weights and on their first moments."""
 
     def of(reader: Reader) -> None:
-        columns = _columns(reader, pruned, factors)
-        for (slot, factor), entry in zip(columns, aside.get(reader.name, []), strict=True):
+        found = _columns(reader, pruned, factors)
+        for columns, entry in zip(found, aside.get(reader.name, []), strict=True):
+            slot, factor = columns.slot, columns.factor
             if factor:
-                slot.write(factor * entry["value"])
+                columns.write(factor * entry["value"])
             else:
                 slot.fill(0.0)
             if optimizer is None:
@@ -233,9 +271,9 @@ def put_back(
                 if key not in entry["state"]:
                     slot.fill(0.0, like=state)
                 elif key in SECOND_MOMENTS:
-                    slot.write(entry["state"][key], like=state)
+                    columns.write(entry["state"][key], like=state)
                 else:
-                    slot.write(factor * entry["state"][key], like=state)
+                    columns.write(factor * entry["state"][key], like=state)
 
     over_layers(of, readers)
 

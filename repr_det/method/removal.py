@@ -72,12 +72,16 @@ class Removable:
         numbers: dict[Filter, int] = {}
         self._filters = {
             name: torch.tensor(
-                [numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)]
+                [numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)],
+                dtype=torch.int32,
             )
             for name, c in graph.convs.items()
         }
         self._inputs = {
-            name: torch.tensor([numbers[root(next(iter(s)))] if s else -1 for s in reader.sources])
+            name: torch.tensor(
+                [numbers[root(next(iter(s)))] if s else -1 for s in reader.sources],
+                dtype=torch.int32,
+            )
             for name, reader in graph.readers.items()
         }
         self._widths = {
@@ -85,7 +89,7 @@ class Removable:
             for links in graph.norms.values()
             for link in links
         }
-        self._size = torch.zeros(len(numbers), dtype=torch.int64)
+        self._size = torch.zeros(len(numbers), dtype=torch.int32)
         for members in self._filters.values():
             self._size.index_add_(0, members, torch.ones_like(members))
         self._fixed = torch.zeros(len(numbers), dtype=torch.bool)

@@ -267,21 +267,63 @@ def test_state_holds_only_plain_values():
             check(method.state_dict())
 
 
-@pytest.mark.parametrize("name", ["chain", "residual-bias"])
-def test_what_is_kept_is_no_larger_than_the_pruned_filters(name):
-    """With the default return; kept outgoing weights and second moments come on top."""
-    model, trainer, method = build(name)
+@pytest.mark.parametrize("name", ["chain", "residual-bias", "residual-grouped"])
+@pytest.mark.parametrize("optimizer", ["momentum", "adamw"])
+def test_what_is_kept_is_no_larger_than_the_pruned_weights(name, optimizer):
+    """With the default return. Weights that read a pruned filter alone count as pruned."""
+    model, trainer, method = build(name, optimizer)
     for i in range(4):
         method.step(i)
         train(model, trainer, i)
     state = method.state_dict()
     kept = sum(t.nbytes for t in tree_leaves([state["before"], state["aside"]]))
-    filters = sum(
-        slot.read().nbytes
-        for layer in method.layers
-        for slot in layer.filter_slots(method.pruned[layer.name])
-    )
-    assert 0 < kept <= filters
+    assert 0 < kept <= sum(int((p == 0).sum()) * p.element_size() for p in model.parameters())
+
+
+class UpAndDown(nn.Sequential):
+    """A transposed conv in groups between two others."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(12, 6, 3, groups=3, bias=False),
+            nn.Flatten(),
+            nn.Linear(6 * 14 * 14, 2),
+        )
+
+
+def test_what_survives_is_untouched_when_nothing_is_trained_in_between():
+    torch.manual_seed(0)
+    model = UpAndDown()
+    trainer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    method = RePr(model, trainer, SCHEDULE, 0.5, "random", reinit=Reinit(outgoing=1.0))
+    for i in range(3):
+        train(model, trainer, i)
+
+    def values():
+        tensors = {layer.name: [layer.weight] for layer in method.layers}
+        for some in tensors.values():
+            some += [v for v in trainer.state[some[0]].values() if v.dim() > 0]
+        return {
+            layer.name: torch.stack([layer.matrix(t) for t in tensors[layer.name]])
+            for layer in method.layers
+        }
+
+    before, read_out = values(), model[-1].weight.detach().clone()
+    method.step(S1)
+    pruned = method.pruned
+    assert all(mask.any() for mask in pruned.values())
+    assert (model[-1].weight == 0).any()
+    method.step(S1 + S2)
+    for name, after in values().items():
+        assert torch.equal(after[:, ~pruned[name]], before[name][:, ~pruned[name]]), name
+        assert not torch.equal(after[:, pruned[name]], before[name][:, pruned[name]]), name
+    assert torch.equal(model[-1].weight, read_out)
 
 
 def test_resumed_pruned_run_holds_its_filters():
@@ -328,7 +370,7 @@ def test_resume_refuses_another_model_copies_and_version():
         build()[2].load_state_dict(state | {"layers": changed})
     with pytest.raises(ValueError, match="written with 1 copies of the model, now there are 0"):
         build()[2].load_state_dict(state)
-    with pytest.raises(ValueError, match="state has version 7, this is version 1"):
+    with pytest.raises(ValueError, match="state has version 7, this is version 2"):
         build()[2].load_state_dict(state | {"version": 7})
 
 
