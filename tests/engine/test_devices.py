@@ -1,0 +1,136 @@
+"""The method and the smaller network where a model lies on a GPU, which is only pretended."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from repr_det import Reinit, RePr, RePrSchedule
+from repr_det.engine import compact
+from repr_det.engine.compact import Compact
+from repr_det.method.criteria import CRITERIA
+from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
+from tests.pretended_gpu import OnGpu, moved_to_gpu, pretended_gpu
+
+SCHEDULE = RePrSchedule(3, 2, 2)
+LENGTH = SCHEDULE.end + 2
+KEPT = Reinit(norm="previous", gamma="previous", beta="survivors", outgoing=0.5)
+
+
+class Training:
+    """A network that trains by RePr, on the pretended GPU or on the CPU."""
+
+    def __init__(self, name: str, optimizer: str, *, gpu: bool, **arguments: Any) -> None:
+        self.place = OnGpu if gpu else lambda x: x
+        models = [net(name, torch.float32) for _ in range(2)]
+        self.model, self.copy = [moved_to_gpu(m) if gpu else m for m in models]
+        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
+        of_data = {"batches": self.batches, "loss": loss}
+        self.method = RePr(
+            self.model, self.optimizer, SCHEDULE, copies=[self.copy], **of_data, **arguments
+        )
+        self.compact = Compact(self.model, self.optimizer, copies=[self.copy], **of_data)
+
+    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+        for index in range(500, 600):
+            yield tuple(map(self.place, batch(index, torch.float32)))
+
+    def step(self, iteration: int, *, smaller: bool = False) -> None:
+        if self.method.due(iteration):
+            self.compact.grow()
+        changes = self.method.step(iteration)
+        if smaller and any(change.kind == "drop" for change in changes):
+            self.compact.speedup(self.method, rounds=1)
+            self.compact.shrink(self.method)
+        self.method.overlap()
+        self.optimizer.zero_grad()
+        x, y = map(self.place, batch(iteration, torch.float32))
+        loss(self.model, (x, y)).backward()
+        self.optimizer.step()
+
+    def parts(self) -> list[Any]:
+        return [self.model, self.copy, self.optimizer, self.method]
+
+    def saved(self) -> list[Any]:
+        """All of its state on the CPU, as a checkpoint would be loaded."""
+        return tree_map(on_cpu, [part.state_dict() for part in self.parts()])
+
+
+def on_cpu(x: Any) -> Any:
+    return x.to("cpu").detach().clone() if isinstance(x, Tensor) else x
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    for key in a:
+        assert torch.equal(on_cpu(a[key]), on_cpu(b[key])), key
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_two_cycles_and_a_resumed_run(name):
+    """To the bit as on the CPU, and continued from a checkpoint that was written in S2."""
+    alone = Training(name, "adamw", gpu=False, reinit=KEPT)
+    for i in range(LENGTH):
+        alone.step(i)
+    with pretended_gpu():
+        run = Training(name, "adamw", gpu=True, reinit=KEPT)
+        for i in range(LENGTH):
+            if i == 4:
+                assert run.method.phase == "sub"
+                state = run.saved()
+            run.step(i)
+        assert all(p.device.type == "cuda" for p in run.model.parameters())
+        resumed = Training(name, "adamw", gpu=True, reinit=KEPT)
+        for part, saved in zip(resumed.parts(), state, strict=True):
+            part.load_state_dict(saved)
+        for i in range(4, LENGTH):
+            resumed.step(i)
+        for other in (alone, resumed):
+            assert_equal(run.model.state_dict(), other.model.state_dict())
+            assert_equal(run.copy.state_dict(), other.copy.state_dict())
+
+
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"ortho", "hessian"}))
+def test_criteria(criterion):
+    """Second derivatives go through tensors that the engine of autograd makes on the CPU here."""
+    with pretended_gpu():
+        run = Training("chain", "momentum", gpu=True, criterion=criterion)
+        for i in range(4):
+            run.step(i)
+        assert run.method.num_pruned > 0
+
+
+@pytest.mark.parametrize("name", ["chain", "residual-frozen", "residual-grouped", "dense"])
+def test_the_smaller_network(name, monkeypatch):
+    # It is counted by running operations that were taken apart, which asks for a real GPU.
+    monkeypatch.setattr(compact, "_cost", lambda model, run: compact.Cost(1, 1))
+    monkeypatch.setattr(compact, "_multiple", lambda device, precision: 1)
+    with EventStorage():
+        on_the_cpu = Training(name, "momentum", gpu=False)
+        for i in range(LENGTH):
+            on_the_cpu.step(i, smaller=True)
+        with pretended_gpu():
+            run = Training(name, "momentum", gpu=True)
+            for i in range(LENGTH):
+                run.step(i, smaller=True)
+            assert_equal(run.model.state_dict(), on_the_cpu.model.state_dict())
+
+
+def test_what_a_gpu_refuses_is_refused():
+    with pretended_gpu() as gpu:
+        x, index = gpu(torch.ones(3)), torch.tensor([0])
+        assert x[index].tolist() == [1.0]
+        for wrong in (
+            lambda: x + torch.ones(3),
+            lambda: x.index_fill_(0, index, 0.0),
+            lambda: torch.ones(3)[gpu(index)],
+            lambda: torch.randn(3, device=x.device, generator=torch.Generator()),
+            lambda: x.numpy(),
+        ):
+            with pytest.raises((RuntimeError, TypeError)):
+                wrong()
