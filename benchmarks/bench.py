@@ -35,6 +35,7 @@ FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 3
+GPU_ROUNDS = 60
 EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 8}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
@@ -52,9 +53,10 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "loading": {"demo": partial(speed.loading_share, "demo_faster_rcnn.yaml", 4)},
             "memory": {"c3_32": partial(speed.peak_memory, "c3_32")},
         }
+    rounds = ROUNDS if ranking.DEVICE == "cpu" else dict.fromkeys(NETWORKS, GPU_ROUNDS)
     return {
         "steps": {
-            name: partial(speed.step_ratios, name, ROUNDS.get(name, DETECTOR_ROUNDS))
+            name: partial(speed.step_ratios, name, rounds.get(name, DETECTOR_ROUNDS))
             for name in NETWORKS
         },
         "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
