@@ -9,7 +9,11 @@ from pathlib import Path
 from detectron2.config import CfgNode
 
 from repr_det.classification.config import add_classification_config
-from repr_det.classification.datasets import add_folder_argument, use_image_folder
+from repr_det.classification.datasets import (
+    add_folder_argument,
+    take_num_folders,
+    use_image_folder,
+)
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.detection.config import add_detection_config
 from repr_det.detection.datasets import (
@@ -78,7 +82,9 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
         take_num_classes(cfg, named[1], overrides)
     for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
         if folder is not None:
-            use_image_folder(cfg, split, *folder, overrides)
+            use_image_folder(cfg, split, *folder)
+    if named := args.train_folder or args.test_folder:
+        take_num_folders(cfg, named[1], overrides)
 
 
 def trained_detector_cfg(

@@ -86,7 +86,9 @@ def _draw(args: argparse.Namespace) -> None:
             compute_contributions(group[0])
     drawn = FIGURES[args.figure].draw(material)
     if args.json:
-        write_text_whole(args.json, json.dumps(drawn.values, indent=1) + "\n")
+        # A layer may have no number, and JSON knows no NaN.
+        values = json.loads(json.dumps(drawn.values), parse_constant=lambda _: None)
+        write_text_whole(args.json, json.dumps(values, indent=1) + "\n")
     figures.save(drawn.figure, args.output)
     print(drawn.caption)
     print(args.output)

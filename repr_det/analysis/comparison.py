@@ -92,7 +92,8 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
     """Refuse runs whose metrics do not mean the same.
 
     Raises:
-        ValueError: no runs, one given twice, or of different tasks or test sets.
+        ValueError: no runs, one given twice, or of different tasks or test sets; a held-out part
+            of another size holds other images.
     """
     if not runs:
         raise ValueError("There are no runs to report on: give at least one folder.")
@@ -104,6 +105,7 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
         for what, mine, first in (
             ("task", run.task, runs[0].task),
             ("test set", run.test_set, runs[0].test_set),
+            ("number of held-out images", run.held_out, runs[0].held_out),
         ):
             if mine != first:
                 raise ValueError(

@@ -61,7 +61,8 @@ _SECTIONS = (
     _Section(
         "dropping",
         "What was dropped",
-        "Each drop takes the filters that overlap most with the others of their layer.",
+        "Each drop takes the filters that the run's criterion ranks highest: with ortho, those "
+        "that overlap most with the others of their layer.",
         ("drops", "times"),
     ),
     _Section(

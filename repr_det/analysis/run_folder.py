@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,11 +20,15 @@ from repr_det.engine.checkpoint import NUMBERED, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path
 from repr_det.engine.hook import STATE_KEY
+from repr_det.engine.parts import held_out_name
 from repr_det.tasks import get_cfg
 
 DETECTION, CLASSIFICATION = "detection", "classification"
 
 FINAL, _LAST = "model_final.pth", "last_checkpoint"
+
+_KINDS = (BBOX, SEGM, "accuracy")
+"""What the names of evaluated metrics begin with."""
 
 _ZERO_IF_NAN = {f"{kind}/{m}" for kind in (BBOX, SEGM) for m in ("AP", "AP50", "AP75")}
 """Metrics that are NaN where nothing was detected; of sizes and classes also without objects."""
@@ -152,7 +157,10 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether training came to its end, and was not begun anew or prolonged since."""
-        return (self.folder / FINAL).is_file() and self._newest in (FINAL, "")
+        if self._newest or not (self.folder / FINAL).is_file():
+            return self._newest == FINAL
+        # Without a word of what was written last, as where a run was begun anew.
+        return read_checkpoint(self.folder / FINAL).get("iteration", -1) + 1 == self.iterations
 
     @cached_property
     def _newest(self) -> str:
@@ -199,22 +207,33 @@ class RunFolder:
         """What it was evaluated on: the last of the config's test sets."""
         return self.cfg.DATASETS.TEST[-1] if self.cfg.DATASETS.TEST else ""
 
+    @property
+    def held_out(self) -> int:
+        """How many training images the test set is made of; 0 for a test set of its own."""
+        names = map(held_out_name, self.cfg.DATASETS.TRAIN)
+        return self.cfg.DATASETS.HELD_OUT if self.test_set in names else 0
+
     def evaluations(self, metric: str) -> Series | None:
         """An evaluated metric of the test set over time, ``bbox/AP`` say; None without any.
 
         A detector that detected nothing has an AP of 0, which Detectron2 records as NaN.
         """
-        several = len(self.cfg.DATASETS.TEST) > 1
-        series = self.metrics.get(f"{self.test_set}/{metric}" if several else metric)
+        series = self.metrics.get(f"{self._prefix}{metric}")
         if series is not None and metric in _ZERO_IF_NAN:
             return series[0], np.nan_to_num(series[1])
         return series
 
     def evaluated(self) -> list[str]:
         """Names of all metrics of the test set."""
-        start = f"{self.test_set}/" if len(self.cfg.DATASETS.TEST) > 1 else ""
-        kinds = tuple(f"{start}{kind}/" for kind in ("bbox", "segm", "accuracy"))
-        return [name.removeprefix(start) for name in self.metrics if name.startswith(kinds)]
+        kinds = tuple(f"{self._prefix}{kind}/" for kind in _KINDS)
+        return [name.removeprefix(self._prefix) for name in self.metrics if name.startswith(kinds)]
+
+    @property
+    def _prefix(self) -> str:
+        """What stands before the test set's metrics: its name, where there were several."""
+        start = f"{self.test_set}/"
+        kinds = tuple(f"{start}{kind}/" for kind in _KINDS)
+        return start if any(name.startswith(kinds) for name in self.metrics) else ""
 
     @cached_property
     def checkpoints(self) -> list[Path]:
@@ -224,8 +243,11 @@ class RunFolder:
             for path in self.folder.glob("model_*.pth")
             if (match := NUMBERED.fullmatch(path.name))
         ]
+        # Runs that have no record of what they did are told by their checkpoints alone.
+        last = self.iterations - 1 if self.metrics else math.inf
         if match := NUMBERED.fullmatch(self._newest):
-            numbered = [(number, path) for number, path in numbered if number <= int(match[1])]
+            last = min(last, int(match[1]))
+        numbered = [(number, path) for number, path in numbered if number <= last]
         final = [self.folder / FINAL] if self.finished else []
         return [path for _, path in sorted(numbered)] + final
 

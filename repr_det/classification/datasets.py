@@ -149,19 +149,14 @@ def add_folder_argument(parser: argparse.ArgumentParser, split: str) -> None:
     )
 
 
-def use_image_folder(
-    cfg: CfgNode, split: str, name: str, folder: str, overrides: Sequence[str] = ()
-) -> None:
+def use_image_folder(cfg: CfgNode, split: str, name: str, folder: str) -> None:
     """Register a folder of class folders and make the config train or test on it, in place.
-
-    The number of classes becomes that of the folder unless an override gives it.
 
     Args:
         cfg: the config.
         split: ``"TRAIN"`` or ``"TEST"``.
         name: to register it under.
         folder: see :func:`register_image_folder`.
-        overrides: keys and values of the command line, which are merged already.
 
     Raises:
         FileNotFoundError: no such folder, or no images in it.
@@ -173,10 +168,14 @@ def use_image_folder(
         known.set(image_folder=folder)
     elif known.get("image_folder") != folder:
         raise ValueError(f"A dataset called {name} is registered already: give it another name.")
-    classes = len(known.read_images().classes)
+    known.read_images()
     cfg.DATASETS[split] = (name,)
+
+
+def take_num_folders(cfg: CfgNode, folder: str, overrides: Sequence[str]) -> None:
+    """Set the number of classes to that of a folder of class folders, unless an override does."""
     if "MODEL.CLASSIFIER.NUM_CLASSES" not in overrides:
-        cfg.MODEL.CLASSIFIER.NUM_CLASSES = classes
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(read_image_folder(folder).classes)
 
 
 def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
+from repr_det.engine.images import check_depth
 
 Batch = dict[str, Tensor]
 
@@ -344,12 +345,13 @@ def read_image(path: str) -> Image.Image:
     """Decode an image file to RGB.
 
     Raises:
-        ValueError: a file that is no image or is truncated.
+        ValueError: a file that is no image or is truncated, too large, or of more than 8 bits.
     """
     try:
+        check_depth(path)
         with Image.open(path) as image:
             return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} cannot be read as an image ({error}): replace it or take it out."
         ) from error

@@ -16,7 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from pycocotools.mask import area
 from tqdm import tqdm
 
-from repr_det.detection.datasets import check_annotations, read_coco
+from repr_det.detection.datasets import check_annotations, is_mask, read_coco
 
 BBOX, SEGM = "bbox", "segm"
 
@@ -82,8 +82,8 @@ def complete(truth: COCO) -> None:
         entry.setdefault("iscrowd", 0)
         if "area" not in entry:
             *_, width, height = entry["bbox"]
-            mask = entry.get("segmentation")
-            entry["area"] = float(area(truth.annToRLE(entry))) if mask else width * height
+            has_mask = is_mask(entry.get("segmentation"))
+            entry["area"] = float(area(truth.annToRLE(entry))) if has_mask else width * height
         entry["id"] = number
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -187,11 +187,12 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO
         ValueError: a detection or an object without.
     """
     key = _KEYS[iou_type]
+    is_there = is_mask if iou_type == SEGM else bool
     for whose, entries in (
         ("a detection", results),
         ("an annotation", truth.dataset["annotations"]),
     ):
-        missing = next((entry for entry in entries if not entry.get(key)), None)
+        missing = next((entry for entry in entries if not is_there(entry.get(key))), None)
         if missing is not None:
             raise ValueError(
                 f"IoU type {iou_type} needs {key} everywhere, but {whose} of image "

@@ -17,6 +17,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
+from repr_det.engine.images import check_depth
 from repr_det.engine.parts import datasets_root
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -87,20 +88,28 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
         content: of the file.
 
     Raises:
-        ValueError: no images, no annotations, ids that point nowhere or are not unique, boxes that
-            are no numbers, objects to ignore.
+        ValueError: no images, no annotations, ids that point nowhere or are not unique, images
+            without a size, boxes that are no numbers, objects to ignore.
     """
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     if not images or not content["annotations"]:
         what = "annotations" if images else "images"
         raise ValueError(f"{annotations} holds no {what}: give a file that does.")
-    numbers = Counter(entry["id"] for entry in content["annotations"])
-    if numbers.total() > len(numbers):
-        number, times = numbers.most_common(1)[0]
-        raise ValueError(
-            f"{annotations}: {times} annotations have the id {number}: number them anew."
-        )
+    for part in ("images", "annotations", "categories"):
+        numbers = Counter(entry["id"] for entry in content[part])
+        if numbers.total() > len(numbers):
+            number, times = numbers.most_common(1)[0]
+            raise ValueError(
+                f"{annotations}: {times} {part} have the id {number}: number them anew."
+            )
+    for image in content["images"]:
+        sides = (image["width"], image["height"])
+        if not all(isinstance(side, (int, float)) and side > 0 for side in sides):
+            raise ValueError(
+                f"{annotations}: image {image['id']} has the width and height {sides}: give them "
+                f"in pixels."
+            )
     useless = []
     for entry in content["annotations"]:
         for key, known in (("image_id", images), ("category_id", categories)):
@@ -137,6 +146,55 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
         )
 
 
+def is_mask(segmentation: Any) -> bool:
+    """Whether it is a mask as COCO writes them: RLE, or polygons of three points or more."""
+    if isinstance(segmentation, list):
+        return bool(segmentation) and all(len(polygon) >= 6 for polygon in segmentation)
+    return isinstance(segmentation, dict)
+
+
+def check_training_masks(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Refuse objects that cannot train a model with masks.
+
+    Args:
+        cfg: the model's config.
+        records: in Detectron2's format.
+
+    Raises:
+        ValueError: an object without a mask, or with RLE where polygons are asked for.
+    """
+    for record in records:
+        for entry in record["annotations"]:
+            if entry.get("iscrowd"):
+                continue
+            whose = f"An object of {record['file_name']} has"
+            if "segmentation" not in entry:
+                raise ValueError(
+                    f"{whose} no mask: give it a segmentation, or set MODEL.MASK_ON False."
+                )
+            if isinstance(entry["segmentation"], dict) and cfg.INPUT.MASK_FORMAT == "polygon":
+                raise ValueError(
+                    f"{whose} a mask in RLE: set INPUT.MASK_FORMAT bitmask, or give polygons."
+                )
+
+
+def check_test_masks(datasets: Sequence[str]) -> None:
+    """Refuse annotation files on which masks cannot be evaluated.
+
+    Raises:
+        ValueError: an object without a mask.
+    """
+    for name in datasets:
+        metadata = MetadataCatalog.get(name)
+        path = None if metadata.get("drawn_on_first_use") else metadata.get("json_file")
+        for entry in read_coco(path)["annotations"] if path else ():
+            if not is_mask(entry.get("segmentation")):
+                raise ValueError(
+                    f"{path}: annotation {entry['id']} has no mask to evaluate masks on: give it a "
+                    f"segmentation, or set MODEL.MASK_ON False."
+                )
+
+
 class NamedImages:
     """A dataset mapper that says which image could not be read.
 
@@ -145,7 +203,8 @@ class NamedImages:
         skip: return None for such an image, for which the loader takes another, and count it.
 
     Raises:
-        ValueError: when called with an image that cannot be read, unless they are skipped.
+        ValueError: when called with an image of more than 8 bits a channel, or with one that cannot
+            be read, unless they are skipped.
     """
 
     def __init__(self, mapper: Callable[[dict], dict], *, skip: bool) -> None:
@@ -154,6 +213,7 @@ class NamedImages:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """Map a record of the dataset to a training example."""
         try:
+            check_depth(record["file_name"])
             return self._mapper(record)
         except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
             reason = str(error).splitlines()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -41,7 +42,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
         )
     # Positions count the images without annotations, too: those to be held out must not depend on
     # what training leaves out.
-    files = [record["file_name"] for name in cfg.DATASETS.TRAIN for record in _read(name)]
+    files = _files(record for name in cfg.DATASETS.TRAIN for record in _read(name))
     chosen = {files[position] for position in part_indices(len(files), held_out, share)[0]}
     records = [record for record in records if record["file_name"] in chosen]
     if not records:
@@ -93,10 +94,17 @@ def register_held_out(cfg: CfgNode) -> None:
         of_train = MetadataCatalog.get(train)
         classes = {key: of_train.get(key) for key in _OF_CLASSES}
         MetadataCatalog.get(name).set(**{k: v for k, v in classes.items() if v is not None})
-        return [records[position] for position in part_indices(len(records), count)[1]]
+        files = _files(records)
+        held_out = {files[position] for position in part_indices(len(files), count)[1]}
+        return [record for record in records if record["file_name"] in held_out]
 
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(evaluator_type="coco", held_out_of=train)
+
+
+def _files(records: Iterable[dict[str, Any]]) -> list[str]:
+    """The image files of a dataset, each once: a file may stand there once for each object."""
+    return list(dict.fromkeys(record["file_name"] for record in records))
 
 
 def _is_foreign(name: str) -> bool:

@@ -27,6 +27,7 @@ from repr_det.detection.builtin import register_builtin
 from repr_det.detection.datasets import category_names, num_classes, num_classes_key, read_coco
 from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
+from repr_det.engine.images import check_depth
 from repr_det.engine.trained import load_trained
 
 Pixels = NDArray[np.uint8]
@@ -269,7 +270,9 @@ def predict(
             a video cannot be written.
     """
     outcome = Outcome()
-    numbers = itertools.count(max(labels.images.values(), default=0) + 1)
+    # Ids may be strings, too.
+    known = (number for number in labels.images.values() if isinstance(number, int))
+    numbers = itertools.count(max(known, default=0) + 1)
     videos = [source for source in sources if source.is_video]
     images = [source for source in sources if not source.is_video]
     names = [source.drawn.as_posix() for source in images]
@@ -322,6 +325,7 @@ def _read_images(
 ) -> Iterator[_Frame]:
     for source in sources:
         try:
+            check_depth(str(source.path))
             image = read_image(str(source.path), format="RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             faults.append(f"{source.path} ({str(error).splitlines()[0]})")

@@ -15,7 +15,13 @@ from detectron2.evaluation import COCOEvaluator
 
 from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import complete
-from repr_det.detection.datasets import NamedImages, check_classes, check_datasets
+from repr_det.detection.datasets import (
+    NamedImages,
+    check_classes,
+    check_datasets,
+    check_test_masks,
+    check_training_masks,
+)
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.parts import register_held_out, training_records
 from repr_det.engine.trainer import RePrTrainer
@@ -45,9 +51,11 @@ class DetectionTrainer(RePrTrainer):
 
     @classmethod
     def check_to_evaluate(cls, cfg: CfgNode) -> None:
-        """Refuse test sets of other classes than the model's; reads them."""
+        """Refuse test sets of other classes than the model's, or without its masks; reads them."""
         cls.check(cfg)
         check_classes(cfg, cfg.DATASETS.TEST)
+        if cfg.MODEL.MASK_ON:
+            check_test_masks(cfg.DATASETS.TEST)
 
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
@@ -64,6 +72,9 @@ class DetectionTrainer(RePrTrainer):
         else:
             loader = build_detection_train_loader(cfg, mapper=mapper, dataset=records)
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        if cfg.MODEL.MASK_ON:
+            check_training_masks(cfg, records)
+            check_test_masks(cfg.DATASETS.TEST)
         return loader
 
     @classmethod

@@ -62,6 +62,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             lambda file: file.write(last_filename_basename.encode()),
         )
 
+    def forget_last_checkpoint(self) -> None:
+        """Have nothing to resume from; the checkpoints themselves stay."""
+        if self.save_dir:
+            (Path(self.save_dir) / "last_checkpoint").unlink(missing_ok=True)
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest checkpoint that can be read, or load weights alone.
 

@@ -151,7 +151,10 @@ class RePrTrainer(DefaultTrainer):
         return built
 
     def train(self) -> Any:
-        """Train as Detectron2 does."""
+        """Train as Detectron2 does; a run from its first iteration is none of an earlier folder."""
+        if self.start_iter == 0 and comm.is_main_process():
+            # What it says would be resumed, and reported, until there is a checkpoint of this run.
+            self.checkpointer.forget_last_checkpoint()
         # TorchScript compiles a function anew once it has seen it run, which changes the rounding
         # (RetinaNet's focal loss is scripted): how far it is would depend on when a run resumed.
         with torch.jit.optimized_execution(not self.cfg.DETERMINISTIC):

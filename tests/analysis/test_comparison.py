@@ -182,6 +182,13 @@ def test_runs_of_other_tasks_and_test_sets_are_refused(tmp_path):
         check_comparable([one, other])
     with pytest.raises(ValueError, match="task of .* is detection"):
         check_comparable([one, detector])
+    held_out = {"DATASETS.TRAIN": ("corners_train",), "DATASETS.TEST": ("corners_heldout",)}
+    parts = [
+        read_run(write_run(tmp_path / f"part_{size}", {**held_out, "DATASETS.HELD_OUT": size}))
+        for size in (100, 200)
+    ]
+    with pytest.raises(ValueError, match="number of held-out images of .* is 200"):
+        check_comparable(parts)
     with pytest.raises(ValueError, match="given twice"):
         check_comparable([one, one])
     with pytest.raises(ValueError, match="at least one"):

@@ -165,7 +165,25 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_the_runs(tmp_path):
         assert len(run.checkpoints) == count
         assert run.weights.name == last
     tag.unlink()
+    torch.save({"model": {}, "iteration": 199}, folder / "model_final.pth")
     assert read_run(folder).finished
+
+
+def test_a_run_begun_anew_has_no_checkpoint_of_the_earlier_one(tmp_path):
+    folder = write_run(tmp_path / "run", length=40)
+    torch.save({"model": {}, "iteration": 199}, folder / "model_final.pth")
+    (folder / "model_0000099.pth").touch()
+    run = read_run(folder)
+    assert not run.finished and run.checkpoints == []
+
+
+def test_one_of_several_test_sets_is_read_when_it_is_named_anew(tmp_path):
+    folder = write_run(tmp_path / "run", {"DATASETS.TEST": ("one_test", "two_test")})
+    write_metrics(folder, [{"iteration": 9, "one_test/accuracy/top1": 20.0, "total_loss": 1.0}])
+    run = read_run(folder)
+    run.cfg.DATASETS.TEST = ("one_test",)
+    assert run.evaluations("accuracy/top1")[1].tolist() == [20.0]
+    assert run.evaluated() == ["accuracy/top1"]
 
 
 def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import hashlib
 import pickle
 from pathlib import Path
@@ -18,10 +19,12 @@ from repr_det.classification.datasets import (
     load_images,
     read_cifar,
     split_images,
+    take_num_folders,
     use_image_folder,
 )
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.parts import held_out_name
+from repr_det.tasks import add_data_arguments, use_data
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -264,14 +267,29 @@ def test_folder_for_a_config(tmp_path):
     cfg = small_cfg()
     name = f"folder_of_{tmp_path.name}"
     use_image_folder(cfg, "TRAIN", name, str(tmp_path))
-    assert (name,) == cfg.DATASETS.TRAIN and cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
-    use_image_folder(cfg, "TEST", name, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
-    assert (name,) == cfg.DATASETS.TEST
+    use_image_folder(cfg, "TEST", name, str(tmp_path))
+    assert (name,) == cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
+    take_num_folders(cfg, str(tmp_path), [])
+    assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 9
-    use_image_folder(cfg, "TEST", name, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
+    take_num_folders(cfg, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
     assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 9
     with pytest.raises(ValueError, match="registered already"):
         use_image_folder(cfg, "TEST", name, str(tmp_path / "a"))
+
+
+def test_test_images_of_fewer_classes_are_said_to_be_that(tmp_path):
+    for folder in ("train/a", "train/b", "train/c", "val/a", "val/b"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / folder / "0.jpg")
+    parser = argparse.ArgumentParser()
+    add_data_arguments(parser)
+    sides = [(f"{s}_of_{tmp_path.name}", str(tmp_path / s)) for s in ("train", "val")]
+    args = parser.parse_args(["--train-folder", *sides[0], "--test-folder", *sides[1]])
+    cfg = small_cfg()
+    use_data(cfg, args)
+    with pytest.raises(ValueError, match="val_of_.* has other classes than train_of_.*2 and 3"):
+        ClassificationTrainer.check_to_train(cfg)
 
 
 @pytest.mark.parametrize("make", [[], ["empty"]])

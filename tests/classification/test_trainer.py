@@ -41,6 +41,21 @@ def test_learns_evaluates_and_records(cfg, tmp_path):
     assert any("total_loss" in line for line in lines)
 
 
+def test_a_run_begun_anew_goes_on_from_none_of_the_folders_checkpoints(cfg, tmp_path):
+    run(cfg)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    trainer = ClassificationTrainer(cfg)
+    trainer.resume_or_load(resume=False)
+    stop = HookBase()
+    stop.after_step = functools.partial(pytest.fail, "as if it were killed")
+    trainer.register_hooks([stop])
+    with pytest.raises(pytest.fail.Exception):
+        trainer.train()
+    again = ClassificationTrainer(cfg)
+    again.resume_or_load(resume=True)
+    assert again.start_iter == 0
+
+
 def test_what_is_trained_on_is_the_order_of_the_seed(cfg):
     cfg.SEED = 9
     loader = ClassificationTrainer.build_train_loader(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import cv2
@@ -17,6 +18,8 @@ from repr_det.detection.datasets import (
     category_names,
     check_classes,
     check_datasets,
+    check_test_masks,
+    check_training_masks,
     read_coco,
     take_num_classes,
     use_coco_data,
@@ -103,6 +106,21 @@ def test_no_annotation_file(tmp_path):
         (
             lambda c: c["annotations"].append(c["annotations"][0]),
             r"train.json: 2 annotations have the id 5: number them anew",
+        ),
+        (
+            lambda c: c["images"].append({**c["images"][0], "file_name": "2.png"}),
+            r"train.json: 2 images have the id 1: number them anew",
+        ),
+        (
+            lambda c: c["categories"].append({"id": 2, "name": "screw"}),
+            r"train.json: 2 categories have the id 2: number them anew",
+        ),
+        *(
+            (
+                lambda c, side=side: c["images"][0].update(width=side),
+                r"train.json: image 1 has the width and height .*: give them in pixels",
+            )
+            for side in (None, 0, "40")
         ),
         (
             lambda c: c["annotations"][0].update(ignore=1),
@@ -219,3 +237,50 @@ def test_classes_in_another_order(cfg, coco, name):
             check_classes(cfg, [name, other])
     finally:
         MetadataCatalog.remove(other)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_8_bits_is_named(tmp_path, mode):
+    """Pillow would make it white."""
+    path = tmp_path / "x_ray.tiff"
+    ramp = np.linspace(0, 60_000, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype({"I;16": np.uint16, "F": np.float32}[mode])).save(path)
+    mapper = NamedImages(lambda record: record, skip=True)
+    with pytest.raises(ValueError, match=r"x_ray.tiff has more than 8 bits a channel .*convert it"):
+        mapper({"file_name": str(path)})
+
+
+POLYGON = [[1, 2, 11, 2, 11, 12]]
+RLE = {"size": [30, 40], "counts": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "mask_format", "training", "test"),
+    [
+        (POLYGON, "polygon", None, None),
+        (RLE, "bitmask", None, None),
+        (RLE, "polygon", "has a mask in RLE: set INPUT.MASK_FORMAT bitmask", None),
+        (None, "polygon", "has no mask: give it a segmentation", "annotation 5 has no mask"),
+        ([], "polygon", "has no mask: give it a segmentation", "annotation 5 has no mask"),
+        # Detectron2 leaves such an object out of training.
+        ([[]], "polygon", None, "annotation 5 has no mask"),
+    ],
+)
+def test_masks_that_a_model_needs(cfg, coco, name, segmentation, mask_format, training, test):
+    other = {"id": 6, "image_id": 1, "category_id": 7, "bbox": [1, 2, 10, 10]}
+    crowd = {"iscrowd": 1, "segmentation": RLE}
+
+    def change(content):
+        if segmentation is not None:
+            content["annotations"][0]["segmentation"] = segmentation
+        content["annotations"] += [{**other, **crowd}]
+
+    changed(coco[0], change)
+    cfg.INPUT.MASK_FORMAT = mask_format
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    for wrong, check in (
+        (training, lambda: check_training_masks(cfg, DatasetCatalog.get(name))),
+        (test, lambda: check_test_masks([name])),
+    ):
+        with pytest.raises(ValueError, match=wrong) if wrong else nullcontext():
+            check()

@@ -106,6 +106,17 @@ def test_images_without_annotations_are_left_out_of_training_only(cfg):
     assert ids(DatasetCatalog.get(NAMES[1])) == held_out
 
 
+def test_a_file_with_an_entry_for_each_object_is_held_out_or_trained_on(cfg):
+    every = DatasetCatalog.get(NAMES[0])
+    twice = [{**record, "image_id": 100 * n + i} for i, record in enumerate(every) for n in (1, 2)]
+    DatasetCatalog.remove(NAMES[0])
+    DatasetCatalog.register(NAMES[0], lambda: twice)
+    DetectionTrainer.check(cfg)
+    held_out, trained = DatasetCatalog.get(NAMES[1]), training_records(cfg)
+    assert len(held_out) == 6 and len(trained) == 10
+    assert not {r["file_name"] for r in held_out} & {r["file_name"] for r in trained}
+
+
 def test_nothing_to_train_on(cfg):
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty: name"):
