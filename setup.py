@@ -32,8 +32,8 @@ setup(
         "pycocotools>=2.0.6",
         "PyYAML>=5.1",
         "tensorboard>=2.10",
-        "torch>=2.1",
-        "torchvision>=0.16",
+        "torch>=2.3",
+        "torchvision>=0.18",
         "tqdm>=4.60",
     ],
     extras_require={

@@ -32,7 +32,7 @@ def unknown_averages(
     taken = {id(p) for one in (model, *known) for p in unwrap(one).parameters()}
     found = {}
     for holder in holders:
-        for name, tensors in _tensors_within(holder, type(holder).__name__, _DEPTH):
+        for name, tensors in _tensors_within(holder, holder.__class__.__name__, _DEPTH):
             fits = len(tensors) >= len(shapes) and _fit(tensors, shapes)
             if fits and not any(id(tensor) in taken for tensor in tensors.values()):
                 found[name] = None

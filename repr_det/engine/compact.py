@@ -9,10 +9,11 @@ drop: nothing reads it, and the return resets it. Losses and weights are those o
 up to the order in which floating-point numbers are added.
 
 Parameters stay the same objects with other data, so optimizers, schedules and clipping go on with
-them, and so do averages that are passed as ``copies``. State dicts of the model and the optimizer
-are full-size, written and loaded, whoever asks for them. ``torch.compile`` compiles anew for the
-shapes of each S2. What holds sizes of its own must be built anew by its owner: :func:`rewrapped`
-does so for DistributedDataParallel.
+them, and so do averages that are passed as ``copies`` and are updated through their parameters.
+State dicts of the model and the optimizer are full-size, written and loaded, whoever asks for them,
+so an average that is updated in place through its own state dict stands still meanwhile.
+``torch.compile`` compiles anew for the shapes of each S2. What holds sizes of its own must be built
+anew by its owner: :func:`rewrapped` does so for DistributedDataParallel.
 
 Which filters can go is found in :mod:`repr_det.method.removal`. Nothing here needs Detectron2.
 """

@@ -29,6 +29,7 @@ from repr_det.method.controller import PhaseChange, RePr
 from repr_det.method.criteria import mean_overlap
 from repr_det.method.reinit import Reinit
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
+from repr_det.method.settings import check_whole
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -79,6 +80,8 @@ class RePrHook(HookBase):
             raise ValueError(
                 f"RePr: compact (REPR.COMPACT) is {compact!r}; give one of {', '.join(MODES)}."
             )
+        for name in ("seed", "warmup"):
+            check_whole(name, arguments.get(name, 0))
         self.schedule = schedule
         self._mode = compact
         # Whether to take pruned filters out; None: not decided yet.
@@ -137,10 +140,12 @@ class RePrHook(HookBase):
                 "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none: "
                 "turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
             )
-        if getattr(trainer, "start_iter", 0) > 0:
+        # A checkpointer of one's own may set the one or the other.
+        resumed = max(getattr(trainer, "start_iter", 0), getattr(trainer, "iter", 0))
+        if resumed > 0:
             raise ValueError(
-                f"RePrHook was registered after the run was resumed at iteration "
-                f"{trainer.start_iter}, so it has no state: register it before resume_or_load."
+                f"RePrHook was registered after the run was resumed at iteration {resumed}, so it "
+                f"has no state: register it before resume_or_load."
             )
         if hasattr(trainer, "max_iter"):
             self.check_fits(trainer.max_iter)
@@ -213,7 +218,8 @@ class RePrHook(HookBase):
     def _look_for_averages(self) -> None:
         """Say where something is kept in step with the model by others, which RePr cannot."""
         trainer = self.trainer
-        holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
+        others = [hook for hook in trainer._hooks if hook is not self]
+        holders = [trainer, getattr(trainer, "_trainer", None), *others]
         known = self._arguments.get("copies", ())
         mine = unknown_averages(holders, trainer.model, known)
         # Some hooks are the first rank's alone, and all must go on alike.
@@ -323,6 +329,9 @@ class RePrHook(HookBase):
         stays = "pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         if torch.are_deterministic_algorithms_enabled():
             logger.info(f"RePr: a deterministic run measures no times, so {stays}")
+            return False
+        if self._arguments.get("copies"):
+            logger.info(f"RePr: an average may be updated through its state dict, so {stays}")
             return False
         if _deeply_wrapped(self.trainer.model):
             logger.info(

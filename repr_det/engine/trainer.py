@@ -80,7 +80,14 @@ class RePrTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device_ids = [comm.get_local_rank()] if device == "cuda" else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        # Gradients are added in the order of buckets, which are built anew after the first backward
+        # unless unused parameters are looked for: a resumed run would go through that once more.
+        model = create_ddp_model(
+            model,
+            broadcast_buffers=False,
+            device_ids=device_ids,
+            find_unused_parameters=cfg.DETERMINISTIC,
+        )
         self._trainer = (
             SimpleTrainer(model, data_loader, optimizer)
             if precision is None
@@ -135,15 +142,15 @@ class RePrTrainer(DefaultTrainer):
     def build_hooks(self) -> list[HookBase]:
         """Detectron2's hooks, with RePr's before those that save, evaluate and write."""
         built = super().build_hooks()
+        before = next(
+            i
+            for i, hook in enumerate(built)
+            if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
+        )
         if self._repr_hook is not None:
-            before = next(
-                i
-                for i, hook in enumerate(built)
-                if isinstance(hook, (hooks.PeriodicCheckpointer, hooks.EvalHook))
-            )
             built.insert(before, self._repr_hook)
         if comm.get_world_size() > 1:
-            built.insert(0, SharedStatistics(self.cfg))
+            built.insert(before, SharedStatistics(self.cfg))  # behind PreciseBN, which sets them
         if self.cfg.DETERMINISTIC:
             built.insert(0, SeedEveryStep(self.cfg.SEED))
         built.append(LossNormalizer())

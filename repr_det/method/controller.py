@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +51,7 @@ from repr_det.method.pruning import (
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
-from repr_det.method.settings import check_same_settings
+from repr_det.method.settings import check_same_settings, check_whole
 from repr_det.method.threads import over_layers
 from repr_det.method.warmup import RateWarmup
 
@@ -153,8 +152,7 @@ class RePr:
             raise ValueError(
                 f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
             )
-        if not isinstance(seed, Integral):
-            raise ValueError(f"RePr: seed is {seed!r}; give a whole number.")
+        check_whole("seed", seed)
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
@@ -640,14 +638,18 @@ class RePr:
             "s1": self.schedule.s1,
             "s2": self.schedule.s2,
             "cycles": self.schedule.cycles,
-            "prune_ratio": self.prune_ratio,
+            # Numbers of NumPy, say, could not be loaded without executing code.
+            "prune_ratio": float(self.prune_ratio),
             "criterion": self._criterion_name,
             "include": self._include,
             "exclude": self._exclude,
-            "max_layer_ratio": self.max_layer_ratio,
+            "max_layer_ratio": float(self.max_layer_ratio),
             "seed": self.seed,
             "warmup": self._warmup.length,
-            **{f"reinit.{key}": value for key, value in asdict(self.reinit).items()},
+            **{
+                f"reinit.{key}": value if isinstance(value, str) else float(value)
+                for key, value in asdict(self.reinit).items()
+            },
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -671,7 +673,9 @@ class RePr:
             ValueError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
-        if state.get("version") != _STATE_VERSION:
+        # Between cycles version 1 held the same.
+        same = state.get("version") == 1 and state["phase"] == FULL
+        if state.get("version") != _STATE_VERSION and not same:
             raise ValueError(
                 f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
                 f"resume with the version of repr_det that wrote the checkpoint."

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
-_WRAPPERS = (DataParallel, DistributedDataParallel)
+_WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DataParallel, DistributedDataParallel and ``torch.compile``."""
+    """The model in DataParallel, DistributedDataParallel, AveragedModel or ``torch.compile``."""
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module

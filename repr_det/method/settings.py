@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
+
+
+def check_whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, Integral):
+        raise ValueError(f"RePr: {name} is {value!r}; give a whole number.")
 
 
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import copy
 import io
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -324,6 +325,45 @@ def test_what_survives_is_untouched_when_nothing_is_trained_in_between():
         assert torch.equal(after[:, ~pruned[name]], before[name][:, ~pruned[name]]), name
         assert not torch.equal(after[:, pruned[name]], before[name][:, pruned[name]]), name
     assert torch.equal(model[-1].weight, read_out)
+
+
+def test_numbers_of_numpy_leave_a_state_that_loads_without_executing_code():
+    kept = {"prune_ratio": np.float64(0.3), "max_layer_ratio": np.float64(0.5), "seed": np.int64(3)}
+    reinit = Reinit(scale=np.float64(0.5), outgoing=np.float64(0.0))
+    method = build(reinit=reinit, **kept)[2]
+    file = io.BytesIO()
+    torch.save(method.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    build(reinit=Reinit(scale=0.5), seed=3)[2].load_state_dict(state)
+
+
+def test_states_of_version_1_between_cycles_are_read():
+    method = build()[2]
+    build()[2].load_state_dict(method.state_dict() | {"version": 1})
+    method.step(S1)
+    with pytest.raises(ValueError, match="state has version 1"):
+        build()[2].load_state_dict(method.state_dict() | {"version": 1})
+
+
+def test_an_average_of_torch_is_looked_through():
+    model = net("chain", torch.float32)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    trainer = OPTIMIZERS["momentum"](model.parameters())
+    method = RePr(model, trainer, SCHEDULE, copies=[average])
+    method.step(S1)
+    assert method.num_pruned > 0
+    for layer in method.layers:
+        theirs = average.module.get_submodule(layer.name).weight.flatten(1)
+        assert torch.equal((theirs == 0).all(1), method.pruned[layer.name])
+
+
+def test_every_cycle_draws_anew():
+    method = build(criterion="random")[2]
+    for i in (S1, S1 + S2, 2 * S1 + S2):
+        method.step(i)
+    first, second = (drop["pruned"] for drop in method.history)
+    assert any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def test_resumed_pruned_run_holds_its_filters():
