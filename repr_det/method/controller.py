@@ -402,6 +402,9 @@ class RePr:
     def step(self, iteration: int) -> list[PhaseChange]:
         """Do what is due before the training step of this iteration, counted from 0.
 
+        The model must be in the mode in which it trains: by it, statistics of norms that train are
+        told from constant ones.
+
         Returns:
             The phase changes that happened; empty at almost every step.
 

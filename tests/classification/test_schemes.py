@@ -84,6 +84,17 @@ def teacher_file(tmp_path):
     return path, model
 
 
+def test_orthogonality_by_config():
+    cfg = small_cfg()
+    cfg.MODEL.CLASSIFIER.ORTHO_LOSS = 0.2
+    model = build_model(cfg)
+    images, labels = make_arrays(6)
+    losses = model({"image": images, "label": labels})
+    convs = [module for module in model.network.modules() if isinstance(module, nn.Conv2d)]
+    expected = 0.2 * sum(orthogonality_penalty(conv.weight) for conv in convs)
+    assert expected > 0 and torch.allclose(losses["loss_ortho"], expected)
+
+
 def test_distillation_by_config(teacher_file):
     path, teacher = teacher_file
     cfg = small_cfg()

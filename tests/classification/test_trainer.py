@@ -107,8 +107,14 @@ def test_a_resumed_run_ends_with_the_same_bits(cfg, tmp_path, stop):
 @pytest.mark.parametrize("option", ["MODEL.CHANNELS_LAST", "MODEL.COMPILE", "SOLVER.FUSED"])
 def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
     """Through a drop and a return; the network is compiled without a compiler's code."""
+    compiled = []
+
+    def backend(graph, example_inputs):
+        compiled.append(graph)
+        return graph.forward
+
     monkeypatch.setattr(
-        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager")
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=backend)
     )
     cfg.MODEL.CLASSIFIER.NAME = "c3_8_bn"
     cfg.REPR.ENABLED = True
@@ -124,6 +130,38 @@ def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
         memory_format=torch.channels_last
     )
     assert is_last == (option == "MODEL.CHANNELS_LAST")
+    assert bool(compiled) == (option == "MODEL.COMPILE")
+
+
+def test_mixed_precision_through_a_drop_and_a_return(cfg, tmp_path):
+    """As by hand, and resumed in S2 as if never stopped."""
+    cfg.DETERMINISTIC = cfg.SOLVER.AMP.ENABLED = cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 4, 4, 1
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 12, 0
+    torch.manual_seed(0)
+    whole = run(cfg).model.state_dict()
+    torch.manual_seed(0)
+    trainer = ClassificationTrainer(cfg)
+    method = trainer._repr_hook.method
+    for iteration in range(12):
+        method.step(iteration)
+        batch = next(trainer._trainer._data_loader_iter)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(trainer.model(batch).values())
+        trainer.optimizer.zero_grad()
+        loss.backward()
+        trainer.optimizer.step()
+        trainer.scheduler.step()
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
+    torch.manual_seed(0)
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(ClassificationTrainer(cfg), 6)
+    resumed = run(cfg, resume=True)
+    assert resumed.start_iter == 6
+    for name, value in resumed.model.state_dict().items():
+        assert torch.equal(value, whole[name]), name
 
 
 def interrupt_after(trainer, iteration):
