@@ -84,7 +84,7 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
         if folder is not None:
             use_image_folder(cfg, split, *folder)
     if named := args.train_folder or args.test_folder:
-        take_num_folders(cfg, named[1], overrides)
+        take_num_folders(cfg, named[0], overrides)
 
 
 def trained_detector_cfg(

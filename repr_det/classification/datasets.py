@@ -172,10 +172,10 @@ def use_image_folder(cfg: CfgNode, split: str, name: str, folder: str) -> None:
     cfg.DATASETS[split] = (name,)
 
 
-def take_num_folders(cfg: CfgNode, folder: str, overrides: Sequence[str]) -> None:
-    """Set the number of classes to that of a folder of class folders, unless an override does."""
+def take_num_folders(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
+    """Set the number of classes to that of a registered folder, unless an override gives it."""
     if "MODEL.CLASSIFIER.NUM_CLASSES" not in overrides:
-        cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(read_image_folder(folder).classes)
+        cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(MetadataCatalog.get(name).read_images().classes)
 
 
 def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:

@@ -348,8 +348,8 @@ def read_image(path: str) -> Image.Image:
         ValueError: a file that is no image or is truncated, too large, or of more than 8 bits.
     """
     try:
-        check_depth(path)
         with Image.open(path) as image:
+            check_depth(image, path)
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(

@@ -213,7 +213,8 @@ class NamedImages:
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """Map a record of the dataset to a training example."""
         try:
-            check_depth(record["file_name"])
+            with Image.open(record["file_name"]) as image:
+                check_depth(image, record["file_name"])
             return self._mapper(record)
         except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
             reason = str(error).splitlines()[0]

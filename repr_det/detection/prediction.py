@@ -325,7 +325,8 @@ def _read_images(
 ) -> Iterator[_Frame]:
     for source in sources:
         try:
-            check_depth(str(source.path))
+            with Image.open(source.path) as opened:
+                check_depth(opened, str(source.path))
             image = read_image(str(source.path), format="RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             faults.append(f"{source.path} ({str(error).splitlines()[0]})")

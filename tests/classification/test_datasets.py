@@ -269,10 +269,10 @@ def test_folder_for_a_config(tmp_path):
     use_image_folder(cfg, "TRAIN", name, str(tmp_path))
     use_image_folder(cfg, "TEST", name, str(tmp_path))
     assert (name,) == cfg.DATASETS.TRAIN == cfg.DATASETS.TEST
-    take_num_folders(cfg, str(tmp_path), [])
+    take_num_folders(cfg, name, [])
     assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 3
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 9
-    take_num_folders(cfg, str(tmp_path), ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
+    take_num_folders(cfg, name, ["MODEL.CLASSIFIER.NUM_CLASSES", "9"])
     assert cfg.MODEL.CLASSIFIER.NUM_CLASSES == 9
     with pytest.raises(ValueError, match="registered already"):
         use_image_folder(cfg, "TEST", name, str(tmp_path / "a"))

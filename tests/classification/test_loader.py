@@ -16,6 +16,7 @@ from repr_det.classification.loader import (
     Share,
     crop_and_flip,
     file_test_loader,
+    read_image,
     train_transform,
 )
 from tests.classification.settings import make_arrays
@@ -192,3 +193,10 @@ def test_damaged_image_is_named(tmp_path, files):
 def test_batch_that_cannot_be_shared(arrays, batch_size):
     with pytest.raises(ValueError, match="SOLVER.IMS_PER_BATCH is"):
         ArrayTrainLoader(arrays, batch_size, 0, share=Share(0, 2))
+
+
+def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
+    path = tmp_path / "x_ray.png"
+    Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path)
+    with pytest.raises(ValueError, match=r"x_ray.png has more than 8 bits a channel .*convert it"):
+        read_image(str(path))
