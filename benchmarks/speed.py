@@ -29,6 +29,9 @@ from repr_det.method.pruning import GradientMask
 from repr_det.tasks import get_cfg, trainer_for
 
 WARM_UP = 2
+HOLDING_ROUNDS = 10
+"""Backward passes that time how gradients are held, for each round of steps."""
+
 CYCLES, S1, S2, LENGTH = 3, 20, 10, 110
 """The paper's schedule, in epochs."""
 
@@ -104,22 +107,31 @@ def step_ratios(name: str, rounds: int) -> dict[str, Any]:
 
 
 def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
-    """Seconds of a step of S2 in which gradients are set to zero, a median of steps by themselves.
+    """Seconds of a step of S2 in which gradients are set to zero.
 
-    What is let go after the first backward costs nothing from then on, and is not counted.
+    A median over backward passes that do nothing but accumulate the gradients that are held, with
+    and without holding them in turns. What is let go after the first backward of a phase costs
+    nothing from then on, and is not counted.
     """
+    step()
     mask: GradientMask = masked._repr_hook.method._mask
+    held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
+    if not held:
+        return 0.0
+    slots = [slot for parameter in held for slot in mask._slots[parameter]]
+    gradients = [torch.zeros_like(parameter) for parameter in held]
+    mask.remove()
     spent = []
-    for _ in range(rounds):
-        step()
-        held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
-        if not held:
-            return 0.0
-        begin = now()
-        for parameter in held:
-            mask._mask(parameter)
-        spent.append(now() - begin)
-    return statistics.median(spent)
+    for index in range(WARM_UP + HOLDING_ROUNDS * rounds):
+        seconds = {}
+        for holds in (False, True) if index % 2 else (True, False):
+            again = GradientMask(slots if holds else [])
+            begin = now()
+            torch.autograd.backward(held, gradients)
+            seconds[holds] = now() - begin
+            again.remove()
+        spent.append(seconds[True] - seconds[False])
+    return max(statistics.median(spent[WARM_UP:]), 0.0)
 
 
 def _is_hooked(parameter: torch.Tensor) -> bool:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
-from torch import nn
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from repr_det import RePr, RePrSchedule
 from tests.method.nets import NETS, OPTIMIZERS, batch, chain, loss, net
@@ -165,6 +171,128 @@ def test_only_filters_that_get_a_gradient_are_held(make, free):
     pruned = {layer.name for layer in method.layers if method.pruned[layer.name].any()}
     assert held <= pruned and pruned
     assert not held if free else held
+
+
+class Sum(nn.Module):
+    """A block with a shortcut, whose last conv can also be read past its norm."""
+
+    def __init__(self, past_the_norm: bool = False) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.norm, self.linear = nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.share = nn.Parameter(torch.zeros(())) if past_the_norm else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.linear(torch.relu(self.block(x)).mean((2, 3)))
+
+    def block(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        past = 0 if self.share is None else self.share * y
+        return x + self.norm(y) + past
+
+
+def prune_half(model: nn.Module, optimizer: str = "adam") -> tuple[RePr, torch.optim.Optimizer]:
+    trainer = OPTIMIZERS[optimizer](model.parameters())
+    method = RePr(model, trainer, RePrSchedule(1, 99, 1), 0.5)
+    method.step(1)
+    return method, trainer
+
+
+def check_held(method: RePr) -> None:
+    for layer in method.layers:
+        gone = method.pruned[layer.name]
+        assert gone.any()
+        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+
+
+class Operations(TorchDispatchMode):
+    """Counts them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_behind_norms_all_shifts_are_held_by_one_operation():
+    """In front of a gamma of zero no gradient flows, so of a residual network betas alone learn."""
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=5)
+    method, trainer = prune_half(model, "momentum")
+    train_step(model, trainer, 0, torch.float32)
+    held = {n for n, p in model.named_parameters() if p._post_accumulate_grad_hooks}
+    sums = [n for n in model.state_dict() if n.endswith(("bn2.bias", "downsample.1.bias"))]
+    assert held and held <= set(sums)
+    value = loss(model, batch(1, torch.float32))
+    with Operations() as held_on, torch.no_grad():
+        value.backward()
+    method._release()
+    value = loss(model, batch(1, torch.float32))
+    with Operations() as let_go, torch.no_grad():
+        value.backward()
+    assert held_on.counts - let_go.counts == {"aten::_foreach_mul_": 1}
+
+
+def test_conv_that_is_also_read_past_its_norm_is_held():
+    """Although no gradient comes that way until the share of it has moved from zero."""
+    torch.manual_seed(0)
+    model = Sum(past_the_norm=True)
+    method, trainer = prune_half(model)
+    for i in range(4):
+        train_step(model, trainer, i, torch.float32)
+        check_held(method)
+    assert model.share != 0 and model.conv.weight.grad.any()
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_backward_within_backward(optimizer):
+    """Reentrant checkpointing: gradients of the block are accumulated by a backward of its own."""
+    torch.manual_seed(0)
+    model = Sum()
+    method, trainer = prune_half(model, optimizer)
+    block = model.block
+    model.block = lambda x: checkpoint(block, x, use_reentrant=True)
+    for i in range(4):
+        train_step(model, trainer, i, torch.float32)
+        check_held(method)
+    assert model.norm.bias.grad.any()
+
+
+def test_backward_after_one_that_failed():
+    torch.manual_seed(0)
+    model = Sum()
+    method, trainer = prune_half(model)
+    train_step(model, trainer, 0, torch.float32)
+
+    def fail(gradient: Tensor) -> None:
+        raise RuntimeError("on purpose")
+
+    handle = model.stem.weight.register_hook(fail)  # the last that backward comes to
+    with pytest.raises(RuntimeError, match="on purpose"):
+        loss(model, batch(1, torch.float32)).backward()
+    handle.remove()
+    for i in range(2, 4):
+        train_step(model, trainer, i, torch.float32)
+        check_held(method)
+
+
+def test_held_where_one_process_is_distributed():
+    """DistributedDataParallel writes gradients from its buckets at the end of backward."""
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = Sum()
+        method, trainer = prune_half(model)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        for i in range(3):
+            train_step(wrapped, trainer, i, torch.float32)
+            check_held(method)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_mask_gradients_serves_loops_without_backward():
