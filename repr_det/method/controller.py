@@ -32,7 +32,7 @@ from repr_det.method.filters import (
     FilterLayer,
     NormLink,
     Slot,
-    finite,
+    extremes,
     named_modules,
     row_lengths,
     select_layers,
@@ -148,6 +148,7 @@ class RePr:
                 f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
             )
         needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
+        self._looks_at_weights = isinstance(criterion, str) and not needs_data
         if needs_data and None in (batches, loss):
             raise ValueError(
                 f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
@@ -439,10 +440,15 @@ class RePr:
             self._model, self._batches, self._loss, self._generator(cycle, 0), self._progress
         )
 
+    def _scores(self, cycle: int) -> Scores:
+        if self._looks_at_weights:
+            return self._criterion(self.layers, self._data(cycle))
+        with preserved(self._model), eager():
+            return self._criterion(self.layers, self._data(cycle))
+
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
         self._check_finite("rank")
-        with preserved(self._model), eager():
-            scores = self._agreed_scores(self._criterion(self.layers, self._data(cycle)))
+        scores = self._agreed_scores(self._scores(cycle))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
         losing = [layer for layer in self.layers if pruned[layer.name].any()]
         values = over_layers(lambda layer: _values(layer, pruned[layer.name]), losing)
@@ -493,7 +499,11 @@ class RePr:
         return PhaseChange("return", self._cycle, report)
 
     def _check_finite(self, action: str) -> None:
-        for layer, is_finite in zip(self.layers, over_layers(finite, self.layers), strict=True):
+        device = self.layers[0].weight.device
+        found = torch.stack([one.to(device) for one in over_layers(extremes, self.layers)])
+        # All at once: on a GPU each look at a value waits for what was launched before.
+        finite = found.isfinite().all(dim=1).tolist()
+        for layer, is_finite in zip(self.layers, finite, strict=True):
             if not is_finite:
                 raise FloatingPointError(
                     f"RePr cannot {action} the filters of {layer.name}: its weight holds NaN or "
@@ -622,7 +632,7 @@ class RePr:
                     var[channels] = old_var.to(var.device)
 
     def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores averaged over ranks, the first rank's bits on all of them."""
+        """The scores averaged over ranks, the first rank's bits on all of them; on the CPU."""
         if not isinstance(scores, Mapping):
             raise ValueError(
                 f"RePr criterion {self._criterion_name!r} must return scores by layer name; it "
@@ -637,12 +647,13 @@ class RePr:
                     f"{'none' if got is None else tuple(got.shape)}."
                 )
         if not _distributed():
-            return scores
+            return {name: score.cpu() for name, score in scores.items()}
         device = self.layers[0].weight.device
         # Copies: a criterion may keep what it returns.
         form = {"copy": True, "memory_format": torch.contiguous_format}
         own = {n: s.to(device, torch.float64, **form) for n, s in scores.items()}
-        return _from_first_rank({n: _mean_over_ranks(s) for n, s in own.items()})
+        agreed = _from_first_rank({n: _mean_over_ranks(s) for n, s in own.items()})
+        return {name: score.cpu() for name, score in agreed.items()}
 
     # --- state
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from repr_det.method import data_criteria
 from repr_det.method.filters import FilterLayer, row_lengths
 from repr_det.method.products import lower_products
-from repr_det.method.threads import over_layers
+from repr_det.method.threads import over_batches
 
 
 class Data(NamedTuple):
@@ -53,15 +53,21 @@ def chance_overlap(dimension: int) -> float:
     )
 
 
-def _grouped_units(layer: FilterLayer) -> tuple[Tensor, Tensor]:
-    """Unit filters of shape (groups, J / groups, d) and which are of zero norm, shape (J,)."""
-    rows = layer.matrix()
+def _units(layers: Sequence[FilterLayer]) -> tuple[Tensor, Tensor]:
+    """Unit filters of layers of one shape, and which are of zero norm.
+
+    Returns:
+        shape (layers * groups, J / groups, d), zero filters as they are, and bool without the last
+        dimension.
+    """
+    rows = layers[0].matrix() if len(layers) == 1 else torch.cat([x.matrix() for x in layers])
     # float32 may mean less on a GPU (TF32), and is twice as fast as float64 on a CPU.
     rows = rows.double() if rows.is_cuda or rows.dtype == torch.float64 else rows.float()
-    rows = rows.reshape(layer.groups, -1, layer.dimension)
+    rows = rows.reshape(len(layers) * layers[0].groups, -1, layers[0].dimension)
     lengths = row_lengths(rows)
     zero = lengths == 0
-    return rows * lengths.masked_fill(zero, 1.0).reciprocal().to(rows.dtype), zero.flatten()
+    scales = lengths.masked_fill(zero, 1.0).reciprocal().to(rows.dtype)
+    return rows * scales, zero.squeeze(-1)
 
 
 def overlap_sums(units: Tensor) -> Tensor:
@@ -82,8 +88,20 @@ def overlap_sums(units: Tensor) -> Tensor:
     return sums
 
 
-def _by_name(layers: Sequence[FilterLayer], of: Callable[[FilterLayer], Tensor]) -> Scores:
-    scores = over_layers(of, layers)
+def _by_name(
+    layers: Sequence[FilterLayer], of: Callable[[Sequence[FilterLayer]], Tensor]
+) -> Scores:
+    """Scores by layer name.
+
+    Args:
+        layers: the filter layers.
+        of: scores of some layers of one shape, shape (layers * groups, J / groups).
+    """
+    scores = over_batches(
+        lambda alike: of(alike).reshape(len(alike), -1).unbind(),
+        layers,
+        lambda layer: (layer.num_filters, layer.dimension, layer.groups),
+    )
     return {layer.name: score for layer, score in zip(layers, scores, strict=True)}
 
 
@@ -95,10 +113,9 @@ def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scor
     norm scores infinity.
     """
 
-    def of(layer: FilterLayer) -> Tensor:
-        units, zero = _grouped_units(layer)
-        score = overlap_sums(units) / units.shape[1]
-        return score.flatten().masked_fill(zero, math.inf)
+    def of(alike: Sequence[FilterLayer]) -> Tensor:
+        units, zero = _units(alike)
+        return (overlap_sums(units) / units.shape[1]).masked_fill(zero, math.inf)
 
     return _by_name(layers, of)
 
@@ -112,11 +129,11 @@ def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
     the division is ours.
     """
 
-    def of(layer: FilterLayer) -> Tensor:
-        units, zero = _grouped_units(layer)
-        others = (~zero).reshape(layer.groups, -1).sum(dim=1, keepdim=True) - 1
-        score = overlap_sums(units) / others.clamp(min=1) / chance_overlap(layer.dimension)
-        return score.flatten().masked_fill(zero, math.inf)
+    def of(alike: Sequence[FilterLayer]) -> Tensor:
+        units, zero = _units(alike)
+        others = (~zero).sum(dim=1, keepdim=True) - 1
+        score = overlap_sums(units) / others.clamp(min=1) / chance_overlap(alike[0].dimension)
+        return score.masked_fill(zero, math.inf)
 
     return _by_name(layers, of)
 
@@ -181,12 +198,13 @@ def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> 
         float64 (J,) by layer name, NaN for filters that are pruned or of zero norm.
     """
 
-    def of(layer: FilterLayer) -> Tensor:
-        units, zero = _grouped_units(layer)
-        kept = ~(pruned[layer.name].to(zero.device) | zero).reshape(layer.groups, -1)
+    def of(alike: Sequence[FilterLayer]) -> Tensor:
+        units, zero = _units(alike)
+        gone = torch.cat([pruned[layer.name] for layer in alike]).reshape(zero.shape)
+        kept = ~(gone.to(zero.device) | zero)
         per_group = kept.sum(dim=1, keepdim=True).clamp(min=1)
         score = overlap_sums(units * kept[..., None]) / per_group
-        return score.masked_fill(~kept, math.nan).flatten()
+        return score.masked_fill(~kept, math.nan)
 
     return _by_name(layers, of)
 

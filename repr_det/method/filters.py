@@ -261,12 +261,11 @@ class FilterLayer:
 
     def weight_slots(self, chosen: Tensor) -> list[Slot]:
         """Where the chosen filters (bool of shape (J,)) lie in the weight."""
-        chosen = chosen.to(self.weight.device)
         if not self.transposed:
-            return [Slot(self.weight, None, 0, chosen.nonzero().flatten())]
+            return [Slot(self.weight, None, 0, _indices(chosen, self.weight))]
         inputs = self.weight.shape[0] // self.groups
         return [
-            Slot(self.weight, slice(g * inputs, (g + 1) * inputs), 1, part.nonzero().flatten())
+            Slot(self.weight, slice(g * inputs, (g + 1) * inputs), 1, _indices(part, self.weight))
             for g, part in enumerate(chosen.reshape(self.groups, -1))
             if part.any()
         ]
@@ -279,7 +278,7 @@ class FilterLayer:
         """Bias, gamma and beta of the chosen filters (bool of shape (J,))."""
         slots = []
         if self.bias is not None:
-            slots.append(Slot(self.bias, None, 0, chosen.to(self.bias.device).nonzero().flatten()))
+            slots.append(Slot(self.bias, None, 0, _indices(chosen, self.bias)))
         for link in self.norms:
             slots += [
                 link.slot(tensor, chosen)
@@ -303,9 +302,17 @@ class FilterLayer:
 def row_lengths(rows: Tensor) -> Tensor:
     """Euclidean lengths of the last dimension, which is kept: float64 of shape (..., 1)."""
     lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).double()
-    if (lengths < 1e-15).any():  # squares underflow in float32
-        lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+    small = lengths < 1e-15  # squares underflow in float32
+    # A GPU computes both sooner than it could be asked which is needed.
+    if rows.is_cuda or small.any():
+        exact = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
+        lengths = torch.where(small, exact, lengths)
     return lengths
+
+
+def _indices(chosen: Tensor, tensor: Tensor) -> Tensor:
+    """Where ``chosen`` is True, on the device of a tensor; found without waiting for that."""
+    return chosen.cpu().nonzero().flatten().to(tensor.device)
 
 
 def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
@@ -316,7 +323,6 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
         dead: which of its input channels (features, for a linear layer) are dead.
     """
     weight = module.weight
-    dead = dead.to(weight.device)
     groups = getattr(module, "groups", 1)
     rows = weight.shape[0] // groups  # of a transposed conv these are input channels
     return [
@@ -324,7 +330,7 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
             weight,
             None if groups == 1 else slice(g * rows, (g + 1) * rows),
             0 if isinstance(module, _ConvTransposeNd) else 1,
-            part.nonzero().flatten(),
+            _indices(part, weight),
         )
         for g, part in enumerate(dead.reshape(groups, -1))
         if part.any()
@@ -445,6 +451,6 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
     return found
 
 
-def finite(layer: FilterLayer) -> bool:
-    """Whether a layer's weight holds neither NaN nor infinity."""
-    return bool(torch.stack(torch.aminmax(layer.weight.detach())).isfinite().all())
+def extremes(layer: FilterLayer) -> Tensor:
+    """The smallest and the largest weight of a layer, NaN where it holds one: shape (2,)."""
+    return torch.stack(torch.aminmax(layer.weight.detach()))

@@ -7,7 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 BLOCK = 96
-"""Rows whose products with the others are computed at once: what the cache holds."""
+"""Rows whose products with the others are computed at once: what the cache of a CPU holds."""
+
+_BLOCK_ON_GPU = 1024
+"""There each product costs the time to launch it."""
 
 
 def lower_products(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -21,6 +24,7 @@ def lower_products(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     Yields:
         the columns, and rows from the first of them on: shape (..., J - columns.start, columns).
     """
-    for begin in range(0, rows.shape[-2], BLOCK):
-        columns = slice(begin, begin + BLOCK)
+    size = _BLOCK_ON_GPU if rows.is_cuda else BLOCK
+    for begin in range(0, rows.shape[-2], size):
+        columns = slice(begin, begin + size)
         yield columns, rows[..., begin:, :] @ rows[..., columns, :].mT

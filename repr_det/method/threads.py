@@ -1,10 +1,10 @@
-"""Work on many layers, spread over the cores of a CPU."""
+"""Work on many layers, spread over the cores of a CPU or put together for a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ class _Layer(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
+
+_BATCH = 2**24
+"""Weights in one batch of layers, at most: copies of them shall not count beside training."""
 
 Layer = TypeVar("Layer", bound=_Layer)
 Result = TypeVar("Result")
@@ -50,3 +53,45 @@ def over_layers(work: Callable[[Layer], Result], layers: Sequence[Layer]) -> lis
             return [futures[i].result() for i in range(len(layers))]
     finally:
         torch.set_num_threads(threads)
+
+
+class _Batch(NamedTuple):
+    layers: list[Any]
+
+    @property
+    def module(self) -> nn.Module:
+        return self.layers[0].module
+
+
+def over_batches(
+    work: Callable[[Sequence[Layer]], Sequence[Result]],
+    layers: Sequence[Layer],
+    kind: Callable[[Layer], Hashable],
+) -> list[Result]:
+    """``work(layers)``, on a GPU with layers of one kind at once, on a CPU layer by layer.
+
+    Operations on one layer take a GPU no longer than it takes to launch them.
+
+    Args:
+        work: returns one result for each layer, which must not depend on the other layers.
+        layers: as for :func:`over_layers`.
+        kind: what can be worked on at once.
+    """
+    batches: dict[Hashable, list[int]] = {}
+    for index, layer in enumerate(layers):
+        weight = layer.module.weight
+        key = (kind(layer), weight.dtype, weight.device) if weight.is_cuda else index
+        batches.setdefault(key, []).append(index)
+    parts: list[list[int]] = []
+    for indices in batches.values():
+        size = max(1, _BATCH // layers[indices[0]].module.weight.numel())
+        parts += [indices[i : i + size] for i in range(0, len(indices), size)]
+    found = over_layers(
+        lambda batch: work(batch.layers), [_Batch([layers[i] for i in part]) for part in parts]
+    )
+    by_index = {
+        index: result
+        for part, results in zip(parts, found, strict=True)
+        for index, result in zip(part, results, strict=True)
+    }
+    return [by_index[index] for index in range(len(layers))]
