@@ -115,23 +115,30 @@ class Reader:
         Returns:
             bool of shape (c_in,).
         """
-        made_of, by_layer = self._index
+        kinds, made_of, by_layer = self._index
         gone = torch.zeros_like(made_of)
-        for name, (channels, filters) in by_layer.items():
+        for name, (kind, filters) in by_layer.items():
             if name in pruned:
-                gone.index_add_(0, channels, pruned[name].cpu()[filters].to(gone.dtype))
-        return (made_of > 0) & (gone == made_of)
+                gone.index_add_(0, kind, pruned[name].cpu()[filters].to(gone.dtype))
+        return ((made_of > 0) & (gone == made_of)).index_select(0, kinds)
 
     @cached_property
-    def _index(self) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """How many filters each channel is made of (0: unknown or none), and which by layer."""
+    def _index(self) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
+        """What kind of channel each is, of how many filters kinds are made, and which by layer.
+
+        Channels of one kind are made of the same filters, as all pixels are that a linear layer
+        reads of one map. A kind of no filters is unknown or always zero.
+        """
+        kinds = {sources: kind for kind, sources in enumerate(dict.fromkeys(self.sources))}
         pairs: dict[str, list[tuple[int, int]]] = {}
-        for channel, sources in enumerate(self.sources):
+        for sources, kind in kinds.items():
             for name, index in sources or ():
-                pairs.setdefault(name, []).append((channel, index))
+                pairs.setdefault(name, []).append((kind, index))
         by_layer = {n: tuple(torch.tensor(p, dtype=torch.int32).T) for n, p in pairs.items()}
-        counts = [len(sources or ()) for sources in self.sources]
-        return torch.tensor(counts, dtype=torch.int32), by_layer
+        counts = [len(sources or ()) for sources in kinds]
+        of_channels = [kinds[sources] for sources in self.sources]
+        small = {"dtype": torch.int32}
+        return torch.tensor(of_channels, **small), torch.tensor(counts, **small), by_layer
 
 
 @dataclass
