@@ -527,6 +527,65 @@ def step_ratios(amsgrad=False, zeroed=False, late=2000):
     return ratios
 
 
+SCALES = {
+    "SGD": ({"momentum": 0.9}, set()),
+    "Adam": ({"amsgrad": True}, {"exp_avg_sq", "max_exp_avg_sq"}),
+    "AdamW": ({}, {"exp_avg_sq"}),
+    "NAdam": ({}, {"exp_avg_sq"}),
+    "RAdam": ({}, {"exp_avg_sq"}),
+    "Adamax": ({}, {"exp_inf"}),
+    "Adagrad": ({}, {"sum"}),
+    "Adadelta": ({}, {"square_avg", "acc_delta"}),
+    "RMSprop": ({"momentum": 0.9, "centered": True}, {"square_avg"}),
+    "Rprop": ({}, {"step_size"}),
+}
+"""Options of optimizers, and which of their states scale a step; the others point somewhere."""
+
+
+@pytest.mark.parametrize("outgoing", [0.0, 0.25])
+@pytest.mark.parametrize("name", ["chain", "chain-bias"])
+@pytest.mark.parametrize("kind", SCALES)
+def test_optimizer_state_after_a_return(kind, name, outgoing):
+    """By hand: new filters scale their steps as survivors do, what reads them as at the drop."""
+    options, scales = SCALES[kind]
+    model = net(name)
+    trainer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3, **options)
+    method = RePr(model, trainer, SCHEDULE, 0.5, reinit=Reinit(outgoing=outgoing))
+
+    def states(parameter):
+        found = trainer.state[parameter].items()
+        return {key: value.clone() for key, value in found if value.shape == parameter.shape}
+
+    at_drop = {}
+    for i in range(S1 + S2):
+        if i == S1:
+            at_drop = {parameter: states(parameter) for parameter in model.parameters()}
+        method.step(i)
+        train(model, trainer, i, torch.float64)
+    gone, before = method.pruned, {parameter: states(parameter) for parameter in model.parameters()}
+    method.step(S1 + S2)
+    assert scales <= states(model[3].weight).keys()
+
+    for reader, columns, rows in (
+        (model[7].weight, gone["3"], ~gone["7"]),
+        (model[-1].weight, gone["7"].repeat_interleave(4), slice(None)),
+    ):
+        for key, state in states(reader).items():
+            old = at_drop[reader][key][rows][:, columns]
+            assert old.abs().sum() > 0
+            assert torch.equal(state[rows][:, columns], old if key in scales else outgoing * old)
+            untouched = before[reader][key][rows][:, ~columns]
+            assert torch.equal(state[rows][:, ~columns], untouched)
+    for position, mask in ((3, gone["3"]), (7, gone["7"])):
+        assert 0 < mask.sum() < len(mask)
+        for parameter in (*model[position].parameters(), *model[position + 1].parameters()):
+            for key, state in states(parameter).items():
+                mean = state[~mask].mean(0) if key in scales else torch.zeros_like(state[0])
+                torch.testing.assert_close(state[mask], mean.expand_as(state[mask]))
+                if parameter is not model[7].weight:
+                    assert torch.equal(state[~mask], before[parameter][key][~mask])
+
+
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_late_in_training_adam_moves_a_returned_filter_like_its_neighbours(amsgrad):
     assert max(step_ratios(amsgrad)) <= 2
