@@ -11,6 +11,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 def norm(kind: str, channels: int) -> nn.Module:
     if kind == "BN":
         return nn.BatchNorm2d(channels)
+    if kind == "plain":
+        return nn.BatchNorm2d(channels, affine=False)
     if kind == "frozen":
         layer = FrozenBatchNorm2d(channels)
         generator = torch.Generator().manual_seed(channels)
@@ -108,6 +110,7 @@ NETS = {
     "chain": lambda: chain("BN"),
     "chain-bias": lambda: chain("none"),
     "chain-frozen": lambda: chain("frozen"),
+    "chain-plain": lambda: chain("plain"),
     "residual": lambda: Residual("BN"),
     "residual-bias": lambda: Residual("none"),
     "residual-frozen": lambda: Residual("frozen"),

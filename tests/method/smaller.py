@@ -1,8 +1,9 @@
 """A reference: the physically smaller network, found by looking at numbers alone.
 
 Knows nothing of how the method finds norms and readers: a norm channel is gone where gamma and
-beta are zero, a filter where its weight row is, and an input column where the channel is zero for
-every input with ReLU taken off (which makes channels zero by chance).
+beta are zero (without them, where what it reads is), a filter where its weight row is, and an input
+column where the channel is zero for every input with ReLU taken off (which makes channels zero by
+chance).
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def smaller(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
 
         return hook
 
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.BatchNorm2d)
     for name, module in probe.named_modules():
         if isinstance(module, kinds):
             module.register_forward_pre_hook(record(name))
@@ -160,7 +161,10 @@ def smaller(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
         elif isinstance(module, nn.Linear):
             new = SmallerLinear(module, ~silent[name])
         elif getattr(module, "running_mean", None) is not None:
-            gone = (module.weight.detach() == 0) & (module.bias.detach() == 0)
+            if module.weight is None:
+                gone = silent[name]
+            else:
+                gone = (module.weight.detach() == 0) & (module.bias.detach() == 0)
             new = SmallerNorm(module, ~gone)
         if new is not None:
             parent = result.get_submodule(name.rpartition(".")[0])
