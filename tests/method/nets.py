@@ -110,10 +110,10 @@ NETS = {
     "chain": lambda: chain("BN"),
     "chain-bias": lambda: chain("none"),
     "chain-frozen": lambda: chain("frozen"),
-    "chain-plain": lambda: chain("plain"),
     "residual": lambda: Residual("BN"),
     "residual-bias": lambda: Residual("none"),
     "residual-frozen": lambda: Residual("frozen"),
+    "residual-plain": lambda: Residual("plain"),
     "residual-grouped": lambda: Residual("BN", groups=3),
     "dense": PreActivation,
 }
