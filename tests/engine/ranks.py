@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from detectron2.engine import HookBase, launch
+from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
@@ -48,7 +49,7 @@ def digest(item: Any) -> str:
 
 
 class Fingerprint(HookBase):
-    """Hashes masks, parameters, optimizer and RePr state after every change of phase."""
+    """Hashes masks, parameters, frozen norms, optimizer and RePr state after changes of phase."""
 
     def __init__(self, path: Path, kill_at: int | None) -> None:
         self._path, self._kill_at, self._seen, self._last = path, kill_at, [], None
@@ -66,11 +67,14 @@ class Fingerprint(HookBase):
         self._write(next(h for h in self.trainer._hooks if isinstance(h, RePrHook)))
 
     def _write(self, hook: RePrHook) -> None:
+        # Norms that train count the batches of their own rank.
+        norms = [m for m in self.trainer.model.modules() if isinstance(m, FrozenBatchNorm2d)]
         self._seen.append(
             {
                 "phase": self._last,
                 "pruned": digest(hook.method.pruned),
                 "parameters": digest(dict(self.trainer.model.named_parameters())),
+                "frozen norms": digest([norm.state_dict() for norm in norms]),
                 "optimizer": digest(self.trainer.optimizer.state_dict()),
                 "repr": digest(hook.state_dict()),
             }
@@ -87,6 +91,10 @@ def run(task: str, output: str, kill_rank: int, kill_at: int) -> None:
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 3, 2, 2
     cfg.DATASETS.TEST = ()
+    if task == "detection":
+        # Statistics of returned channels are measured, on the images of all ranks.
+        cfg.MODEL.RESNETS.NORM = "FrozenBN"
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True  # or it diverges, untrained without norms
     cfg.TEST.EVAL_PERIOD = 0
     # Learned from data, which differs from rank to rank.
     cfg.REPR.CRITERION = "taylor" if task.startswith("classification") else "ortho"

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+
+from repr_det import RePr, RePrSchedule
+from tests.method.nets import batch, loss, net
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "tests/engine/ranks.py")
@@ -56,6 +60,90 @@ def test_ranks_agree(tmp_path, task, processes):
     done = start(output, task, output, processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert_ranks_agree(output, processes)
+
+
+def in_two_processes(work, folder):
+    """Run a function of the rank in a group over gloo: what it returns on each rank."""
+    torch.multiprocessing.spawn(_one_process, (work, folder), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+def _one_process(rank, work, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
+    torch.save(work(rank), folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+# Either rank alone would drop four filters of 3, in the mean 4 and 5 of them and two of 7 are first.
+SCORES = (
+    {"3": [9, 9, 0, 0, 6, 6, 0, 0], "7": [0, 0, 0, 0, 0, 0, 5, 5]},
+    {"3": [0, 0, 9, 9, 6, 6, 0, 0], "7": [0, 0, 0, 0, 0, 0, 5, 5]},
+)
+
+
+def drop_by_own_scores(rank):
+    model = net("chain", torch.float32)
+    method = RePr(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        RePrSchedule(1, 1, 1),
+        criterion=lambda layers, data: {
+            name: torch.tensor(scores, dtype=torch.float32) for name, scores in SCORES[rank].items()
+        },
+    )
+    (change,) = method.step(1)
+    return {
+        "pruned": {name: mask.nonzero().flatten().tolist() for name, mask in method.pruned.items()},
+        "means": [layer.mean_score for layer in change.layers],
+    }
+
+
+def test_filters_are_dropped_by_the_mean_score_over_ranks(tmp_path):
+    expected = {"pruned": {"3": [4, 5], "7": [6, 7]}, "means": [30 / 8, 10 / 8]}
+    assert in_two_processes(drop_by_own_scores, tmp_path) == [expected, expected]
+
+
+def own_images(rank):
+    """Two batches, smaller ones on the second rank."""
+    return [tuple(x[: 6 - 2 * rank] for x in batch(700 + 10 * rank + i)) for i in range(2)]
+
+
+def calibrate_on_own_images(rank):
+    model = net("chain-frozen")
+    method = RePr(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        RePrSchedule(1, 1, 1),
+        include=["3"],
+        batches=lambda: iter(own_images(rank)),
+        loss=loss,
+    )
+    method.step(1)
+    gone = method.pruned["3"]
+    method.step(2)
+    return {"gone": gone, "state": model.state_dict()}
+
+
+def test_statistics_of_returned_channels_are_those_of_all_ranks_images(tmp_path):
+    first, second = in_two_processes(calibrate_on_own_images, tmp_path)
+    assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
+    gone = first["gone"]
+    assert gone.any() and torch.equal(gone, second["gone"])
+    model = net("chain-frozen")
+    before = model[4].running_mean.clone()
+    model.load_state_dict(first["state"])
+
+    def statistics(*ranks):
+        images = torch.cat([x for rank in ranks for x, _ in own_images(rank)])
+        outputs = model[:4](images).detach().transpose(0, 1).flatten(1)
+        return outputs.mean(1), outputs.var(1, correction=0)
+
+    found = model[4].running_mean, model[4].running_var
+    for mine, expected, of_one in zip(found, statistics(0, 1), statistics(0), strict=True):
+        torch.testing.assert_close(mine[gone], expected[gone])
+        assert not torch.allclose(mine[gone], of_one[gone], rtol=1e-3)
+    assert torch.equal(model[4].running_mean[~gone], before[~gone])
 
 
 @pytest.mark.slow
