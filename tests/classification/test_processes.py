@@ -1,10 +1,12 @@
-"""Two processes train and evaluate as one does."""
+"""Two processes train and evaluate as one does; three resume to the same bits."""
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
-from detectron2.engine import launch
+from detectron2.engine import HookBase, launch
 from detectron2.utils import comm
 
 from repr_det.classification import ClassificationTrainer
@@ -58,3 +60,53 @@ def test_checkpoint_of_two_processes_evaluates_to_what_was_reported(tmp_path):
     found = ClassificationTrainer.test(cfg, load_trained(cfg))["accuracy"]
     reported = torch.load(tmp_path / "two0")["accuracy"]
     assert found == pytest.approx(reported, rel=1e-5)
+
+
+class Stop(HookBase):
+    """Ends training after so many iterations, on every rank."""
+
+    def __init__(self, iterations: int) -> None:
+        self._iterations = iterations
+
+    def after_step(self) -> None:
+        if self.trainer.iter + 1 == self._iterations:
+            comm.synchronize()  # until the first rank has written its checkpoint
+            raise KeyboardInterrupt
+
+
+def train_whole_and_resumed(folder: str) -> None:
+    """On each rank, in one process: a run, the same run stopped in S2, and that run resumed."""
+    torch.set_num_threads(1)
+    register_corners()
+    weights = []
+    for name, stop in (("whole", 0), ("stopped", 6), ("stopped", 0)):
+        cfg = small_cfg(f"{folder}/{name}")
+        cfg.DETERMINISTIC = True
+        cfg.MODEL.CLASSIFIER.NAME = "c3_8_bn"
+        cfg.SOLVER.IMS_PER_BATCH = 12
+        cfg.SOLVER.CHECKPOINT_PERIOD = 3
+        cfg.REPR.ENABLED = True
+        cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 4, 4, 1
+        cfg.DATASETS.TEST = ()
+        torch.manual_seed(0)
+        trainer = ClassificationTrainer(cfg)
+        trainer.resume_or_load(resume=True)
+        assert trainer.start_iter == (6 if len(weights) == 2 else 0)
+        trainer.register_hooks([Stop(stop)])
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
+        weights.append({n: w.clone() for n, w in trainer.model.state_dict().items()})
+    torch.save(weights, f"{folder}/weights{comm.get_rank()}")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for GPUs")
+def test_three_processes_resume_to_the_same_bits(tmp_path):
+    """Of three gradients the sum depends on the order, and that on how they are put together."""
+    launch(train_whole_and_resumed, 3, dist_url="auto", args=(str(tmp_path),))
+    by_rank = [torch.load(tmp_path / f"weights{rank}") for rank in range(3)]
+    whole = by_rank[0][0]
+    for _, stopped, resumed in by_rank:
+        assert any(not torch.equal(stopped[name], weight) for name, weight in whole.items())
+        for name, weight in whole.items():
+            assert torch.equal(resumed[name], weight), name

@@ -75,7 +75,7 @@ def _one_process(rank, work, folder):
     dist.destroy_process_group()
 
 
-# Either rank alone would drop four filters of 3, in the mean 4 and 5 of them and two of 7 are first.
+# Either rank alone would drop four filters of 3; in the mean two of 3 and two of 7 come first.
 SCORES = (
     {"3": [9, 9, 0, 0, 6, 6, 0, 0], "7": [0, 0, 0, 0, 0, 0, 5, 5]},
     {"3": [0, 0, 9, 9, 6, 6, 0, 0], "7": [0, 0, 0, 0, 0, 0, 5, 5]},
