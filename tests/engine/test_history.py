@@ -1,12 +1,14 @@
-"""The record of drops: what it says, that it survives, and what TensorBoard gets."""
+"""The record of drops: what it says, that it survives, and what TensorBoard and the log get."""
 
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
+from detectron2.engine.hooks import CallbackHook
 from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -112,3 +114,105 @@ def test_the_overlap_of_filters_is_the_papers_score_where_nothing_is_pruned(tmp_
     overlap = method.filter_overlap()
     for name, mask in method.pruned.items():
         assert np.array_equal(overlap[name].isnan().numpy(), mask.numpy())
+
+
+LAYERS = ("network.features.3", "network.features.6")
+
+
+def watched(cfg):
+    """A trainer, and a dict that its run fills: filters as rows by moment, iteration and layer."""
+    torch.manual_seed(0)
+    trainer, seen = ClassificationTrainer(cfg), {}
+    with torch.no_grad():
+        for name, alike in zip(LAYERS, (2, 3), strict=True):  # so the layers lose unequal numbers
+            rows = trainer.model.get_submodule(name).weight
+            rows[1:alike] = rows[0] + 0.01 * rows[1:alike]
+
+    def keep(moment):
+        def look(trainer):
+            seen[moment, trainer.iter] = {
+                name: trainer.model.get_submodule(name).weight.detach().double().flatten(1)
+                for name in LAYERS
+            }
+
+        return look
+
+    before = CallbackHook(before_step=keep("before RePr"))
+    before.trainer = trainer
+    trainer._hooks.insert(0, before)
+    trainer.register_hooks(
+        [CallbackHook(before_step=keep("after RePr"), after_step=keep("after the step"))]
+    )
+    return trainer, seen
+
+
+def others(rows):
+    """Sum of |cosine| of each filter that is there to the others that are."""
+    units = rows[rows.any(dim=1)]
+    units = units / units.norm(dim=1, keepdim=True)
+    return (units @ units.T - torch.eye(len(units))).abs().sum(dim=1)
+
+
+def test_scalars_are_what_the_weights_say(tmp_path):
+    cfg = repr_cfg(tmp_path)
+    cfg.TEST.EVAL_PERIOD = 4
+    trainer, seen = watched(cfg)
+    trainer.train()
+
+    def recorded(name):
+        return trainer.storage.history(name).values()
+
+    phases = [0, 0, 1, 1] * 2 + [0] * 4
+    assert recorded("repr/phase") == [(phase, i) for i, phase in enumerate(phases)]
+    cycles = [0] * 4 + [1] * 4 + [2] * 4
+    assert recorded("repr/cycle") == [(cycle, i) for i, cycle in enumerate(cycles)]
+    zeros = [
+        sum(int((~rows.any(dim=1)).sum()) for rows in seen["after RePr", i].values())
+        for i in range(12)
+    ]
+    assert zeros == [4 * phase for phase in phases]
+    assert recorded("repr/num_pruned") == [(number, i) for i, number in enumerate(zeros)]
+
+    # Before drops, after returns, and at evaluations, of which two are in S2.
+    moments = [
+        ("before RePr", 2), ("after the step", 3), ("after RePr", 4),
+        ("before RePr", 6), ("after the step", 7), ("after RePr", 8), ("after the step", 11),
+    ]  # fmt: skip
+    by_filter = {
+        name: [others(seen[m][name]) / len(others(seen[m][name])) for m in moments]
+        for name in LAYERS
+    }
+    together = [torch.cat(parts) for parts in zip(*by_filter.values(), strict=True)]
+    scalars = {f"repr/overlap/{name}": scores for name, scores in by_filter.items()}
+    for name, scores in {**scalars, "repr/overlap": together}.items():
+        values, iterations = zip(*recorded(name), strict=True)
+        assert list(iterations) == [i for _, i in moments]
+        assert values == pytest.approx([float(score.mean()) for score in scores], rel=1e-5)
+
+
+def test_the_log_says_what_was_dropped_and_brought_back(tmp_path, monkeypatch):
+    cfg = repr_cfg(tmp_path)
+    cfg.REPR.COMPACT = "off"
+    trainer, seen = watched(cfg)
+    told = []
+    monkeypatch.setattr("repr_det.engine.hook.logger.info", told.append)
+    trainer.train()
+    # Mean |cosine| of two random directions among 8 channels of 3 x 3.
+    chance = math.gamma(36) / math.gamma(36.5) / math.sqrt(math.pi)
+    expected = []
+    for cycle, iteration in enumerate((2, 6)):
+        rows = seen["before RePr", iteration]
+        scores = {name: others(rows[name]) / 7 / chance for name in LAYERS}
+        least = torch.cat(list(scores.values())).sort(descending=True).values[3]
+        lost = {name: int((score >= least).sum()) for name, score in scores.items()}
+        most = max(lost, key=lost.get)
+        what = f"4 of 16 filters in {sum(n > 0 for n in lost.values())} of 2 layers, "
+        what += f"the largest share {lost[most]}/8 in {most}."
+        expected.append(f"RePr cycle {cycle}: dropped {what}")
+        expected += [
+            f"  {name}: 8 filters, {lost[name]} pruned, mean score {scores[name].mean():.4f}"
+            for name in LAYERS
+        ]
+        expected.append(f"RePr cycle {cycle}: brought back {what}")
+        assert cycle == 1 or list(lost.values()) == [1, 3]
+    assert told == expected
