@@ -7,6 +7,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
+from detectron2.engine.hooks import CallbackHook
 from torch import nn
 
 from repr_det.classification import ClassificationTrainer
@@ -131,6 +132,42 @@ def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
     )
     assert is_last == (option == "MODEL.CHANNELS_LAST")
     assert bool(compiled) == (option == "MODEL.COMPILE")
+
+
+@pytest.mark.parametrize(
+    ("mode", "worthwhile", "smaller"),
+    [("on", 1e9, True), ("off", 0.0, False), ("auto", 0.0, True), ("auto", 1e9, False)],
+)
+def test_compact_by_config(cfg, monkeypatch, mode, worthwhile, smaller):
+    """In S2 there are fewer parameters, or as many; what is measured counts for auto alone."""
+    monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
+    monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", worthwhile)
+    cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST = 5, ()
+    cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N, cfg.REPR.COMPACT = 2, 2, 1, mode
+    trainer = ClassificationTrainer(cfg)
+    sizes = []
+    count = CallbackHook(
+        after_step=lambda t: sizes.append(sum(p.numel() for p in t.model.parameters()))
+    )
+    trainer.register_hooks([count])
+    trainer.train()
+    full = sizes[0]
+    assert [size < full for size in sizes] == [False, False, smaller, smaller, False]
+    assert max(sizes) == full
+
+
+@pytest.mark.parametrize("excluded", ["network.features.3", "network.features.6"])
+def test_layers_excluded_by_config_lose_no_filter(cfg, tmp_path, excluded):
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD, cfg.DATASETS.TEST = 3, 1, ()
+    cfg.REPR.ENABLED = True
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N, cfg.REPR.EXCLUDE = 1, 1, 1, [excluded]
+    trainer = run(cfg)
+    weights = torch.load(tmp_path / "model_0000001.pth", weights_only=True)["model"]
+    convs = [n for n, m in trainer.model.named_modules() if isinstance(m, nn.Conv2d)]
+    losing = {n for n in convs if (weights[f"{n}.weight"].flatten(1) == 0).all(1).any()}
+    assert excluded in convs[1:]
+    assert losing == set(convs[1:]) - {excluded}
 
 
 def test_mixed_precision_through_a_drop_and_a_return(cfg, tmp_path):

@@ -20,7 +20,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repr_det import RePrHook, RePrSchedule
-from tests.detectors import needs_coco, plain_cfg
+from repr_det.detection.trainer import DetectionTrainer
+from repr_det.engine.config import config_path
+from repr_det.tasks import get_cfg
+from tests.detectors import needs_coco, plain_cfg, shrink
 from tests.method.nets import net
 
 pytestmark = needs_coco
@@ -153,6 +156,28 @@ def test_physically_smaller_in_s2(tmp_path, caplog):
     hook, resumed = run_with("on", tmp_path / "off", schedule, 6, resume=True)
     assert resumed == [small, full, full]
     assert hook.method.num_pruned == 0
+
+
+@pytest.mark.parametrize("compact", ["on", "off"])
+def test_compact_and_exclude_by_config(tmp_path, compact):
+    cfg = get_cfg()
+    cfg.merge_from_file(config_path("repr_faster_rcnn.yaml"))
+    shrink(cfg, tmp_path)
+    cfg.DATASETS.TEST = ()
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 3, 1
+    cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = 1, 1, 1
+    cfg.REPR.COMPACT, cfg.REPR.EXCLUDE = compact, ["backbone.fpn_*", "*.conv2"]
+    trainer, sizes = DetectionTrainer(cfg), Sizes()
+    trainer.register_hooks([sizes])
+    trainer.train()
+    full, in_s2, after = sizes.seen
+    assert in_s2 < full if compact == "on" else in_s2 == full
+    assert after == full
+    weights = torch.load(tmp_path / "model_0000001.pth", weights_only=True)["model"]
+    losing = [n for n, w in weights.items() if w.dim() == 4 and (w.flatten(1) == 0).all(1).any()]
+    assert len(losing) > 10
+    assert all(name.startswith("backbone.bottom_up.") for name in losing)
+    assert not any(".conv2." in name for name in losing)
 
 
 def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, caplog):
