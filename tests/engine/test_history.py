@@ -155,28 +155,28 @@ def others(rows):
 
 def test_scalars_are_what_the_weights_say(tmp_path):
     cfg = repr_cfg(tmp_path)
-    cfg.TEST.EVAL_PERIOD = 4
+    cfg.SOLVER.MAX_ITER, cfg.TEST.EVAL_PERIOD = 11, 4
     trainer, seen = watched(cfg)
     trainer.train()
 
     def recorded(name):
         return trainer.storage.history(name).values()
 
-    phases = [0, 0, 1, 1] * 2 + [0] * 4
+    phases = [0, 0, 1, 1] * 2 + [0] * 3
     assert recorded("repr/phase") == [(phase, i) for i, phase in enumerate(phases)]
-    cycles = [0] * 4 + [1] * 4 + [2] * 4
+    cycles = [0] * 4 + [1] * 4 + [2] * 3
     assert recorded("repr/cycle") == [(cycle, i) for i, cycle in enumerate(cycles)]
     zeros = [
         sum(int((~rows.any(dim=1)).sum()) for rows in seen["after RePr", i].values())
-        for i in range(12)
+        for i in range(11)
     ]
     assert zeros == [4 * phase for phase in phases]
     assert recorded("repr/num_pruned") == [(number, i) for i, number in enumerate(zeros)]
 
-    # Before drops, after returns, and at evaluations, of which two are in S2.
+    # Before drops, after returns, at evaluations, which are in S2, and at the end.
     moments = [
         ("before RePr", 2), ("after the step", 3), ("after RePr", 4),
-        ("before RePr", 6), ("after the step", 7), ("after RePr", 8), ("after the step", 11),
+        ("before RePr", 6), ("after the step", 7), ("after RePr", 8), ("after the step", 10),
     ]  # fmt: skip
     by_filter = {
         name: [others(seen[m][name]) / len(others(seen[m][name])) for m in moments]
