@@ -62,19 +62,6 @@ def test_ranks_agree(tmp_path, task, processes):
     assert_ranks_agree(output, processes)
 
 
-def in_two_processes(work, folder):
-    """Run a function of the rank in a group over gloo: what it returns on each rank."""
-    torch.multiprocessing.spawn(_one_process, (work, folder), nprocs=2)
-    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
-
-
-def _one_process(rank, work, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
-    torch.save(work(rank), folder / f"{rank}.pth")
-    dist.destroy_process_group()
-
-
 # Either rank alone would drop four filters of 3; in the mean two of 3 and two of 7 come first.
 SCORES = (
     {"3": [9, 9, 0, 0, 6, 6, 0, 0], "7": [0, 0, 0, 0, 0, 0, 5, 5]},
@@ -99,11 +86,6 @@ def drop_by_own_scores(rank):
     }
 
 
-def test_filters_are_dropped_by_the_mean_score_over_ranks(tmp_path):
-    expected = {"pruned": {"3": [4, 5], "7": [6, 7]}, "means": [30 / 8, 10 / 8]}
-    assert in_two_processes(drop_by_own_scores, tmp_path) == [expected, expected]
-
-
 def own_images(rank):
     """Two batches, smaller ones on the second rank."""
     return [tuple(x[: 6 - 2 * rank] for x in batch(700 + 10 * rank + i)) for i in range(2)]
@@ -125,8 +107,29 @@ def calibrate_on_own_images(rank):
     return {"gone": gone, "state": model.state_dict()}
 
 
-def test_statistics_of_returned_channels_are_those_of_all_ranks_images(tmp_path):
-    first, second = in_two_processes(calibrate_on_own_images, tmp_path)
+def one_process(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
+    found = {"dropped": drop_by_own_scores(rank), "calibrated": calibrate_on_own_images(rank)}
+    torch.save(found, folder / f"{rank}.pth")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """What each of two processes finds that form a group: to start them takes the time."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    torch.multiprocessing.spawn(one_process, (folder,), nprocs=2)
+    return [torch.load(folder / f"{rank}.pth", weights_only=True) for rank in range(2)]
+
+
+def test_filters_are_dropped_by_the_mean_score_over_ranks(two_ranks):
+    expected = {"pruned": {"3": [4, 5], "7": [6, 7]}, "means": [30 / 8, 10 / 8]}
+    assert [found["dropped"] for found in two_ranks] == [expected, expected]
+
+
+def test_statistics_of_returned_channels_are_those_of_all_ranks_images(two_ranks):
+    first, second = (found["calibrated"] for found in two_ranks)
     assert all(torch.equal(value, second["state"][name]) for name, value in first["state"].items())
     gone = first["gone"]
     assert gone.any() and torch.equal(gone, second["gone"])
