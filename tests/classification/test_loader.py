@@ -181,6 +181,72 @@ def test_test_files_are_middle_crops(files):
     assert batches[0]["image"].shape == (5, 3, 14, 14) and batches[0]["image"].dtype == torch.uint8
 
 
+def coordinates(height, width):
+    """An image whose red is the column of each pixel and whose green is its row."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.stack([columns, rows, np.full_like(rows, 200)], 2).astype(np.uint8)
+
+
+def save(folder, *images):
+    """Image files of one class."""
+    (folder / "a").mkdir()
+    for index, pixels in enumerate(images):
+        Image.fromarray(pixels).save(folder / "a" / f"{index}.png")
+    return read_image_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("size", "height", "width", "scale", "top", "left"),
+    [
+        # The shorter side becomes 8/7 of the crop, the longer one follows, and the middle remains.
+        (70, 120, 240, 1.5, 5, 45),
+        (70, 240, 120, 1.5, 45, 5),
+        (70, 40, 50, 0.5, 5, 15),
+        (112, 128, 128, 1.0, 8, 8),
+        (224, 128, 160, 0.5, 16, 48),
+    ],
+)
+def test_test_images_show_the_middle_of_what_was_resized(
+    tmp_path, size, height, width, scale, top, left
+):
+    """Pixel centres lie half a pixel inside; a ramp stays one when it is resized."""
+    data = save(tmp_path, coordinates(height, width))
+    (batch,) = file_test_loader(data, 1, size)
+    columns, rows, constant = batch["image"][0].float()
+    x, y = ((torch.arange(size) + start + 0.5) * scale - 0.5 for start in (left, top))
+    # Rounded to whole numbers once for each direction.
+    assert (columns - x).abs().max() <= 1
+    assert (rows - y[:, None]).abs().max() <= 1
+    assert (constant == 200).all()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_crops_have_the_area_and_shape_asked_for_and_half_are_mirrored(tmp_path, flip):
+    """Each crop is read off the slopes of a ramp, away from its edges."""
+    side, size, count = 256, 32, 400
+    data = save(tmp_path, coordinates(side, side))
+    loader = FileTrainLoader(data, 40, 3, train_transform(size, 0.25, flip))
+    images = torch.cat([batch["image"] for batch in islice(loader, count // 40)]).float()
+    assert (images[:, 2] == 200).all()
+    columns, rows = images[:, 0].mean(1), images[:, 1].mean(2)
+    steps = size - 9
+    across, down = ((line[:, -5] - line[:, 4]) / steps for line in (columns, rows))
+    assert (down > 0).all()  # never upside down
+    mirrored = across < 0
+    # Of 400 draws, 4 standard deviations are 0.1.
+    assert abs(mirrored.float().mean() - 0.5) < 0.1 if flip else not mirrored.any()
+    width, height = across.abs() * size, down * size
+    area, shape = width * height / side**2, width / height
+    assert 0.24 < area.min() < 0.35 and 0.8 < area.max() < 1.01
+    assert 0.73 < shape.min() < 0.8 and 1.25 < shape.max() < 1.37
+    # Anywhere in the image: the middle of what is left over on either side is its middle.
+    for line, length in ((columns, width), (rows, height)):
+        begin = line.mean(1) - length / 2 + 0.5
+        place = (begin / (side - length))[length < 0.8 * side]
+        assert -0.05 < place.min() < 0.1 and 0.9 < place.max() < 1.05
+        assert abs(place.mean() - 0.5) < 0.1
+
+
 def test_damaged_image_is_named(tmp_path, files):
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")

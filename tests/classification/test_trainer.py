@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import functools
 import json
+from itertools import islice
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog
 from detectron2.engine import HookBase
 from detectron2.engine.hooks import CallbackHook
+from detectron2.modeling import build_model
+from PIL import Image
 from torch import nn
 
 from repr_det.classification import ClassificationTrainer
+from repr_det.classification.datasets import use_image_folder
 from repr_det.classification.loader import SampleOrder
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
@@ -64,6 +68,92 @@ def test_what_is_trained_on_is_the_order_of_the_seed(cfg):
     batch = next(iter(loader))
     expected = [data[i]["label"] for i in SampleOrder(120, 20, 9).batch(0).tolist()]
     assert batch["label"].tolist() == expected
+
+
+def write_folder(folder, image, count=6):
+    """An image folder of four classes."""
+    for label in "abcd":
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            image.save(folder / label / f"{index}.png")
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["arrays", "files"])
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_channels_arrive_in_the_order_of_the_means(cfg, tmp_path, kind, order):
+    """A colour that is the mean, in the order of INPUT.FORMAT, is zero to the network."""
+    colour = {"R": 250, "G": 120, "B": 7}
+    cfg.INPUT.FORMAT = order
+    cfg.MODEL.PIXEL_MEAN = [float(colour[channel]) for channel in order]
+    cfg.MODEL.PIXEL_STD = [1.0, 2.0, 3.0]
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    cfg.DATALOADER.NUM_WORKERS = 0
+    for split in ("train", "test"):
+        if kind == "arrays":
+            images = torch.tensor(list(colour.values()), dtype=torch.uint8).view(1, 3, 1, 1)
+            images = images.expand(40, 3, 16, 16)
+            register(f"corners_{split}", images, torch.arange(40) % 4, list("abcd"))
+        else:
+            image = Image.new("RGB", (30, 20), tuple(colour.values()))
+            folder = write_folder(tmp_path / split, image)
+            use_image_folder(cfg, split.upper(), f"{split}_of_{tmp_path.name}", folder)
+    model = build_model(cfg)
+    training = next(iter(ClassificationTrainer.build_train_loader(cfg)))
+    testing = next(iter(ClassificationTrainer.build_test_loader(cfg, cfg.DATASETS.TEST[0])))
+    for batch in (training, testing):
+        assert len(batch["image"]) >= 20
+        assert not model.preprocess_image(batch).any()
+
+
+def test_random_crops_of_the_config_have_every_offset(cfg):
+    """A white image shows where its black border begins."""
+    cfg.INPUT.CROP_PADDING = 4
+    register("corners_train", torch.full((4, 3, 16, 16), 255).byte(), torch.arange(4), list("abcd"))
+    loader = ClassificationTrainer.build_train_loader(cfg)
+    white = torch.cat([batch["image"] for batch in islice(loader, 50)])
+    black = white.amax(1) == 0
+    offsets = []
+    for rows, columns in zip(black.all(2), black.all(1), strict=True):
+        place = []
+        for line in (rows, columns):
+            before = int((~line).nonzero()[0])
+            behind = len(line) - 1 - int((~line).nonzero()[-1])
+            assert min(before, behind) == 0
+            place.append(behind - before)
+        offsets.append(tuple(place))
+    assert len(offsets) == 1000
+    assert set(offsets) == {(y, x) for y in range(-4, 5) for x in range(-4, 5)}
+
+
+def test_image_folders_are_cropped_and_mirrored_as_the_config_says(cfg, tmp_path):
+    """A picture that is dark on its left, whole where the smallest share of its area is all."""
+    picture = Image.new("RGB", (40, 40))
+    picture.paste((255, 255, 255), (20, 0, 40, 40))
+    name = f"halves_{tmp_path.name}"
+    use_image_folder(cfg, "TRAIN", name, write_folder(tmp_path / "halves", picture))
+    cfg.DATASETS.TEST = (name,)
+    cfg.INPUT.CROP_MIN_AREA = 1.0
+    cfg.DATALOADER.NUM_WORKERS = 0
+
+    def on_the_left(loader):
+        """How bright the left half of each image of ten batches is, from 0 to 1."""
+        images = torch.cat([batch["image"] for batch in islice(loader, 10)])
+        assert images.shape[1:] == (3, 16, 16)
+        return images[..., :8].float().mean((1, 2, 3)) / 255
+
+    light = on_the_left(ClassificationTrainer.build_train_loader(cfg))
+    assert len(light) == 200 and light.max() < 0.1
+    cfg.INPUT.RANDOM_FLIP = "horizontal"
+    light = on_the_left(ClassificationTrainer.build_train_loader(cfg))
+    assert ((light < 0.1) | (light > 0.9)).all()
+    # Of 200 draws, 4 standard deviations are 0.14.
+    assert abs((light > 0.9).float().mean() - 0.5) < 0.14
+    light = on_the_left(ClassificationTrainer.build_test_loader(cfg, name))
+    assert len(light) == 24 and light.max() < 0.1
+    cfg.INPUT.CROP_MIN_AREA = 0.1
+    light = on_the_left(ClassificationTrainer.build_train_loader(cfg))
+    assert ((light > 0.1) & (light < 0.9)).any()
 
 
 def test_held_out_images_are_not_trained_on(cfg):
