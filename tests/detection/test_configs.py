@@ -1,0 +1,97 @@
+"""The shipped configs of detection are what their comments say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2 import model_zoo
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+
+from repr_det import RePrHook
+from repr_det.detection.shapes import CLASSES
+from repr_det.detection.trainer import DetectionTrainer
+from repr_det.tasks import get_cfg, trainer_for
+from tests.classification import test_configs as classification
+from tests.classification.test_configs import first_fall
+
+FOLDER = Path(__file__).parents[2] / "configs"
+BASES = {path for path in FOLDER.iterdir() if path.name.startswith("Base-")}
+# Whatever is no classifier's by its name, so that no file is left out.
+CONFIGS = sorted(set(FOLDER.iterdir()) - BASES - set(classification.CONFIGS))
+STANDARD = [path for path in CONFIGS if path.stem.endswith("_standard")]
+WITH_REPR = [path for path in CONFIGS if path not in STANDARD]
+# Detectron2 has no 1x schedule for ResNet-101.
+ZOO = {
+    "repr_faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x",
+    "repr_faster_rcnn_R50_C4": "COCO-Detection/faster_rcnn_R_50_C4_1x",
+    "repr_faster_rcnn_R101_FPN": "COCO-Detection/faster_rcnn_R_101_FPN_3x",
+    "repr_faster_rcnn_R101_C4": "COCO-Detection/faster_rcnn_R_101_C4_3x",
+    "repr_mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x",
+    "repr_mask_rcnn_R50_C4": "COCO-InstanceSegmentation/mask_rcnn_R_50_C4_1x",
+    "repr_mask_rcnn_R101_FPN": "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x",
+    "repr_mask_rcnn_R101_C4": "COCO-InstanceSegmentation/mask_rcnn_R_101_C4_3x",
+}
+
+
+def load(path: Path | str) -> CfgNode:
+    """With every key known, or Detectron2 refuses it."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(path))
+    return cfg
+
+
+def named(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
+def test_every_file_is_a_config_that_is_tested_or_the_base_of_one():
+    assert all(path.suffix == ".yaml" for path in FOLDER.iterdir())
+    lines = {line for path in FOLDER.iterdir() for line in path.read_text().splitlines()}
+    assert {path for path in BASES if f"_BASE_: {path.name}" in lines} == BASES
+    assert {path.stem for path in WITH_REPR} == {*ZOO, "demo_faster_rcnn", "neu_det_faster_rcnn"}
+
+
+@named(WITH_REPR)
+def test_config(path):
+    """The model can be built, and filters come back before the learning rate falls."""
+    cfg = load(path)
+    assert trainer_for(cfg) is DetectionTrainer
+    hook = RePrHook.from_config(cfg)
+    hook.check_fits(cfg.SOLVER.MAX_ITER)
+    assert hook.schedule.end < first_fall(cfg)
+    cfg.MODEL.DEVICE = "meta"
+    with torch.device("meta"):
+        model = build_model(cfg)
+    assert hasattr(model.roi_heads, "mask_head") == ("mask_rcnn" in path.stem)
+
+
+@named(STANDARD)
+def test_standard_twin_differs_in_nothing_but_repr(path):
+    standard, with_repr = load(path), load(path.with_stem(path.stem.removesuffix("_standard")))
+    assert with_repr.REPR.ENABLED and not standard.REPR.ENABLED
+    assert RePrHook.from_config(standard) is None
+    standard.REPR.ENABLED = True
+    assert standard.dump() == with_repr.dump()
+
+
+def test_every_config_but_the_demo_has_a_standard_twin():
+    twins = {path.stem.removesuffix("_standard") for path in STANDARD}
+    assert {path.stem for path in WITH_REPR} - twins == {"demo_faster_rcnn"}
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_training_on_coco_is_that_of_detectron2(name):
+    """Only RePr is added, and every one has the 1x schedule."""
+    standard, zoo = load(FOLDER / f"{name}_standard.yaml"), get_cfg()
+    zoo.merge_from_file(model_zoo.get_config_file(f"{ZOO[name]}.yaml"))
+    once = model_zoo.get_config(f"{ZOO['repr_faster_rcnn']}.yaml").SOLVER
+    zoo.SOLVER.STEPS, zoo.SOLVER.MAX_ITER = once.STEPS, once.MAX_ITER
+    zoo.REPR = standard.REPR
+    assert standard.dump() == zoo.dump()
+
+
+def test_the_demo_is_of_the_built_in_classes():
+    assert len(CLASSES) == load(FOLDER / "demo_faster_rcnn.yaml").MODEL.ROI_HEADS.NUM_CLASSES
