@@ -1,4 +1,4 @@
-"""Small detectors that the tests train, on real COCO images where they are at hand."""
+"""Small detectors that the tests train, on COCO images where they are at hand, else drawn ones."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
 
+from repr_det.detection.shapes import register_shapes
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
@@ -26,6 +27,9 @@ from repr_det.tasks import get_cfg
 HAS_COCO = (
     Path(os.environ.get("DETECTRON2_DATASETS", "")) / "coco/annotations/instances_val2017.json"
 ).is_file() and "DETECTRON2_DATASETS" in os.environ
+
+DATA = "coco_2017_val" if HAS_COCO else "shapes_val"
+"""What they are trained on: COCO images, or the built-in dataset where there are none."""
 
 needs_coco = pytest.mark.skipif(
     not HAS_COCO, reason="DETECTRON2_DATASETS does not lead to COCO 2017 images"
@@ -51,8 +55,8 @@ def shrink(cfg: CfgNode, output_dir: Path) -> CfgNode:
     cfg.INPUT.MAX_SIZE_TRAIN = 96
     cfg.INPUT.MIN_SIZE_TEST = 64
     cfg.INPUT.MAX_SIZE_TEST = 96
-    cfg.DATASETS.TRAIN = ("coco_2017_val",)
-    cfg.DATASETS.TEST = ("coco_2017_val",)
+    register_shapes()
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (DATA,)
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.SOLVER.IMS_PER_BATCH = 1
     cfg.SOLVER.BASE_LR = 0.002

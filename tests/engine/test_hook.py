@@ -1,4 +1,4 @@
-"""The hook in trainers that nobody here wrote, on real images, through whole cycles."""
+"""The hook in trainers that nobody here wrote, on COCO or drawn images, through whole cycles."""
 
 from __future__ import annotations
 
@@ -23,10 +23,8 @@ from repr_det import RePrHook, RePrSchedule
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
-from tests.detectors import needs_coco, plain_cfg, shrink
+from tests.detectors import DATA, plain_cfg, shrink
 from tests.method.nets import net
-
-pytestmark = needs_coco
 
 HAS_EXTENSION = importlib.util.find_spec("detectron2._C") is not None
 
@@ -62,7 +60,7 @@ class Watch(hooks.HookBase):
 def detect(model, cfg):
     """Boxes and scores on the first two test images."""
     model.eval()
-    images = itertools.islice(build_detection_test_loader(cfg, "coco_2017_val"), 2)
+    images = itertools.islice(build_detection_test_loader(cfg, DATA), 2)
     found = [model(image)[0]["instances"] for image in images]
     return torch.cat([torch.cat([f.pred_boxes.tensor, f.scores[:, None]], 1) for f in found])
 
