@@ -25,6 +25,7 @@ from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
 from tests.detectors import DATA, plain_cfg, shrink
 from tests.method.nets import net
+from tests.operations import Operations
 
 HAS_EXTENSION = importlib.util.find_spec("detectron2._C") is not None
 
@@ -205,14 +206,6 @@ def test_auto_under_distributed_training(one_process, monkeypatch, threshold, fi
     monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
     monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", threshold)
 
-    class Losses(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net = net("chain", torch.float32)
-
-        def forward(self, data):
-            return {"loss": self.net(data).square().mean()}
-
     torch.manual_seed(0)
     model = Losses()
     wrapped = DistributedDataParallel(
@@ -226,6 +219,57 @@ def test_auto_under_distributed_training(one_process, monkeypatch, threshold, fi
     trainer.train(0, 8)
     assert hook.state_dict()["compact"] is (threshold == 0.0)
     assert hook.method.num_pruned == 0 and len(hook.method.history) == 1
+
+
+class Losses(nn.Module):
+    """A small network as Detectron2's trainers take it."""
+
+    def __init__(self, name="chain"):
+        super().__init__()
+        self.net = net(name, torch.float32)
+
+    def forward(self, data):
+        return {"loss": self.net(data).square().mean()}
+
+
+@pytest.mark.parametrize("compact", ["off", "on"])
+def test_a_step_asks_no_more_of_torch_than_one_of_plain_training(compact):
+    """The hook's own part included, where no phase changes; so it costs next to nothing.
+
+    In this network all that is pruned is read by one layer, so nothing needs to be held either.
+    """
+
+    class Steps(hooks.HookBase):
+        """Cuts what is recorded into steps; stands before all other hooks."""
+
+        def __init__(self, recorded):
+            self.recorded, self.begins = recorded, []
+
+        def before_step(self):
+            self.begins.append(len(self.recorded.seen))
+
+        def cut(self):
+            return [self.recorded.seen[a:b] for a, b in itertools.pairwise(self.begins)]
+
+    found = {}
+    for with_repr in (False, True):
+        model = Losses()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        trainer = SimpleTrainer(model, itertools.repeat(torch.ones(4, 3, 8, 8)), optimizer)
+        with Operations() as recorded:
+            steps = Steps(recorded)
+            trainer.register_hooks([steps])
+            if with_repr:
+                trainer.register_hooks([RePrHook(RePrSchedule(3, 4, 1), compact=compact)])
+            trainer.train(0, 12)
+        found[with_repr] = steps.cut()
+    # Drop and return come at 3 and 7, and at 3 the gradients of what was dropped are looked at.
+    for i in (0, 1, 2, 8, 9, 10):
+        assert found[True][i] == found[False][i]
+    for i in (4, 5, 6):
+        with_repr, plain = ([name for name, _ in found[kind][i]] for kind in (True, False))
+        assert with_repr == plain
+        assert (found[True][i] == found[False][i]) == (compact == "off")
 
 
 def test_lazy_config_loop(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.method import controller
 from repr_det.method.criteria import chance_overlap
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
+from tests.operations import Operations
 
 S1, S2, CYCLES = 3, 2, 2
 SCHEDULE = RePrSchedule(S1, S2, CYCLES)
@@ -108,6 +110,83 @@ def test_step_that_is_not_due_changes_nothing():
     before = weights(model)
     assert method.step(3) == method.step(4) == []
     assert_bits(weights(model), before)
+
+
+def operations(model, trainer, method=None):
+    """What torch is asked to do in each step; what is due at phase changes is left out."""
+    steps = []
+    for i in range(LENGTH):
+        if method is not None and method.due(i):
+            method.step(i)
+        with Operations() as recorded:
+            if method is not None:
+                method.step(i)
+            train(model, trainer, i)
+        steps.append(recorded.seen)
+    return steps
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("name", ["chain", "residual", "residual-grouped"])
+def test_a_step_of_the_full_phase_is_that_of_plain_training(name, optimizer):
+    """Operation by operation, before the first drop, between two, and after the last return."""
+    model, trainer, method = build(name, optimizer)
+    plain = net(name, torch.float32)
+    expected = operations(plain, OPTIMIZERS[optimizer](plain.parameters()))
+    found = operations(model, trainer, method)
+    for i in range(LENGTH):
+        if SCHEDULE.phase(i).name == "full":
+            assert found[i] == expected[i]
+
+
+class Branch(nn.Module):
+    """A conv that one conv alone reads, and that conv, which is added to something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.first_norm = nn.BatchNorm2d(8)
+        self.second = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.second_norm = nn.BatchNorm2d(8)
+        self.linear = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = F.relu(self.first_norm(self.first(x)))
+        return self.linear(F.relu(x + self.second_norm(self.second(y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+def test_a_step_of_s2_costs_two_operations_for_each_tensor_that_is_held(optimizer):
+    """And at first a look at each one whose gradient should be zero by itself.
+
+    Each layer has three tensors: weight, gamma and beta. What reads the first layer's filters is
+    zero, so nothing flows back into them; the second's are read with the stem's, so they are held.
+    """
+
+    def first_two(layers, data):
+        return {layer.name: (torch.arange(8) < 2).double() for layer in layers}
+
+    torch.manual_seed(0)
+    plain = Branch()
+    model = copy.deepcopy(plain)
+    expected = operations(plain, OPTIMIZERS[optimizer](plain.parameters()))
+    trainer = OPTIMIZERS[optimizer](model.parameters())
+    method = RePr(model, trainer, RePrSchedule(3, 4, 1), prune_ratio=0.25, criterion=first_two)
+    found = operations(model, trainer, method)
+    assert method.history[0]["pruned"].keys() == {"first", "second"}
+    extra = [
+        Counter(name for name, _ in seen) - Counter(name for name, _ in usual)
+        for seen, usual in zip(found, expected, strict=True)
+    ]
+    looks = {"detach": 3, "index_select": 3, "any": 3, "_local_scalar_dense": 3}
+    holds = {"detach": 3, "index_fill_": 3}
+    assert extra[3] == Counter(looks) + Counter(holds) + Counter(holds)
+    # Nothing among it waits for a GPU.
+    assert extra[4:7] == [holds] * 3
+    assert [len(seen) for seen in found[4:7]] == [len(usual) + 6 for usual in expected[4:7]]
+    assert not any(extra[:3] + extra[7:])
 
 
 def test_iterations_may_jump():
