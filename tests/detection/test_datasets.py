@@ -25,6 +25,7 @@ from repr_det.detection.datasets import (
     use_coco_data,
 )
 from repr_det.tasks import get_cfg
+from tests.images import written_in_many_ways
 
 
 @pytest.fixture
@@ -186,6 +187,19 @@ class TestUnreadableImages:
         assert mapper(dict(record)) is None
         assert mapper(dict(record)) is None
         assert "2 so far" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_images_are_seen_as_they_are_meant(cfg, tmp_path, order):
+    """Grey, of a palette, transparent, or turned by EXIF; the annotations have the upright size."""
+    cfg.INPUT.FORMAT = order
+    cfg.INPUT.MIN_SIZE_TEST = 30  # as they are
+    mapper = NamedImages(DatasetMapper(cfg, is_train=False), skip=False)
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    for path, seen in written_in_many_ways(tmp_path, pixels):
+        image = mapper({"file_name": str(path), "height": 30, "width": 40})["image"]
+        channels = seen if order == "RGB" else seen[:, :, ::-1]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), channels), path.name
 
 
 def test_use_and_number_of_classes(cfg, coco, name):

@@ -6,15 +6,18 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
 from repr_det.detection.datasets import use_coco_data
 from repr_det.detection.trainer import DetectionTrainer
 from tests.coco_files import direct, make_results, make_truth
 from tests.detectors import make_run
+from tests.images import written_in_many_ways
 from tests.tools.loading import load_tool
 
 
@@ -98,6 +101,33 @@ def test_a_run_as_its_trainer_evaluates_it(tool, run, tmp_path):
     assert tool.main([*config, "--json", str(again), "MODEL.WEIGHTS", run.cfg.MODEL.WEIGHTS]) == 0
     other = json.loads(again.read_text())["datasets"]["other_name"]
     assert other[BBOX] == record[BBOX] and SEGM not in other
+
+
+def test_a_turned_image_gives_what_the_upright_one_does(tool, run, tmp_path):
+    with Image.open(run.images / "0.png") as image:
+        written = written_in_many_ways(tmp_path, np.asarray(image))
+    ((path, seen),) = [image for image in written if image.path.name == "turned_6.jpg"]
+    upright = tmp_path / "upright.png"
+    Image.fromarray(seen).save(upright)
+    first = next(image for image in run.truth["images"] if image["file_name"] == "0.png")
+    objects = [a for a in run.truth["annotations"] if a["image_id"] == first["id"]]
+    found, out, outcomes = tmp_path / "found.json", tmp_path / "out.json", []
+    for file in (path, upright):
+        content = {"images": [{**first, "file_name": file.name}], "annotations": objects}
+        content["categories"] = run.truth["categories"]
+        annotations = file.with_suffix(".json")
+        annotations.write_text(json.dumps(content))
+        data = ["--test-data", file.stem, annotations, tmp_path]
+        options = ["--run", run.folder, *data, "--save-results", found, "--json", out]
+        try:
+            assert tool.main(list(map(str, options))) == 0
+        finally:
+            DatasetCatalog.remove(file.stem)
+            MetadataCatalog.remove(file.stem)
+        record = json.loads(out.read_text())["datasets"][file.stem]
+        outcomes.append((json.loads(found.read_text()), record[BBOX], record[SEGM]))
+    assert outcomes[0] == outcomes[1]
+    assert len(outcomes[0][0]) > 0 and outcomes[0][1]["overall"]["AP"] > 0.05
 
 
 def refused(tool, capsys, *arguments):

@@ -12,10 +12,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.structures import Boxes, Instances
+from PIL import Image
 
-from repr_det.detection.prediction import labels_for
+from repr_det.detection.prediction import Labels, find_sources, labels_for, predict
 from repr_det.tasks import trained_detector_cfg
 from tests.detectors import make_run
+from tests.images import written_in_many_ways
 from tests.tools.loading import load_tool
 
 FRAMES = 4
@@ -120,6 +123,42 @@ def test_a_folder(tool, run, predictor, tmp_path, capsys, batch_size):
         for x, y, w, h in boxes:
             left, top, right, bottom = (int(zoom * v) for v in (x, y, x + w, y + h))
             assert changed[top : bottom + 2, left : right + 2].any()
+
+
+def rgb(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_images_are_seen_as_they_are_meant(run, tmp_path):
+    """Grey, of a palette, transparent, or turned by EXIF: by what is handed to the detector."""
+    written = written_in_many_ways(tmp_path, rgb(run.images / "0.png"))
+    handed = []
+
+    def detector(images):
+        handed.extend(images)
+        nothing = {"pred_boxes": Boxes(torch.zeros(0, 4)), "scores": torch.zeros(0)}
+        nothing["pred_classes"] = torch.zeros(0, dtype=torch.int64)
+        return [Instances(image.shape[:2], **nothing) for image in images]
+
+    sources = find_sources([image.path for image in written])
+    outcome = predict(detector, Labels([], [], {}), sources, batch_size=4)
+    assert outcome.images == len(written) == 13 and not outcome.faults
+    for (path, seen), image in zip(written, handed, strict=True):
+        assert np.array_equal(image, seen), path.name
+
+
+def test_a_turned_image_gives_what_the_upright_one_does(tool, run, predictor, tmp_path):
+    written = written_in_many_ways(tmp_path, rgb(run.images / "0.png"))
+    ((path, seen),) = [image for image in written if image.path.name == "turned_6.jpg"]
+    out, found = tmp_path / "drawn", tmp_path / "found.json"
+    options = ["--output", out, "--json", found, "--score-threshold", 0]
+    assert call(tool, run, path, *options) == 0
+    extra = {"image_id": 1, "file_name": str(path)}
+    wanted = expected(predictor, seen[:, :, ::-1], 0, **extra)
+    assert wanted and json.loads(found.read_text()) == as_json(wanted)
+    height, width, _ = rgb(out / path.name).shape
+    assert rgb(path).shape == (64, 48, 3) and (height, width) == (6 * 48, 6 * 64)
 
 
 def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
