@@ -20,6 +20,7 @@ from repr_det.classification.loader import (
     train_transform,
 )
 from tests.classification.settings import make_arrays
+from tests.images import written_in_many_ways
 
 
 @pytest.fixture
@@ -245,6 +246,15 @@ def test_training_crops_have_the_area_and_shape_asked_for_and_half_are_mirrored(
         place = (begin / (side - length))[length < 0.8 * side]
         assert -0.05 < place.min() < 0.1 and 0.9 < place.max() < 1.05
         assert abs(place.mean() - 0.5) < 0.1
+
+
+def test_images_of_other_modes_are_read_as_rgb(tmp_path):
+    """Grey, black and white, of a palette, transparent."""
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    written = [w for w in written_in_many_ways(tmp_path, pixels) if w.path.suffix == ".png"]
+    assert len(written) == 6
+    for path, seen in written:
+        assert np.array_equal(np.asarray(read_image(str(path))), seen), path.name
 
 
 def test_damaged_image_is_named(tmp_path, files):
