@@ -136,10 +136,11 @@ class GradientMask:
         self._mask(waiting)
 
     def _mask_or_let_go(self, parameter: Tensor) -> None:
-        if not any(slot.read(like=parameter.grad).any() for slot in self._slots[parameter]):
+        if any(slot.read(like=parameter.grad).any() for slot in self._slots[parameter]):
+            self._mask([parameter])
+        else:
             # Each hook is a call into Python and, for a weight, a pass over its rows.
             self._handles[parameter].remove()
-        self._mask([parameter])
 
     def _mask(self, parameters: Iterable[Tensor]) -> None:
         vectors = {}
