@@ -520,28 +520,17 @@ class RePr:
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
         slots: list[Slot] = []
-        silent: list[Slot] = []
-        # Unless a hook set since the model was followed gives features to a loss.
-        as_followed = _forward_hooks(self._model) <= self._hooks_followed
-        full_size = layers is self.layers
-        removable = self._removable.choose(pruned).filters if as_followed and full_size else {}
+        unread: list[Slot] = []
+        # The columns that read them are zero, so nothing flows back into filters that could go;
+        # unless a hook set since the model was followed gives features to a loss.
+        as_followed = layers is self.layers and _forward_hooks(self._model) <= self._hooks_followed
+        silent = self._removable.choose(pruned).filters if as_followed else {}
         for layer in layers:
             chosen = pruned[layer.name]
-            if not chosen.any():
-                continue
-            everything = layer.filter_slots(chosen)
-            shifts = layer.shift_slots(chosen)
-            if layer.name in removable and torch.equal(removable[layer.name], chosen):
-                # The columns that read them are zero, so nothing flows back.
-                silent.extend(everything)
-            elif as_followed and layer.name in self.graph.scaled and layer.scaled(chosen):
-                # Behind a scale of zero nothing but the shift learns.
-                ids = {id(slot.tensor) for slot in shifts}
-                slots.extend(shifts)
-                silent.extend(slot for slot in everything if id(slot.tensor) not in ids)
-            else:
-                slots.extend(everything)
-        self._mask = GradientMask(slots, silent)
+            if chosen.any():
+                quiet = layer.name in silent and torch.equal(silent[layer.name], chosen)
+                (unread if quiet else slots).extend(layer.filter_slots(chosen))
+        self._mask = GradientMask(slots, unread)
 
     def _release(self) -> None:
         if self._mask is not None:

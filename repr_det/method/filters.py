@@ -158,10 +158,6 @@ class NormLink:
         """The norm's channels that belong to the chosen filters (bool of shape (J,))."""
         return self.channels[chosen.cpu()[self.filters]]
 
-    def slot(self, tensor: Tensor, chosen: Tensor) -> Slot:
-        """Where the chosen filters (bool of shape (J,)) lie in gamma or beta."""
-        return Slot(tensor, None, 0, self.channels_of(chosen).to(tensor.device))
-
     @property
     def gamma(self) -> Tensor | None:
         """The norm's scale: a parameter, a buffer where it is frozen, None where it has none."""
@@ -280,23 +276,13 @@ class FilterLayer:
         if self.bias is not None:
             slots.append(Slot(self.bias, None, 0, _indices(chosen, self.bias)))
         for link in self.norms:
+            channels = link.channels_of(chosen)
             slots += [
-                link.slot(tensor, chosen)
+                Slot(tensor, None, 0, channels.to(tensor.device))
                 for tensor in (link.gamma, link.beta)
                 if tensor is not None
             ]
         return slots
-
-    def shift_slots(self, chosen: Tensor) -> list[Slot]:
-        """Beta of the chosen filters (bool of shape (J,)), of every norm that has one."""
-        return [link.slot(link.beta, chosen) for link in self.norms if link.beta is not None]
-
-    def scaled(self, chosen: Tensor) -> bool:
-        """Whether each of the chosen filters (bool of shape (J,)) has a gamma in every norm."""
-        wanted = set(chosen.nonzero().flatten().tolist())
-        return bool(self.norms) and all(
-            link.gamma is not None and wanted <= set(link.filters.tolist()) for link in self.norms
-        )
 
 
 def row_lengths(rows: Tensor) -> Tensor:

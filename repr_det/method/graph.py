@@ -153,8 +153,6 @@ class ChannelGraph:
         heads: prediction layers: convs with no layer with weights between them and the output.
         gates: convs that are read through a sigmoid alone (squeeze-and-excitation): their zero is
             a constant, not nothing.
-        scaled: convs whose output nothing sees but norms that give each channel a scale of its own:
-            where that is zero, no gradient flows back into the filter.
         tied: pairs of channel lists that must stay of one length, channel by channel: what a sum,
             a shared layer or a batch of several inputs brought together.
         fixed: channels whose number must stay, since something sees them that is not known to work
@@ -168,7 +166,6 @@ class ChannelGraph:
     stems: set[str] = field(default_factory=set)
     heads: set[str] = field(default_factory=set)
     gates: set[str] = field(default_factory=set)
-    scaled: set[str] = field(default_factory=set)
     tied: list[tuple[Channels, Channels]] = field(default_factory=list)
     fixed: list[Channels] = field(default_factory=list)
     example: Callable[[], Any] | None = None
@@ -205,8 +202,6 @@ class _Tracer(TorchDispatchMode):
         self.read: set[str] = set()
         self.stems: set[str] = set()
         self.squashed: set[str] = set()  # by one of _GATES
-        # Convs whose output something else than a norm with a scale for each channel sees.
-        self.bare: set[str] = set()
         self.tied: list[tuple[Channels, Channels]] = []
         self.fixed: list[Channels] = []
         # Norm channels that were seen with something else than one filter in them.
@@ -216,8 +211,6 @@ class _Tracer(TorchDispatchMode):
         # would need more memory than a training step.
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
         self._behind: MutableMapping[Tensor, frozenset[str]] = WeakTensorKeyDictionary()
-        # Results of convolutions, as they leave them.
-        self._convolved_by: MutableMapping[Tensor, str] = WeakTensorKeyDictionary()
         # Convs being run: name, whether the convolution was seen, and what is known of the input.
         self._open: list[tuple[str, bool, Tag | None]] = []
         self._inside_norm = 0
@@ -228,14 +221,14 @@ class _Tracer(TorchDispatchMode):
         return (
             dict(self.ran), dict(self.readers), {k: dict(v) for k, v in self.links.items()},
             set(self.read), set(self.stems), set(self.squashed), list(self.tied), list(self.fixed),
-            {k: set(v) for k, v in self.blind.items()}, set(self.exposed), set(self.bare),
+            {k: set(v) for k, v in self.blind.items()}, set(self.exposed),
         )  # fmt: skip
 
     def restore(self, record: tuple) -> None:
         """Go back to what :meth:`record` gave."""
         (
             self.ran, self.readers, self.links, self.read, self.stems, self.squashed, self.tied,
-            self.fixed, self.blind, self.exposed, self.bare,
+            self.fixed, self.blind, self.exposed,
         ) = record  # fmt: skip
 
     def forget_tensors(self) -> None:
@@ -244,7 +237,6 @@ class _Tracer(TorchDispatchMode):
         self._inside_norm = self._inside_linear = 0
         self._tags.clear()
         self._behind.clear()
-        self._convolved_by.clear()
 
     # --- what is known of a tensor
 
@@ -278,7 +270,6 @@ class _Tracer(TorchDispatchMode):
             seen.add(id(value))
             if isinstance(value, Tensor):
                 self._fix(self._tag(value))
-                self._see(value)
             elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
                 waiting += tree_leaves(list(vars(value).values()))
 
@@ -290,13 +281,6 @@ class _Tracer(TorchDispatchMode):
         if any(True for _ in self._tags):
             gc.collect()  # what only a cycle of references keeps is looked at by nobody
         self._fix(*self._tags.values())
-        self.bare.update(self._convolved_by.values())
-
-    def _see(self, values: Any) -> None:
-        """Something that is no norm sees some values."""
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor) and tensor in self._convolved_by:
-                self.bare.add(self._convolved_by[tensor])
 
     def _tie(self, a: Channels, b: Channels) -> Channels:
         """Channels that became one: what each is made of."""
@@ -357,7 +341,6 @@ class _Tracer(TorchDispatchMode):
             # The convolution ran outside torch's dispatcher (a compiled extension).
             self._set_tag(out, self._fresh(name, module))
             self._fix(self._tag(args[0]), self._tag(out))
-            self.bare.add(name)
         self._set_behind(out, frozenset([name]))
 
     def _fresh(self, name: str, module: nn.Module) -> Tag:
@@ -404,11 +387,7 @@ class _Tracer(TorchDispatchMode):
         if self._inside_norm or not isinstance(out, Tensor):
             return
         self._set_behind(out, self._weights_behind(args))
-        tag = self._through_norm(name, module, self._tag(args[0]))
-        self._set_tag(out, tag)
-        scales = getattr(module, "weight", None) is not None and not mixes_channels(module)
-        if tag is None or None in tag.sources or not scales:
-            self._see(args[0])
+        self._set_tag(out, self._through_norm(name, module, self._tag(args[0])))
 
     def _through_norm(self, name: str, module: nn.Module, tag: Tag | None) -> Tag | None:
         if tag is None or norm_channels(module) != len(tag.sources):
@@ -442,8 +421,6 @@ class _Tracer(TorchDispatchMode):
         # Boxes from a prediction layer say where another looks: they are an output all the same.
         values = [args[i] for i in _VALUES[op]] if op in _VALUES else (args, kwargs)
         behind = self._weights_behind(values)
-        if not self._inside_norm:
-            self._see((args, kwargs))
         if self._inside_norm or self._inside_linear:
             return func(*args, **kwargs)
         # Read before the operation: in-place ones change what their first argument is.
@@ -453,8 +430,6 @@ class _Tracer(TorchDispatchMode):
         self._set_behind(out, behind)
         if func._schema.is_mutable and op not in _SAME:
             self._changed_through(func, args, behind)
-        if op in _CONVS and self._open:
-            self._convolved_by[out] = self._open[-1][0]
         if callable(tag):
             tag(out)
         else:
@@ -867,18 +842,9 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         stems=tracer.stems,
         heads=heads,
         gates=tracer.squashed.difference(*(_convs_of(r.sources) for r in tracer.readers.values())),
-        scaled=_scaled(tracer),
         tied=tracer.tied + tied,
         fixed=tracer.fixed + fixed,
     )
-
-
-def _scaled(tracer: _Tracer) -> set[str]:
-    """Convs that only norms with a scale read; of those that share a weight, all or none."""
-    weights = {name: module.weight for name, module in tracer.ran.items()}
-    linked = {conv for conv, _ in tracer.links}
-    others = {weights[name] for name in weights if name in tracer.bare or name not in linked}
-    return {name for name, weight in weights.items() if weight not in others}
 
 
 def _around_norms(tracer: _Tracer) -> tuple[list[tuple[Channels, Channels]], list[Channels]]:

@@ -2,14 +2,13 @@
 
 A pruned filter's parameters (weight row, bias, gamma, beta) and the weights that read its channel
 become zero, together with their optimizer state, and the gradients of its parameters are set to
-zero in backward. An optimizer that works elementwise then leaves all of it at exactly zero: weight
-decay and momentum of zero are zero. So nothing is added to the forward pass or the step, and any
-loop that calls ``backward()`` and ``optimizer.step()`` is supported.
+zero as backward accumulates them. An optimizer that works elementwise then leaves all of it at
+exactly zero: weight decay and momentum of zero are zero. So nothing is added to the forward pass or
+the step, and any loop that calls ``backward()`` and ``optimizer.step()`` is supported.
 
 The weights that read a pruned channel are zero meanwhile, with their optimizer state, and come back
 as they were, times a factor. With them at zero nothing flows back into a pruned channel either, so
-where they are all that reads it, its gradients are zero by themselves and cost nothing to hold. So
-are those of whatever lies before a gamma of zero: elsewhere only the norm's shift needs holding.
+where they are all that reads it, its gradients are zero by themselves and cost nothing to hold.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -92,26 +90,21 @@ def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 class GradientMask:
-    """Sets the gradients of some slots to zero once backward has accumulated them.
+    """Sets the gradients of some slots to zero as soon as backward has accumulated them.
 
-    At the end of backward, all of them together, since on a GPU every operation costs the time to
-    launch it; where there are several processes, as soon as each gradient is there. So it happens
-    before clipping, unscaling and the step, wherever these are, and before
-    DistributedDataParallel averages.
+    Before clipping, unscaling and the step, wherever these happen, and before
+    DistributedDataParallel averages them.
 
     Args:
         slots: always set to zero.
-        silent: likewise until the first backward shows that they are zero anyway. That they are
+        unread: likewise until the first backward shows that they are zero anyway. That they are
             must follow from the network, too: one batch alone proves nothing.
     """
 
-    def __init__(self, slots: Iterable[Slot], silent: Iterable[Slot] = ()) -> None:
+    def __init__(self, slots: Iterable[Slot], unread: Iterable[Slot] = ()) -> None:
         self._slots: dict[Tensor, list[Slot]] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
-        self._factors: dict[Tensor, Tensor] = {}
-        self._waiting: list[Tensor] = []
-        self._backward: int | None = None
-        for some, hook in ((slots, self._mask_in_time), (silent, self._mask_or_let_go)):
+        for some, hook in ((slots, self._mask), (unread, self._mask_or_let_go)):
             for slot in some:
                 if slot.tensor.requires_grad:
                     self._slots.setdefault(slot.tensor, []).append(slot)
@@ -119,56 +112,22 @@ class GradientMask:
                         handle = slot.tensor.register_post_accumulate_grad_hook(hook)
                         self._handles[slot.tensor] = handle
 
-    def _mask_in_time(self, parameter: Tensor) -> None:
-        if dist.is_available() and dist.is_initialized():
-            # DistributedDataParallel writes what it averaged at the end of backward, too.
-            self._mask([parameter])
-            return
-        self._waiting.append(parameter)
-        # Each backward anew, since one may have failed before its end, or run within another.
-        backward = torch._C._current_graph_task_id()
-        if self._backward != backward:
-            self._backward = backward
-            torch.autograd.Variable._execution_engine.queue_callback(self._mask_waiting)
-
-    def _mask_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self._mask(waiting)
+    def _mask(self, parameter: Tensor) -> None:
+        for slot in self._slots[parameter]:
+            slot.fill(0.0, like=parameter.grad)
 
     def _mask_or_let_go(self, parameter: Tensor) -> None:
         if any(slot.read(like=parameter.grad).any() for slot in self._slots[parameter]):
-            self._mask([parameter])
+            self._mask(parameter)
         else:
             # Each hook is a call into Python and, for a weight, a pass over its rows.
             self._handles[parameter].remove()
 
-    def _mask(self, parameters: Iterable[Tensor]) -> None:
-        vectors = {}
-        for parameter in parameters:
-            if parameter.grad is None:
-                continue
-            if parameter.dim() == 1:
-                vectors[parameter] = parameter.grad
-            else:
-                for slot in self._slots[parameter]:
-                    slot.fill(0.0, like=parameter.grad)
-        if vectors:
-            factors = [self._factor(parameter) for parameter in vectors]
-            with torch.no_grad():
-                torch._foreach_mul_(list(vectors.values()), factors)
-
-    def _factor(self, vector: Tensor) -> Tensor:
-        """1 where a vector's gradient stays, 0 elsewhere."""
-        if vector not in self._factors:
-            factor = torch.ones_like(vector, requires_grad=False)
-            for slot in self._slots[vector]:
-                slot.fill(0.0, like=factor)
-            self._factors[vector] = factor
-        return self._factors[vector]
-
     def apply(self) -> None:
         """Set them to zero now: for loops that write gradients without backward."""
-        self._mask(self._slots)
+        for parameter in self._slots:
+            if parameter.grad is not None:
+                self._mask(parameter)
 
     def remove(self) -> None:
         """Let gradients through again."""
