@@ -45,4 +45,6 @@ def _name_of(device: str) -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         name = found[1].strip()
-    return f"{name}, {torch.get_num_threads()} thread(s)"
+    # Names do not tell generations apart; what they can do at once makes the difference.
+    widest = torch.backends.cpu.get_cpu_capability()
+    return f"{name}, {widest}, {torch.get_num_threads()} thread(s)"
