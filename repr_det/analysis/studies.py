@@ -90,6 +90,14 @@ def screening() -> Table:
     )
 
 
+def _pair(config: str, overrides: Overrides, label: str = "RePr, Ortho") -> tuple[Row, Row]:
+    """Standard training and RePr of one setting."""
+    return (
+        Row("standard", "Standard", None, config, overrides + STANDARD),
+        Row("ortho", label, None, config, overrides, "standard"),
+    )
+
+
 def few_images() -> Table:
     """What the screening is about, at full length, over seeds and on the test set."""
     overrides: Overrides = (
@@ -101,8 +109,7 @@ def few_images() -> Table:
         "few-images",
         "C^3(32) on 20,000 images of CIFAR-10, test accuracy in %",
         (
-            Row("standard", "Standard", None, config, overrides + STANDARD),
-            Row("ortho", "RePr, Ortho", None, config, overrides, "standard"),
+            *_pair(config, overrides),
             Row("random", "RePr, random ranking", None, config, overrides + _RANDOM, "standard"),
         ),
         notes=(
@@ -117,14 +124,10 @@ def authors() -> Table:
     overrides: Overrides = (
         *("REPR.N", 3, "SOLVER.MAX_EPOCHS", 139, "DATASETS.TEST", "('cifar10_test',)"),
     )
-    config = "cifar10_c3_32_authors.yaml"
     return Table(
         "authors",
         "C^3(32) as the authors' public code trains it, cut to 3 cycles, test accuracy in %",
-        (
-            Row("standard", "Standard", None, config, overrides + STANDARD),
-            Row("ortho", "RePr", None, config, overrides, "standard"),
-        ),
+        _pair("cifar10_c3_32_authors.yaml", overrides, "RePr"),
         notes=("139 epochs: S1 20, S2 20, N 3, and the 19 epochs that follow the authors' last.",),
     )
 
@@ -137,14 +140,10 @@ def resnet20() -> Table:
         *("SOLVER.MAX_EPOCHS", 0, "SOLVER.MAX_ITER", 17_600, "SOLVER.STEPS_EPOCHS", "(40,)"),
         *("REPR.S1", 8, "REPR.S2", 4),
     )
-    config = "cifar10_resnet20.yaml"
     return Table(
         "resnet20",
         "ResNet-20 on CIFAR-10, test accuracy in %",
-        (
-            Row("standard", "Standard", None, config, overrides + STANDARD),
-            Row("ortho", "RePr, Ortho", None, config, overrides, "standard"),
-        ),
+        _pair("cifar10_resnet20.yaml", overrides),
         notes=(
             "50 epochs, a third of the config's 150: learning rate 0.1, a tenth of it from epoch "
             "40; S1 8, S2 4, N 3.",

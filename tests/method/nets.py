@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
+from repr_det import RePr
+
 
 def norm(kind: str, channels: int) -> nn.Module:
     if kind == "BN":
@@ -145,3 +147,11 @@ OPTIMIZERS = {
     "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-1),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, weight_decay=1e-2),
 }
+
+
+def check_held(method: RePr) -> None:
+    """Every layer has pruned filters, and all that belongs to them is zero."""
+    for layer in method.layers:
+        gone = method.pruned[layer.name]
+        assert gone.any()
+        assert not any(slot.read().any() for slot in layer.filter_slots(gone))

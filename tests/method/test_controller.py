@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.method import controller
 from repr_det.method.criteria import chance_overlap
-from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
+from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.operations import Operations
 
 S1, S2, CYCLES = 3, 2, 2
@@ -986,10 +986,7 @@ def test_drop_between_accumulated_gradients(activation):
         if i % 4 == 3:
             trainer.step()
             trainer.zero_grad()
-    for layer in method.layers:
-        gone = method.pruned[layer.name]
-        assert gone.any()
-        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+    check_held(method)
     assert not model[7].weight[:, method.pruned["3"]].any()
 
 
@@ -1017,10 +1014,7 @@ def test_features_that_a_hook_gives_to_a_loss(when, losses):
         if losses == "one by one" or i % 2 == 1:
             (features["out"] - 1).square().mean().backward()
         trainer.step()
-    for layer in method.layers:
-        gone = method.pruned[layer.name]
-        assert gone.any()
-        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+    check_held(method)
 
 
 # --- norms that mix channels

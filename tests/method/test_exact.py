@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from repr_det import RePr, RePrSchedule
 from repr_det.method.filters import Slot
 from repr_det.method.pruning import GradientMask
-from tests.method.nets import NETS, OPTIMIZERS, batch, chain, loss, net
+from tests.method.nets import NETS, OPTIMIZERS, batch, chain, check_held, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
 STEPS = 50
@@ -216,13 +216,6 @@ def prune_half(model: nn.Module, optimizer: str = "adam") -> tuple[RePr, torch.o
     method = RePr(model, trainer, RePrSchedule(1, 99, 1), 0.5)
     method.step(1)
     return method, trainer
-
-
-def check_held(method: RePr) -> None:
-    for layer in method.layers:
-        gone = method.pruned[layer.name]
-        assert gone.any()
-        assert not any(slot.read().any() for slot in layer.filter_slots(gone))
 
 
 def test_conv_that_is_also_read_past_its_norm_is_held():
