@@ -524,7 +524,7 @@ class RePr:
         # The columns that read them are zero, so nothing flows back into filters that could go;
         # unless a hook set since the model was followed gives features to a loss.
         as_followed = layers is self.layers and _forward_hooks(self._model) <= self._hooks_followed
-        silent = self._removable.choose(pruned).filters if as_followed else {}
+        silent = self._removable.unread(pruned) if as_followed else {}
         for layer in layers:
             chosen = pruned[layer.name]
             if chosen.any():

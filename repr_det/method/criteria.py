@@ -252,14 +252,15 @@ def choose(
     Raises:
         FloatingPointError: a score that is not a number.
     """
-    for layer in layers:
-        if scores[layer.name].isnan().any():
-            raise FloatingPointError(
-                f"RePr cannot rank the filters of {layer.name}: a score is not a number; "
-                f"training has diverged, lower the learning rate or resume an earlier checkpoint."
-            )
     together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
-    owner = torch.cat([torch.full((layer.num_filters,), i) for i, layer in enumerate(layers)])
+    owner = torch.repeat_interleave(torch.tensor([layer.num_filters for layer in layers]))
+    unknown = together.isnan()
+    if unknown.any():
+        raise FloatingPointError(
+            f"RePr cannot rank the filters of {layers[owner[unknown][0]].name}: a score is not a "
+            f"number; training has diverged, lower the learning rate or resume an earlier "
+            f"checkpoint."
+        )
     order = torch.sort(together, descending=True, stable=True).indices
     # How many of a filter's own layer come before it; those within the layer's limit may go.
     by_layer = torch.sort(owner[order], stable=True).indices

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -294,6 +294,21 @@ def row_lengths(rows: Tensor) -> Tensor:
         exact = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
         lengths = torch.where(small, exact, lengths)
     return lengths
+
+
+class SharedIndices:
+    """Index tensors, one for all that are equal: most of a network's count from 0 to its width."""
+
+    def __init__(self, dtype: torch.dtype = torch.int64) -> None:
+        self._dtype = dtype
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, values: Iterable[int]) -> Tensor:
+        """A tensor of shape (n,) that must not be changed."""
+        key = tuple(values)
+        if key not in self._made:
+            self._made[key] = torch.tensor(key, dtype=self._dtype)
+        return self._made[key]
 
 
 def _indices(chosen: Tensor, tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from repr_det.method.filters import (
     NormLink,
+    SharedIndices,
     is_conv,
     is_norm,
     mixes_channels,
@@ -92,6 +93,13 @@ class Tag(NamedTuple):
     sources: Channels
 
 
+class _Step(NamedTuple):
+    """Filters of one layer that kinds of channels are made of, one each, both at even distances."""
+
+    kinds: slice
+    filters: slice
+
+
 @dataclass
 class Reader:
     """A conv or linear layer and what each of its input channels is made of.
@@ -115,30 +123,82 @@ class Reader:
         Returns:
             bool of shape (c_in,).
         """
-        kinds, made_of, by_layer = self._index
-        gone = torch.zeros_like(made_of)
-        for name, (kind, filters) in by_layer.items():
-            if name in pruned:
-                gone.index_add_(0, kind, pruned[name].cpu()[filters].to(gone.dtype))
-        return ((made_of > 0) & (gone == made_of)).index_select(0, kinds)
+        unknown, made_of = self._made_of
+        alive = unknown.clone()
+        for name, steps in made_of.items():
+            if name not in pruned:
+                for step in steps:
+                    alive[step.kinds].fill_(True)
+                continue
+            there = ~pruned[name].cpu()
+            for step in steps:
+                alive[step.kinds].logical_or_(there[step.filters])
+        return self.by_channel(~alive)
 
     @cached_property
-    def _index(self) -> tuple[Tensor, Tensor, dict[str, tuple[Tensor, Tensor]]]:
-        """What kind of channel each is, of how many filters kinds are made, and which by layer.
+    def kinds(self) -> Channels:
+        """What channels are made of, each once: that is the same for all pixels of a map."""
+        return tuple(dict.fromkeys(self.sources))
 
-        Channels of one kind are made of the same filters, as all pixels are that a linear layer
-        reads of one map. A kind of no filters is unknown or always zero.
+    def by_channel(self, by_kind: Tensor) -> Tensor:
+        """Values for :attr:`kinds` as values for channels."""
+        order, counts = self._order
+        if order is not None:
+            by_kind = by_kind[order]
+        return by_kind if counts is None else by_kind.repeat_interleave(counts)
+
+    @cached_property
+    def _order(self) -> tuple[Tensor | None, Tensor | None]:
+        """The kinds in the order of channels and how many channels follow one another of each.
+
+        None where that is each once, or one of each.
         """
-        kinds = {sources: kind for kind, sources in enumerate(dict.fromkeys(self.sources))}
+        numbers = {sources: kind for kind, sources in enumerate(self.kinds)}
+        runs = itertools.groupby(numbers[sources] for sources in self.sources)
+        order, counts = zip(*((kind, len(list(run))) for kind, run in runs), strict=True)
+        return (
+            None if order == tuple(range(len(order))) else torch.tensor(order, dtype=torch.int32),
+            None if max(counts) == 1 else torch.tensor(counts, dtype=torch.int32),
+        )
+
+    @cached_property
+    def _made_of(self) -> tuple[Tensor, dict[str, list[_Step]]]:
+        """Which kinds are unknown or always zero, and what the others are made of, by layer.
+
+        Layers are mostly read channel by channel, so a few steps name what would be thousands of
+        pairs.
+        """
         pairs: dict[str, list[tuple[int, int]]] = {}
-        for sources, kind in kinds.items():
-            for name, index in sources or ():
+        for kind, sources in enumerate(self.kinds):
+            for name, index in sorted(sources or ()):
                 pairs.setdefault(name, []).append((kind, index))
-        by_layer = {n: tuple(torch.tensor(p, dtype=torch.int32).T) for n, p in pairs.items()}
-        counts = [len(sources or ()) for sources in kinds]
-        of_channels = [kinds[sources] for sources in self.sources]
-        small = {"dtype": torch.int32}
-        return torch.tensor(of_channels, **small), torch.tensor(counts, **small), by_layer
+        unknown = torch.tensor([not sources for sources in self.kinds])
+        return unknown, {name: _steps(some) for name, some in pairs.items()}
+
+
+def _steps(pairs: list[tuple[int, int]]) -> list[_Step]:
+    """Pairs of a kind and a filter as few :class:`_Step` as a single pass finds."""
+    found = []
+    begin = 0
+    while begin < len(pairs):
+        (kind, index), end = pairs[begin], begin + 1
+        by, of = 1, 1
+        if end < len(pairs):
+            by, of = pairs[end][0] - kind, pairs[end][1] - index
+        # A slice goes forward, and no kind may come twice in one.
+        if by > 0 and of > 0:
+            while end < len(pairs) and pairs[end] == (
+                kind + by * (end - begin), index + of * (end - begin)
+            ):  # fmt: skip
+                end += 1
+        else:
+            by = of = 1
+        many = end - begin - 1
+        found.append(
+            _Step(slice(kind, kind + by * many + 1, by), slice(index, index + of * many + 1, of))
+        )
+        begin = end
+    return found
 
 
 @dataclass
@@ -819,14 +879,15 @@ def _run(tracer: _Tracer, model: nn.Module, run: Callable[[], Any], training: bo
 
 def _graph(tracer: _Tracer) -> ChannelGraph:
     norms: dict[str, list[NormLink]] = {}
+    indices = SharedIndices()
     for (conv, norm), pairs in tracer.links.items():
         channels = sorted(pairs)
         norms.setdefault(conv, []).append(
             NormLink(
                 norm,
                 tracer.modules[norm],
-                torch.tensor([pairs[c] for c in channels]),
-                torch.tensor(channels),
+                indices(pairs[c] for c in channels),
+                indices(channels),
                 tracer.link_dims[conv, norm],
             )
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-BLOCK = 96
+_BLOCK = 64
 """Rows whose products with the others are computed at once: what the cache of a CPU holds."""
 
 _BLOCK_ON_GPU = 1024
@@ -24,7 +24,7 @@ def lower_products(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
     Yields:
         the columns, and rows from the first of them on: shape (..., J - columns.start, columns).
     """
-    size = _BLOCK_ON_GPU if rows.is_cuda else BLOCK
+    size = _BLOCK_ON_GPU if rows.is_cuda else _BLOCK
     for begin in range(0, rows.shape[-2], size):
         columns = slice(begin, begin + size)
         yield columns, rows[..., begin:, :] @ rows[..., columns, :].mT

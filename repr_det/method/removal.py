@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repr_det.method.filters import norm_channels
+from repr_det.method.filters import SharedIndices, norm_channels
 from repr_det.method.graph import ChannelGraph, Filter
 
 
@@ -70,18 +70,16 @@ class Removable:
             fixed.update(next(iter(sources)) for sources in channels if sources)
 
         numbers: dict[Filter, int] = {}
+        indices = SharedIndices(torch.int32)
         self._filters = {
-            name: torch.tensor(
-                [numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)],
-                dtype=torch.int32,
+            name: indices(
+                numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)
             )
             for name, c in graph.convs.items()
         }
+        # By kind of channel.
         self._inputs = {
-            name: torch.tensor(
-                [numbers[root(next(iter(s)))] if s else -1 for s in reader.sources],
-                dtype=torch.int32,
-            )
+            name: indices(numbers[root(next(iter(s)))] if s else -1 for s in reader.kinds)
             for name, reader in graph.readers.items()
         }
         self._widths = {
@@ -107,16 +105,14 @@ class Removable:
             only layers that lose something. Of a grouped conv every group loses equally much, of
             filters and of inputs; the last ones stay where that or ``multiple`` keeps some.
         """
-        count = torch.zeros_like(self._size)
-        for name, mask in pruned.items():
-            gone = self._filters[name][mask.cpu()]
-            count.index_add_(0, gone, torch.ones_like(gone))
-        # One more entry, never gone, for what index -1 stands for.
-        going = torch.cat([(count == self._size) & ~self._fixed, torch.tensor([False])])
+        going = self._going(pruned)
         while self._keep_some(going, multiple):
             pass
         filters = {name: going[members] for name, members in self._filters.items()}
-        inputs = {name: going[members] for name, members in self._inputs.items()}
+        inputs = {
+            name: self._graph.readers[name].by_channel(going[members])
+            for name, members in self._inputs.items()
+        }
         norms: dict[str, Tensor] = {}
         for name, links in self._graph.norms.items():
             for link in links:
@@ -126,6 +122,26 @@ class Removable:
                     norms.setdefault(link.name, none)[channels] = True
         return Removal(_some(filters), _some(inputs), norms)
 
+    def unread(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pruned filters that nothing but weights reads which are zero while they are pruned.
+
+        Args:
+            pruned: bool of shape (J,) by layer name.
+
+        Returns:
+            likewise.
+        """
+        going = self._going(pruned)
+        return {name: going[self._filters[name]] for name in pruned}
+
+    def _going(self, pruned: dict[str, Tensor]) -> Tensor:
+        """Which groups are pruned whole and may go; one more entry for what index -1 stands for."""
+        count = torch.zeros_like(self._size)
+        for name, mask in pruned.items():
+            gone = self._filters[name][mask.cpu()]
+            count.index_add_(0, gone, torch.ones_like(gone))
+        return torch.cat([(count == self._size) & ~self._fixed, torch.tensor([False])])
+
     def _keep_some(self, going: Tensor, multiple: int) -> bool:
         """Keep what would break up a grouped conv or a multiple, in place; whether any was."""
         before = int(going.sum())
@@ -134,7 +150,8 @@ class Removable:
             if conv.groups > 1:
                 _equalize(going, members.reshape(conv.groups, -1))
                 if name in self._inputs:
-                    _equalize(going, self._inputs[name].reshape(conv.groups, -1))
+                    inputs = self._graph.readers[name].by_channel(self._inputs[name])
+                    _equalize(going, inputs.reshape(conv.groups, -1))
             gone = going[members].nonzero().flatten()
             if len(gone):
                 odd = (len(members) - len(gone)) % multiple

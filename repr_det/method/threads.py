@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -35,21 +36,21 @@ def over_layers(work: Callable[[Layer], Result], layers: Sequence[Layer]) -> lis
         layers: what has its weight in a ``module``: filter layers, or what reads them.
     """
 
-    def undisturbed(layer: Layer) -> Result:
-        # Both are settings of each thread.
-        with torch.no_grad(), torch.autocast(layer.module.weight.device.type, enabled=False):
-            return work(layer)
-
     threads = torch.get_num_threads()
-    weights = [layer.module.weight for layer in layers]
-    if threads == 1 or any(weight.is_cuda for weight in weights):
-        return [undisturbed(layer) for layer in layers]
+    devices = {layer.module.weight.device.type for layer in layers}
+    if threads == 1 or "cuda" in devices:
+        with ExitStack() as settings:
+            settings.enter_context(torch.no_grad())
+            for device in devices:
+                settings.enter_context(torch.autocast(device, enabled=False))
+            return [work(layer) for layer in layers]
     # The largest first, or one core would be left alone with it at the end.
-    order = sorted(range(len(layers)), key=lambda i: -weights[i].numel())
+    order = sorted(range(len(layers)), key=lambda i: -layers[i].module.weight.numel())
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            futures = {i: pool.submit(undisturbed, layers[i]) for i in order}
+        # A new thread is without autocast, but with gradients.
+        with ThreadPoolExecutor(threads, "layers", torch.set_grad_enabled, (False,)) as pool:
+            futures = {i: pool.submit(work, layers[i]) for i in order}
             return [futures[i].result() for i in range(len(layers))]
     finally:
         torch.set_num_threads(threads)
