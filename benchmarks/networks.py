@@ -119,7 +119,7 @@ def _batch(cfg: CfgNode, count: int, size: tuple[int, int]) -> Any:
 
 
 def make_trainer(network: Network, folder: str, *overrides: Any) -> NoiseTrainer:
-    """A trainer of a network with initial weights, at a learning rate at which nothing moves.
+    """A trainer of a network with initial weights, which do not move: the learning rate is zero.
 
     Args:
         network: which.
@@ -131,8 +131,9 @@ def make_trainer(network: Network, folder: str, *overrides: Any) -> NoiseTrainer
     cfg.NOISE = CfgNode({"IMAGES": network.images, "SIZE": list(network.size)})
     cfg.OUTPUT_DIR, cfg.MODEL.WEIGHTS, cfg.SEED = folder, "", 0
     cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS, cfg.SOLVER.WARMUP_ITERS = NEVER, (), 0
-    # From random weights a detector would diverge.
-    cfg.SOLVER.BASE_LR, cfg.TEST.EVAL_PERIOD = 1e-8, 0
+    # From random weights a detector would diverge, and at any rate the variants' proposals would
+    # part, with the work on them.
+    cfg.SOLVER.BASE_LR, cfg.TEST.EVAL_PERIOD = 0.0, 0
     cfg.REPR.UNIT, cfg.REPR.N = "iteration", 1
     cfg.merge_from_list(list(overrides))
     seed_all_rng(0)
