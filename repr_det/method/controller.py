@@ -43,6 +43,7 @@ from repr_det.method.graph import ChannelGraph, Reader, eager, preserved, trace
 from repr_det.method.pruning import (
     GradientMask,
     check_optimizer,
+    moved,
     put_back,
     reset_state,
     set_aside,
@@ -474,6 +475,7 @@ class RePr:
 
     def _return(self) -> PhaseChange:
         self._check_finite("bring back")
+        self._warn_of_moved()
         self._release()
         returned = self._pruned
         generator = self._generator(self._cycle, 1)
@@ -510,6 +512,19 @@ class RePr:
                     f"infinity; training has diverged, lower the learning rate or resume an "
                     f"earlier checkpoint."
                 )
+
+    def _warn_of_moved(self) -> None:
+        """Say it where filters did not stay zero: not all that could wake them can be foreseen."""
+        gone = [layer for layer in self.layers if self._pruned[layer.name].any()]
+        found = over_layers(lambda layer: moved(layer, self._pruned[layer.name]), gone)
+        flags = torch.stack([one.to(found[0].device) for one in found]).tolist()
+        if names := [layer.name for layer, flag in zip(gone, flags, strict=True) if flag]:
+            warnings.warn(
+                f"RePr: dropped filters of {', '.join(names[:3])}{' ...' * (len(names) > 3)} did "
+                f"not stay zero, so the sub-network was not exactly a smaller one; whatever writes "
+                f"to weights or looks at them or at features in the loss must begin before a drop.",
+                stacklevel=4,
+            )
 
     def _everywhere(self) -> list[tuple[list[FilterLayer], list[Reader], Optimizer | None]]:
         """The model and its copies: layers, readers, and the optimizer that trains them."""

@@ -160,6 +160,14 @@ def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None
             mean.detach()[channels.to(mean.device)] = 0.0
 
 
+def moved(layer: FilterLayer, pruned: Tensor) -> Tensor:
+    """Whether pruned filters (bool of shape (J,)) of a layer are no longer zero: bool of shape ().
+
+    What they do not train counts as well: shifts of a frozen norm, say.
+    """
+    return torch.stack([slot.read().any() for slot in layer.filter_slots(pruned)]).any()
+
+
 class _Columns(NamedTuple):
     """Weights that read pruned channels.
 

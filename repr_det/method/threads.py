@@ -35,7 +35,6 @@ def over_layers(work: Callable[[Layer], Result], layers: Sequence[Layer]) -> lis
         work: must not depend on the order of the layers.
         layers: what has its weight in a ``module``: filter layers, or what reads them.
     """
-
     threads = torch.get_num_threads()
     devices = {layer.module.weight.device.type for layer in layers}
     if threads == 1 or "cuda" in devices:

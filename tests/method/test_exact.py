@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -251,6 +252,32 @@ def test_regulariser_that_begins_late_does_not_wake_a_filter_in_a_sum():
         (loss(model, batch(i, torch.float32)) + penalty).backward()
         trainer.step()
         check_held(method)
+
+
+@pytest.mark.parametrize("begins", [0, 2])
+def test_filters_that_were_woken_are_told_of(begins):
+    """What reads only zeros is let go after the first backward; this loss comes to it later."""
+    torch.manual_seed(0)
+    model = chain()
+    trainer = OPTIMIZERS["momentum"](model.parameters())
+    method = RePr(model, trainer, RePrSchedule(1, 4, 1), 0.3)
+    method.step(1)
+    pruned = method.pruned
+    for i in range(4):
+        trainer.zero_grad()
+        weights = [layer.module.weight for layer in method.layers]
+        penalty = sum((w - 0.1).square().sum() for w in weights) if i >= begins else 0
+        (loss(model, batch(i, torch.float32)) + penalty).backward()
+        trainer.step()
+    moved = [x.name for x in method.layers if x.weight[pruned[x.name]].any()]
+    assert bool(moved) == (begins > 0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        method.step(5)
+    messages = [str(one.message) for one in caught if "did not stay zero" in str(one.message)]
+    assert len(messages) == bool(moved)
+    assert all(name in messages[0] for name in moved)
+    assert not moved or caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
