@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +38,7 @@ from repr_det.method.filters import (
     row_lengths,
     select_layers,
     separable,
+    unit_rows,
     unwrap,
 )
 from repr_det.method.graph import ChannelGraph, Reader, eager, preserved, trace
@@ -49,11 +51,11 @@ from repr_det.method.pruning import (
     set_aside,
     zero_filters,
 )
-from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
+from repr_det.method.reinit import Reinit, directions_of_alike, lengths_of
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.settings import check_same_settings, check_whole
-from repr_det.method.threads import over_layers
+from repr_det.method.threads import over_batches, over_layers
 from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
@@ -571,25 +573,27 @@ class RePr:
         seeds = torch.randint(2**62, (len(returning),), generator=generator).tolist()
         by_layer = dict(zip((layer.name for layer in returning), seeds, strict=True))
 
-        def rows_of(layer: FilterLayer) -> Tensor:
-            own = torch.Generator().manual_seed(by_layer[layer.name])
-            chosen = self._pruned[layer.name].to(layer.weight.device)
-            masks = chosen.reshape(layer.groups, -1)
-            current = layer.matrix().reshape(layer.groups, -1, layer.dimension)
-            old = self._before[layer.name]["weight"].to(chosen.device)
-            new = []
-            for mask, group, previous in zip(
-                masks, current, old.split(masks.sum(dim=1).tolist()), strict=True
-            ):
-                if len(previous):
-                    # Several times faster than indexing with a mask.
-                    kept = group.index_select(0, (~mask).nonzero().flatten())
-                    directions = orthogonal_directions(previous, kept, own)
-                    lengths = lengths_of(self.reinit, previous, kept)
-                    new.append(directions.mul_(lengths.to(directions.dtype)))
-            return (new[0] if len(new) == 1 else torch.cat(new)).to(layer.weight.dtype)
+        def rows_of(alike: Sequence[FilterLayer]) -> list[Tensor]:
+            current = [layer.matrix() for layer in alike]
+            dtype = torch.promote_types(current[0].dtype, torch.float32)
+            rows = torch.stack(current).to(dtype)
+            for layer, own in zip(alike, rows, strict=True):
+                chosen = self._pruned[layer.name].nonzero().flatten().to(own.device)
+                own.index_copy_(0, chosen, self._before[layer.name]["weight"].to(own))
+            sets = rows.reshape(len(alike) * alike[0].groups, -1, alike[0].dimension)
+            dropped = torch.stack([self._pruned[layer.name] for layer in alike])
+            dropped = dropped.reshape(sets.shape[:2])
+            sources = [torch.Generator().manual_seed(by_layer[layer.name]) for layer in alike]
+            generators = [one for one in sources for _ in range(alike[0].groups)]
+            units, lengths = unit_rows(sets, out=sets)
+            new = directions_of_alike(units, dropped, generators)
+            there = dropped.to(units.device)
+            lengths = lengths_of(self.reinit, lengths, there)[there].to(dtype)
+            sizes = dropped.reshape(len(alike), -1).sum(dim=1).tolist()
+            directions = torch.cat(new).to(dtype).mul_(lengths[:, None])
+            return list(directions.to(alike[0].weight.dtype).split(sizes))
 
-        rows = over_layers(rows_of, returning)
+        rows = over_batches(rows_of, returning, attrgetter("shape"))
         return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
@@ -743,13 +747,13 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
         channels = link.channels_of(chosen)
         norms.append(
             {
-                key: tensor.detach()[channels].clone()
+                key: tensor.detach()[channels]
                 for key, tensor in (("gamma", link.gamma), ("beta", link.beta))
                 if tensor is not None
             }
             | {
                 "statistics": [
-                    [mean[channels].clone(), var[channels].clone()]
+                    [mean[channels], var[channels]]
                     for mean, var in link.running_statistics()
                     # Statistics that train differ from rank to rank, and start anew anyway.
                     if link.constant_statistics
@@ -759,7 +763,7 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
     rows = chosen.nonzero().flatten().to(layer.weight.device)
     values = {"weight": layer.matrix().index_select(0, rows), "norms": norms}
     if layer.bias is not None:
-        values["bias"] = layer.bias.detach()[chosen].clone()
+        values["bias"] = layer.bias.detach()[chosen]
     return values
 
 

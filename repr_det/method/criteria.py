@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from repr_det.method import data_criteria
-from repr_det.method.filters import FilterLayer, row_lengths
+from repr_det.method.filters import FilterLayer, unit_rows
 from repr_det.method.products import lower_products
 from repr_det.method.threads import over_batches
 
@@ -64,10 +65,8 @@ def _units(layers: Sequence[FilterLayer]) -> tuple[Tensor, Tensor]:
     # float32 may mean less on a GPU (TF32), and is twice as fast as float64 on a CPU.
     rows = rows.double() if rows.is_cuda or rows.dtype == torch.float64 else rows.float()
     rows = rows.reshape(len(layers) * layers[0].groups, -1, layers[0].dimension)
-    lengths = row_lengths(rows)
-    zero = lengths == 0
-    scales = lengths.masked_fill(zero, 1.0).reciprocal().to(rows.dtype)
-    return rows * scales, zero.squeeze(-1)
+    units, lengths = unit_rows(rows)
+    return units, lengths == 0
 
 
 def overlap_sums(units: Tensor) -> Tensor:
@@ -100,7 +99,7 @@ def _by_name(
     scores = over_batches(
         lambda alike: of(alike).reshape(len(alike), -1).unbind(),
         layers,
-        lambda layer: (layer.num_filters, layer.dimension, layer.groups),
+        attrgetter("shape"),
     )
     return {layer.name: score for layer, score in zip(layers, scores, strict=True)}
 

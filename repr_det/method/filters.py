@@ -233,6 +233,11 @@ class FilterLayer:
         """Length d of a flattened filter: c_in / groups * kernel elements."""
         return self.weight.numel() // self.num_filters
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Filters, dimension and groups: layers of one shape can be worked on at once."""
+        return self.num_filters, self.dimension, self.groups
+
     def matrix(self, tensor: Tensor | None = None) -> Tensor:
         """Filters as rows, shape (J, d), of the weight or of a tensor of its shape.
 
@@ -276,12 +281,10 @@ class FilterLayer:
         if self.bias is not None:
             slots.append(Slot(self.bias, None, 0, _indices(chosen, self.bias)))
         for link in self.norms:
-            channels = link.channels_of(chosen)
-            slots += [
-                Slot(tensor, None, 0, channels.to(tensor.device))
-                for tensor in (link.gamma, link.beta)
-                if tensor is not None
-            ]
+            tensors = [tensor for tensor in (link.gamma, link.beta) if tensor is not None]
+            if tensors:
+                channels = link.channels_of(chosen).to(tensors[0].device)
+                slots += [Slot(tensor, None, 0, channels) for tensor in tensors]
         return slots
 
 
@@ -294,6 +297,21 @@ def row_lengths(rows: Tensor) -> Tensor:
         exact = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
         lengths = torch.where(small, exact, lengths)
     return lengths
+
+
+def unit_rows(rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Rows of length one, zero ones as they are, and their lengths.
+
+    Args:
+        rows: shape (..., J, d), float32 or float64.
+        out: where to write the former; ``rows`` itself, say.
+
+    Returns:
+        (..., J, d), and float64 of shape (..., J).
+    """
+    lengths = row_lengths(rows)
+    scales = lengths.masked_fill(lengths == 0, 1.0).reciprocal().to(rows.dtype)
+    return torch.mul(rows, scales, out=out), lengths.squeeze(-1)
 
 
 class SharedIndices:

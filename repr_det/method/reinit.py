@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from repr_det.method.filters import row_lengths
+from repr_det.method.filters import unit_rows
 from repr_det.method.products import lower_products
 
 NORM_CHOICES = ("survivors", "previous")
@@ -85,23 +86,70 @@ def orthogonal_directions(
     Returns:
         shape (p, d), unit rows, on the device of ``previous``, float32 or float64.
     """
-    count, dimension = previous.shape
-    dtype = torch.float64 if previous.dtype == torch.float64 else torch.float32
-    # float32 in any case: a random direction needs no more digits.
-    random = torch.randn(count, dimension, generator=generator).to(previous.device, dtype)
-    if count >= dimension:
-        # All directions are needed, so none comes first; and further sets, since one cannot hold
-        # them.
-        return torch.cat([_random_orthonormal(part) for part in random.split(dimension)])
-    taken = _unit_rows(previous, survivors)
-    if len(taken) + count > dimension:
-        signs = random[:, :1].sign() + (random[:, :1] == 0)
-        return signs * _least_covered(_unit_rows(previous), _unit_rows(survivors), count)
-    quick = _quickly_in_null_space(taken, random, generator)
-    return _surely_in_null_space(taken.double(), random.double()) if quick is None else quick
+    rows = torch.cat([previous.detach(), survivors.detach()])
+    units, _ = unit_rows(rows if rows.dtype == torch.float64 else rows.float())
+    dropped = torch.arange(len(rows)) < len(previous)
+    return directions_of_alike(units[None], dropped[None], [generator])[0]
 
 
-def _random_orthonormal(normal: Tensor) -> Tensor:
+def directions_of_alike(
+    units: Tensor, dropped: Tensor, generators: Sequence[torch.Generator]
+) -> list[Tensor]:
+    """:func:`orthogonal_directions` for n sets of filters of one shape at once.
+
+    Args:
+        units: old values of dropped filters and current ones of survivors, shape (n, J, d), rows of
+            length one or zero, float32 or float64.
+        dropped: which rows are the dropped ones: bool of shape (n, J), on the CPU.
+        generators: of each set.
+
+    Returns:
+        shape (p, d) for each set, p the number of its dropped filters.
+    """
+    _, width, dimension = units.shape
+    counts = dropped.sum(dim=1).tolist()
+    found: dict[int, Tensor] = {i: units[i, :0] for i, p in enumerate(counts) if p == 0}
+    with_room = [i for i, p in enumerate(counts) if 0 < p <= dimension - width]
+    everything = [i for i, p in enumerate(counts) if p >= dimension]
+
+    if with_room:
+        most = max(counts[i] for i in with_room)
+        # float32 in any case: a random direction needs no more digits. More rows than some sets
+        # need do no harm: each is made orthogonal to those before it.
+        random = [torch.randn(most, dimension, generator=generators[i]) for i in with_room]
+        some = units if len(with_room) == len(units) else units[with_room]
+        random = _stacked(random).to(units)
+        quick, exact = _quickly_in_null_space(some, random)
+        for i, taken, own, rows, ok in zip(
+            with_room, some, random, quick, exact.tolist(), strict=True
+        ):
+            rows = rows if ok else _surely_in_null_space(taken.double(), own.double())
+            found[i] = rows[: counts[i]]
+
+    # All directions are needed, so none comes first; and further sets, since one cannot hold them.
+    sets = {
+        i: torch.randn(counts[i], dimension, generator=generators[i]).split(dimension)
+        for i in everything
+    }
+    made = iter(_random_orthonormal([one for some in sets.values() for one in some], units))
+    found |= {i: torch.cat([next(made) for _ in some]) for i, some in sets.items()}
+
+    for i in set(range(len(units))).difference(found):
+        old, kept = (
+            units[i].index_select(0, which.nonzero().flatten().to(units.device))
+            for which in (dropped[i], ~dropped[i])
+        )
+        random = torch.randn(counts[i], dimension, generator=generators[i]).to(units)
+        found[i] = _with_little_room(old, kept, random)
+    return [found[i] for i in range(len(units))]
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, without a copy of a single one."""
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _random_orthonormal(normal: Sequence[Tensor], like: Tensor) -> list[Tensor]:
     """Orthonormal rows, uniformly distributed: the Q of a QR decomposition, in half of its time.
 
     Below its diagonal, what a decomposition meets in a matrix of random numbers is just as random
@@ -109,77 +157,87 @@ def _random_orthonormal(normal: Tensor) -> Tensor:
     SIAM J. Numer. Anal. 17, 1980).
 
     Args:
-        normal: standard normal numbers, shape (n, d) with n up to d.
+        normal: standard normal numbers, each of a shape (n, d) with n up to d.
+        like: has the dtype and the device that the rows shall have.
+
+    Returns:
+        of the same shapes.
     """
-    columns = normal.T.tril()
-    first = columns.diagonal()
-    first += first == 0  # so that no column is zero
-    lengths = torch.linalg.vector_norm(columns, dim=0)
-    # The reflection of each column onto its first entry, as LAPACK writes it (larfg).
-    target = torch.where(first > 0, -lengths, lengths)
-    reflectors = columns / (first - target)
-    return torch.linalg.householder_product(reflectors, 1 - first / target).T
+    by_size: dict[int, list[int]] = {}
+    for index, one in enumerate(normal):
+        by_size.setdefault(len(one), []).append(index)
+    found: dict[int, Tensor] = {}
+    for indices in by_size.values():
+        columns = _stacked([normal[i] for i in indices]).to(like).mT.tril()
+        first = columns.diagonal(dim1=-2, dim2=-1)
+        first += first == 0  # so that no column is zero
+        lengths = torch.linalg.vector_norm(columns, dim=-2)
+        # The reflection of each column onto its first entry, as LAPACK writes it (larfg).
+        target = torch.where(first > 0, -lengths, lengths)
+        reflectors = columns / (first - target)[..., None, :]
+        made = torch.linalg.householder_product(reflectors, 1 - first / target).mT
+        found |= zip(indices, made, strict=True)
+    return [found[i] for i in range(len(normal))]
 
 
-def _unit_rows(*parts: Tensor) -> Tensor:
-    """Rows of all parts, of length one, at least float32; rows of zero length left out."""
-    parts = tuple(part.detach() for part in parts)
-    sizes = [len(part) for part in parts]
-    dtype = torch.float64 if parts[0].dtype == torch.float64 else torch.float32
-    rows = parts[0].new_empty(sum(sizes), parts[0].shape[1], dtype=dtype)
-    lengths = torch.cat([row_lengths(part) for part in parts])
-    scales = lengths.reciprocal().to(dtype)
-    for part, scale, place in zip(parts, scales.split(sizes), rows.split(sizes), strict=True):
-        torch.mul(part, scale, out=place)
-    there = lengths.flatten() > 0
-    return rows if there.all() else rows[there]
-
-
-def _quickly_in_null_space(
-    taken: Tensor, random: Tensor, generator: torch.Generator
-) -> Tensor | None:
+def _quickly_in_null_space(taken: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
     """Random orthonormal rows orthogonal to ``taken``, from Cholesky factors of products.
 
     Several times faster than QR decompositions, but exact only where neither the rows of ``taken``
     nor what is left of ``random`` come close to being dependent; so the result is checked.
 
+    Args:
+        taken: shape (n, J, d), rows of length one or zero.
+        random: shape (n, p, d).
+
     Returns:
-        the rows, or None where they are not exact enough.
+        rows of shape (n, p, d), and bool of shape (n,): where they are exact enough.
     """
-    factor, failed = torch.linalg.cholesky_ex(_products(taken))
+    products = _products(taken)
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    diagonal += diagonal == 0  # a zero row takes no part
+    factor, failed = torch.linalg.cholesky_ex(products)
     # Small times large is the faster order, and its transpose the memory that LAPACK wants.
-    left = random - torch.cholesky_solve((random @ taken.T).T, factor).T @ taken
+    left = random - torch.cholesky_solve((random @ taken.mT).mT, factor).mT @ taken
     inner, failed_too = torch.linalg.cholesky_ex(_products(left))
-    if failed or failed_too:
-        return None
-    eye = torch.eye(len(inner), dtype=inner.dtype, device=inner.device)
+    eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
     rows = torch.linalg.solve_triangular(inner, eye, upper=False) @ left
     # A row's cosines with the others, summed with random signs: their root mean square times the
     # root of their number, on average, at a fraction of what all of them would cost. Not too many
     # at once, or the rounding of the sum would pass for an error.
-    signs = 2.0 * torch.randint(0, 2, (len(rows), 8), generator=generator) - 1
-    signs = torch.block_diag(*signs.split(_SUMMED)).T.to(rows.device, rows.dtype)
+    signs = torch.randint(0, 2, (len(eye), 8), generator=torch.Generator().manual_seed(0))
+    signs = torch.block_diag(*(2.0 * signs - 1).split(_SUMMED)).T.to(rows)
     mixed = signs @ rows
-    errors = torch.cat([mixed @ taken.T, mixed @ rows.T - signs], dim=1).abs().max()
+    errors = torch.cat([mixed @ taken.mT, mixed @ rows.mT - signs], dim=-1).abs().amax((-2, -1))
     # Written so that a NaN counts as not exact.
-    return rows if errors <= _EXACT_ENOUGH * torch.finfo(rows.dtype).eps else None
+    exact = errors <= _EXACT_ENOUGH * torch.finfo(rows.dtype).eps
+    return rows, exact & (failed == 0) & (failed_too == 0)
 
 
 def _products(rows: Tensor) -> Tensor:
-    """``rows @ rows.T`` on and below the diagonal: all that Cholesky and ``eigh`` read."""
-    products = rows.new_zeros(len(rows), len(rows))
+    """``rows @ rows.mT`` on and below the diagonal: all that Cholesky and ``eigh`` read."""
+    products = rows.new_zeros(*rows.shape[:-1], rows.shape[-2])
     for columns, block in lower_products(rows):
-        products[columns.start :, columns] = block
+        products[..., columns.start :, columns] = block
     return products
 
 
 def _surely_in_null_space(taken: Tensor, random: Tensor) -> Tensor:
     """The same for any rows, by QR decompositions."""
-    basis = torch.linalg.qr(taken.T).Q
+    basis = torch.linalg.qr(taken[taken.any(dim=1)].T).Q
     # Twice, since the first pass leaves rounding of the size of what it removes.
     for _ in range(2):
         random = random - (random @ basis) @ basis.T
     return torch.linalg.qr(random.T).Q.T
+
+
+def _with_little_room(old: Tensor, kept: Tensor, random: Tensor) -> Tensor:
+    """Orthonormal rows, as many as ``random`` has, where there may be fewer free directions."""
+    taken = torch.cat([old, kept])
+    if int(taken.any(dim=1).sum()) + len(random) <= random.shape[1]:
+        return _surely_in_null_space(taken.double(), random.double())
+    signs = random[:, :1].sign() + (random[:, :1] == 0)
+    return signs * _least_covered(old, kept, len(random))
 
 
 def _least_covered(old: Tensor, kept: Tensor, count: int) -> Tensor:
@@ -216,24 +274,22 @@ def _ascending(kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.linalg.eigh(_products(kept.T.double()))
 
 
-def lengths_of(choice: Reinit, previous: Tensor, survivors: Tensor) -> Tensor:
-    """Length of each new filter.
+def lengths_of(choice: Reinit, lengths: Tensor, dropped: Tensor) -> Tensor:
+    """Length of each filter as a new one.
 
     Survivors of zero length do not count. Where the chosen length is unknown or zero, the other one
     is taken.
 
     Args:
         choice: ``norm`` and ``scale`` are used.
-        previous: shape (p, d).
-        survivors: shape (s, d).
+        lengths: of old values of dropped filters and of survivors, shape (..., J), float64.
+        dropped: which are the dropped ones, bool of the same shape.
 
     Returns:
-        shape (p, 1), float64.
+        of the same shape; what it says of survivors has no meaning.
     """
-    others = row_lengths(survivors)
-    others = others[others > 0]
-    mean = others.mean() if len(others) else others.new_zeros(())
-    if choice.norm == "survivors" and len(others):
-        return choice.scale * mean.expand(len(previous), 1)
-    lengths = row_lengths(previous)
-    return choice.scale * torch.where(lengths == 0, mean, lengths)
+    others = ~dropped & (lengths > 0)
+    known = others.any(dim=-1, keepdim=True)
+    mean = (lengths * others).sum(dim=-1, keepdim=True) / others.sum(dim=-1, keepdim=True)
+    replaced = (lengths == 0) | (known & (choice.norm == "survivors"))
+    return choice.scale * torch.where(replaced, torch.where(known, mean, 0.0), lengths)

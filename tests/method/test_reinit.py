@@ -7,7 +7,7 @@ import torch
 
 from repr_det import Reinit
 from repr_det.method import reinit
-from repr_det.method.reinit import lengths_of, orthogonal_directions
+from repr_det.method.reinit import directions_of_alike, lengths_of, orthogonal_directions
 
 
 def rows(count, dimension, seed=0, dtype=torch.float32):
@@ -85,21 +85,24 @@ def test_half_precision_weights_are_worked_on_in_float32(dtype):
     assert largest_cosine(new, torch.cat([previous, survivors])) <= 1e-5
 
 
+def quick(taken, random):
+    """Whether the quick way serves."""
+    return reinit._quickly_in_null_space(taken[None], random[None])[1].item()
+
+
 def test_the_quick_way_gives_up_where_it_is_not_exact():
     """Nearly dependent rows, and a null space so narrow that what is left is nearly dependent."""
-    quick = reinit._quickly_in_null_space
     unit = torch.nn.functional.normalize
-    assert quick(rows(12, 64), rows(4, 64, 1), generator()) is not None
-    assert quick(unit(near_duplicates(12, 64, 1e-4)), rows(4, 64, 1), generator()) is None
-    assert quick(torch.full((12, 64), torch.nan), rows(4, 64, 1), generator()) is None
+    assert quick(rows(12, 64), rows(4, 64, 1))
+    assert not quick(unit(near_duplicates(12, 64, 1e-4)), rows(4, 64, 1))
+    assert not quick(torch.full((12, 64), torch.nan), rows(4, 64, 1))
     inside = torch.cat([rows(1, 64, 5)] * 2)
-    assert quick(unit(rows(12, 64)), inside, generator()) is None
+    assert not quick(unit(rows(12, 64)), inside)
 
 
 def test_the_quick_way_serves_wide_layers():
     """Rounding in the check itself, over many filters, is no reason to give up."""
-    taken = torch.nn.functional.normalize(rows(1024, 9216))
-    assert reinit._quickly_in_null_space(taken, rows(512, 9216, 1), generator()) is not None
+    assert quick(torch.nn.functional.normalize(rows(1024, 9216)), rows(512, 9216, 1))
 
 
 def test_new_filters_are_random_and_the_generator_decides():
@@ -208,21 +211,45 @@ def test_one_dimension():
 # --- lengths and choices
 
 
+def lengths(choice, previous, survivors):
+    """Of new filters, from the lengths of old ones and of survivors."""
+    both = torch.tensor([*previous, *survivors], dtype=torch.float64)
+    return lengths_of(choice, both, torch.arange(len(both)) < len(previous))[
+        : len(previous)
+    ].tolist()
+
+
 def test_lengths():
-    previous = torch.tensor([[3.0, 4], [0, 2]])
-    survivors = torch.tensor([[1.0, 0], [0, 3], [0, 5]])
-    assert lengths_of(Reinit(), previous, survivors).tolist() == [[3], [3]]
-    assert lengths_of(Reinit(scale=0.5), previous, survivors).tolist() == [[1.5], [1.5]]
-    assert lengths_of(Reinit(norm="previous"), previous, survivors).tolist() == [[5], [2]]
-    assert lengths_of(Reinit(), previous, survivors[:0]).tolist() == [[5], [2]]
+    assert lengths(Reinit(), [5, 2], [1, 3, 5]) == [3, 3]
+    assert lengths(Reinit(scale=0.5), [5, 2], [1, 3, 5]) == [1.5, 1.5]
+    assert lengths(Reinit(norm="previous"), [5, 2], [1, 3, 5]) == [5, 2]
+    assert lengths(Reinit(), [5, 2], []) == [5, 2]
 
 
 def test_no_new_filter_is_zero_where_a_length_is_known():
-    previous = torch.tensor([[3.0, 4], [0, 0]])
-    survivors = torch.tensor([[1.0, 0], [0, 0], [0, 5]])
-    assert lengths_of(Reinit(), previous, survivors).tolist() == [[3], [3]]
-    assert lengths_of(Reinit(norm="previous"), previous, survivors).tolist() == [[5], [3]]
-    assert lengths_of(Reinit(), previous, torch.zeros(2, 2)).tolist() == [[5], [0]]
+    assert lengths(Reinit(), [5, 0], [1, 0, 5]) == [3, 3]
+    assert lengths(Reinit(norm="previous"), [5, 0], [1, 0, 5]) == [5, 3]
+    assert lengths(Reinit(), [5, 0], [0, 0]) == [5, 0]
+
+
+def test_several_sets_at_once_are_what_each_is_alone():
+    """Sets with room for few and for many, without room, without a dropped filter, with zeros."""
+    filters = torch.stack([rows(24, 30, seed) for seed in range(7)])
+    filters[5, 3], filters[6] = 0, filters[6, :1]
+    counts = [0, 2, 6, 9, 24, 3, 4]
+    dropped = torch.stack([torch.randperm(24, generator=generator(n)) < n for n in counts])
+    units = torch.nn.functional.normalize(filters, dim=2)
+    new = directions_of_alike(units, dropped, [generator(i) for i in range(7)])
+    assert [one.shape for one in new] == [(count, 30) for count in counts]
+    for i, one in list(enumerate(new))[1:]:
+        assert error_of_orthonormality(one) <= 1e-5
+        if counts[i] <= 6:
+            assert largest_cosine(one, filters[i]) <= 1e-5
+        else:
+            survivors = filters[i][~dropped[i]]
+            alone = orthogonal_directions(filters[i][dropped[i]], survivors, generator(i))
+            torch.testing.assert_close(coverage(one, survivors), coverage(alone, survivors))
+    assert largest_cosine(new[1], new[2]) < 0.9
 
 
 @pytest.mark.parametrize(
