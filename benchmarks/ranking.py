@@ -17,7 +17,7 @@ from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.method.criteria import ortho
-from repr_det.method.filters import FilterLayer
+from repr_det.method.filters import FilterLayer, unit_rows
 from repr_det.method.reinit import orthogonal_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,13 +90,13 @@ def growth(widths: tuple[int, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for width in widths:
         layer = FilterLayer("layer", nn.Conv2d(width, width, 3).to(DEVICE))
-        rows, gone = layer.matrix(), round(SHARE * width)
+        (rows, _), dropped = unit_rows(layer.matrix()), torch.arange(width) < SHARE * width
         values = []
         for _ in range(ROUNDS + 1):
             rank = seconds(lambda layer=layer: ortho([layer]))
             back = seconds(
-                lambda rows=rows, gone=gone: orthogonal_directions(
-                    rows[:gone], rows[gone:], generator
+                lambda rows=rows, dropped=dropped: orthogonal_directions(
+                    rows[None], dropped[None], [generator]
                 )
             )
             values.append((rank, back))

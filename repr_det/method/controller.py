@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +50,7 @@ from repr_det.method.pruning import (
     set_aside,
     zero_filters,
 )
-from repr_det.method.reinit import Reinit, directions_of_alike, lengths_of
+from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.settings import check_same_settings, check_whole
@@ -518,13 +517,19 @@ class RePr:
     def _warn_of_moved(self) -> None:
         """Say it where filters did not stay zero: not all that could wake them can be foreseen."""
         gone = [layer for layer in self.layers if self._pruned[layer.name].any()]
-        found = over_layers(lambda layer: moved(layer, self._pruned[layer.name]), gone)
-        flags = torch.stack([one.to(found[0].device) for one in found]).tolist()
-        if names := [layer.name for layer, flag in zip(gone, flags, strict=True) if flag]:
+        device = self.layers[0].weight.device
+        found = over_layers(lambda layer: moved(layer, self._pruned[layer.name]).to(device), gone)
+        names = [
+            layer.name
+            for layer, woke in zip(gone, torch.stack(found).tolist(), strict=True)
+            if woke
+        ]
+        if names:
             warnings.warn(
                 f"RePr: dropped filters of {', '.join(names[:3])}{' ...' * (len(names) > 3)} did "
-                f"not stay zero, so the sub-network was not exactly a smaller one; whatever writes "
-                f"to weights or looks at them or at features in the loss must begin before a drop.",
+                f"not stay zero, so the sub-network was not exactly a smaller one; let what looks "
+                f"at weights or features in the loss begin before a drop, and nothing else write "
+                f"to them.",
                 stacklevel=4,
             )
 
@@ -586,14 +591,14 @@ class RePr:
             sources = [torch.Generator().manual_seed(by_layer[layer.name]) for layer in alike]
             generators = [one for one in sources for _ in range(alike[0].groups)]
             units, lengths = unit_rows(sets, out=sets)
-            new = directions_of_alike(units, dropped, generators)
+            new = orthogonal_directions(units, dropped, generators)
             there = dropped.to(units.device)
             lengths = lengths_of(self.reinit, lengths, there)[there].to(dtype)
             sizes = dropped.reshape(len(alike), -1).sum(dim=1).tolist()
             directions = torch.cat(new).to(dtype).mul_(lengths[:, None])
             return list(directions.to(alike[0].weight.dtype).split(sizes))
 
-        rows = over_batches(rows_of, returning, attrgetter("shape"))
+        rows = over_batches(rows_of, returning)
         return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:

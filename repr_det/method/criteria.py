@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -96,11 +95,7 @@ def _by_name(
         layers: the filter layers.
         of: scores of some layers of one shape, shape (layers * groups, J / groups).
     """
-    scores = over_batches(
-        lambda alike: of(alike).reshape(len(alike), -1).unbind(),
-        layers,
-        attrgetter("shape"),
-    )
+    scores = over_batches(lambda alike: of(alike).reshape(len(alike), -1).unbind(), layers)
     return {layer.name: score for layer, score in zip(layers, scores, strict=True)}
 
 

@@ -235,7 +235,7 @@ class FilterLayer:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Filters, dimension and groups: layers of one shape can be worked on at once."""
+        """How many filters there are, their dimension, and groups."""
         return self.num_filters, self.dimension, self.groups
 
     def matrix(self, tensor: Tensor | None = None) -> Tensor:
@@ -315,7 +315,7 @@ def unit_rows(rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 
 class SharedIndices:
-    """Index tensors, one for all that are equal: most of a network's count from 0 to its width."""
+    """Index tensors, one for all that are equal, as those of many layers are."""
 
     def __init__(self, dtype: torch.dtype = torch.int64) -> None:
         self._dtype = dtype

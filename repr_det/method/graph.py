@@ -11,6 +11,7 @@ import gc
 import itertools
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -155,50 +156,49 @@ class Reader:
         """
         numbers = {sources: kind for kind, sources in enumerate(self.kinds)}
         runs = itertools.groupby(numbers[sources] for sources in self.sources)
-        order, counts = zip(*((kind, len(list(run))) for kind, run in runs), strict=True)
+        pairs = [(kind, len(list(run))) for kind, run in runs]
+        order, counts = [kind for kind, _ in pairs], [count for _, count in pairs]
         return (
-            None if order == tuple(range(len(order))) else torch.tensor(order, dtype=torch.int32),
-            None if max(counts) == 1 else torch.tensor(counts, dtype=torch.int32),
+            None if order == list(range(len(order))) else torch.tensor(order, dtype=torch.int32),
+            None if set(counts) <= {1} else torch.tensor(counts, dtype=torch.int32),
         )
 
     @cached_property
     def _made_of(self) -> tuple[Tensor, dict[str, list[_Step]]]:
-        """Which kinds are unknown or always zero, and what the others are made of, by layer.
+        """Which kinds are of unknown or of no filters, and what the others are made of, by layer.
 
-        Layers are mostly read channel by channel, so a few steps name what would be thousands of
-        pairs.
+        No filter makes the former zero. Layers are mostly read channel by channel, so a few steps
+        name what would be thousands of pairs.
         """
-        pairs: dict[str, list[tuple[int, int]]] = {}
+        pairs: dict[tuple[str, int], list[tuple[int, int]]] = {}
         for kind, sources in enumerate(self.kinds):
+            ranks: Counter[str] = Counter()
             for name, index in sorted(sources or ()):
-                pairs.setdefault(name, []).append((kind, index))
-        unknown = torch.tensor([not sources for sources in self.kinds])
-        return unknown, {name: _steps(some) for name, some in pairs.items()}
+                pairs.setdefault((name, ranks[name]), []).append((kind, index))
+                ranks[name] += 1
+        unknown = torch.tensor([not sources for sources in self.kinds], dtype=torch.bool)
+        steps: dict[str, list[_Step]] = {}
+        for (name, _), some in pairs.items():
+            steps.setdefault(name, []).extend(_steps(some))
+        return unknown, steps
 
 
-def _steps(pairs: list[tuple[int, int]]) -> list[_Step]:
-    """Pairs of a kind and a filter as few :class:`_Step` as a single pass finds."""
-    found = []
-    begin = 0
-    while begin < len(pairs):
-        (kind, index), end = pairs[begin], begin + 1
-        by, of = 1, 1
-        if end < len(pairs):
-            by, of = pairs[end][0] - kind, pairs[end][1] - index
-        # A slice goes forward, and no kind may come twice in one.
-        if by > 0 and of > 0:
+def _steps(pairs: list[tuple[int, int]]) -> Iterator[_Step]:
+    """Pairs of a kind and a filter, kinds in ascending order, in few :class:`_Step`."""
+    while pairs:
+        (kind, index), end = pairs[0], 1
+        apart = (1, 1)
+        if len(pairs) > 1 and pairs[1][1] > index:  # a slice only goes forward
+            apart = (pairs[1][0] - kind, pairs[1][1] - index)
             while end < len(pairs) and pairs[end] == (
-                kind + by * (end - begin), index + of * (end - begin)
+                kind + apart[0] * end, index + apart[1] * end
             ):  # fmt: skip
                 end += 1
-        else:
-            by = of = 1
-        many = end - begin - 1
-        found.append(
-            _Step(slice(kind, kind + by * many + 1, by), slice(index, index + of * many + 1, of))
+        yield _Step(
+            slice(kind, kind + apart[0] * (end - 1) + 1, apart[0]),
+            slice(index, index + apart[1] * (end - 1) + 1, apart[1]),
         )
-        begin = end
-    return found
+        pairs = pairs[end:]
 
 
 @dataclass

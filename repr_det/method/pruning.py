@@ -165,7 +165,9 @@ def moved(layer: FilterLayer, pruned: Tensor) -> Tensor:
 
     What they do not train counts as well: shifts of a frozen norm, say.
     """
-    return torch.stack([slot.read().any() for slot in layer.filter_slots(pruned)]).any()
+    slots = [slot for slot in layer.filter_slots(pruned) if len(slot.index)]
+    # Several times faster than ``any``.
+    return torch.cat([torch.stack(torch.aminmax(slot.read())) for slot in slots]).ne(0).any()
 
 
 class _Columns(NamedTuple):

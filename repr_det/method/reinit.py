@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from repr_det.method.filters import unit_rows
 from repr_det.method.products import lower_products
 
 NORM_CHOICES = ("survivors", "previous")
@@ -70,8 +70,8 @@ _SUMMED = 128
 
 
 def orthogonal_directions(
-    previous: Tensor, survivors: Tensor, generator: torch.Generator
-) -> Tensor:
+    units: Tensor, dropped: Tensor, generators: Sequence[torch.Generator]
+) -> list[Tensor]:
     """New unit filters, orthogonal to the dropped filters' old values and to the survivors.
 
     While the null space of both has room for all of them, the new filters are a random orthonormal
@@ -79,78 +79,48 @@ def orthogonal_directions(
     survivors cover least, and stay orthonormal among themselves up to ``d`` of them.
 
     Args:
-        previous: values of the dropped filters before the drop, shape (p, d).
-        survivors: current values of the surviving filters, shape (s, d).
-        generator: CPU source of the random directions.
+        units: n sets of J filters each, old values of dropped ones and current ones of survivors:
+            shape (n, J, d), rows of length one or zero, float32 or float64.
+        dropped: which are the dropped ones: bool of shape (n, J), on the CPU.
+        generators: CPU source of the random directions of each set, in turn; one may serve several.
 
     Returns:
-        shape (p, d), unit rows, on the device of ``previous``, float32 or float64.
-    """
-    rows = torch.cat([previous.detach(), survivors.detach()])
-    units, _ = unit_rows(rows if rows.dtype == torch.float64 else rows.float())
-    dropped = torch.arange(len(rows)) < len(previous)
-    return directions_of_alike(units[None], dropped[None], [generator])[0]
-
-
-def directions_of_alike(
-    units: Tensor, dropped: Tensor, generators: Sequence[torch.Generator]
-) -> list[Tensor]:
-    """:func:`orthogonal_directions` for n sets of filters of one shape at once.
-
-    Args:
-        units: old values of dropped filters and current ones of survivors, shape (n, J, d), rows of
-            length one or zero, float32 or float64.
-        dropped: which rows are the dropped ones: bool of shape (n, J), on the CPU.
-        generators: of each set.
-
-    Returns:
-        shape (p, d) for each set, p the number of its dropped filters.
+        shape (p, d) for each set, p the number of its dropped filters, on the device of ``units``.
     """
     _, width, dimension = units.shape
     counts = dropped.sum(dim=1).tolist()
+    # float32 in any case: a random direction needs no more digits.
+    normal = [
+        torch.randn(p, dimension, generator=g) for p, g in zip(counts, generators, strict=True)
+    ]
     found: dict[int, Tensor] = {i: units[i, :0] for i, p in enumerate(counts) if p == 0}
-    with_room = [i for i, p in enumerate(counts) if 0 < p <= dimension - width]
-    everything = [i for i, p in enumerate(counts) if p >= dimension]
 
-    if with_room:
-        most = max(counts[i] for i in with_room)
-        # float32 in any case: a random direction needs no more digits. More rows than some sets
-        # need do no harm: each is made orthogonal to those before it.
-        random = [torch.randn(most, dimension, generator=generators[i]) for i in with_room]
-        some = units if len(with_room) == len(units) else units[with_room]
-        random = _stacked(random).to(units)
-        quick, exact = _quickly_in_null_space(some, random)
-        for i, taken, own, rows, ok in zip(
-            with_room, some, random, quick, exact.tolist(), strict=True
-        ):
-            rows = rows if ok else _surely_in_null_space(taken.double(), own.double())
-            found[i] = rows[: counts[i]]
+    if roomy := [i for i, p in enumerate(counts) if 0 < p <= dimension - width]:
+        random = pad_sequence([normal[i] for i in roomy], batch_first=True).to(units)
+        taken = units if len(roomy) == len(units) else units[roomy]
+        quick, exact = _quickly_in_null_space(taken, random)
+        for place, (i, is_exact) in enumerate(zip(roomy, exact.tolist(), strict=True)):
+            own = slice(counts[i])
+            found[i] = (
+                quick[place, own]
+                if is_exact
+                else _surely_in_null_space(taken[place].double(), random[place, own].double())
+            )
 
-    # All directions are needed, so none comes first; and further sets, since one cannot hold them.
-    sets = {
-        i: torch.randn(counts[i], dimension, generator=generators[i]).split(dimension)
-        for i in everything
-    }
-    made = iter(_random_orthonormal([one for some in sets.values() for one in some], units))
-    found |= {i: torch.cat([next(made) for _ in some]) for i, some in sets.items()}
+    # All directions are needed, so none comes first; and further ones, since one basis cannot hold
+    # that many filters.
+    crowded = [i for i, p in enumerate(counts) if p >= dimension]
+    parts = {i: normal[i].split(dimension) for i in crowded}
+    made = iter(_random_orthonormal([part for i in crowded for part in parts[i]], units))
+    found |= {i: torch.cat([next(made) for _ in parts[i]]) for i in crowded}
 
     for i in set(range(len(units))).difference(found):
-        old, kept = (
-            units[i].index_select(0, which.nonzero().flatten().to(units.device))
-            for which in (dropped[i], ~dropped[i])
-        )
-        random = torch.randn(counts[i], dimension, generator=generators[i]).to(units)
-        found[i] = _with_little_room(old, kept, random)
+        found[i] = _with_little_room(units[i], dropped[i], normal[i].to(units))
     return [found[i] for i in range(len(units))]
 
 
-def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """``torch.stack``, without a copy of a single one."""
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(list(tensors))
-
-
 def _random_orthonormal(normal: Sequence[Tensor], like: Tensor) -> list[Tensor]:
-    """Orthonormal rows, uniformly distributed: the Q of a QR decomposition, in half of its time.
+    """Orthonormal rows, uniformly distributed, in less time than large QR decompositions take.
 
     Below its diagonal, what a decomposition meets in a matrix of random numbers is just as random
     after the columns before it were dealt with, so the numbers can be taken as they are (Stewart,
@@ -168,7 +138,7 @@ def _random_orthonormal(normal: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         by_size.setdefault(len(one), []).append(index)
     found: dict[int, Tensor] = {}
     for indices in by_size.values():
-        columns = _stacked([normal[i] for i in indices]).to(like).mT.tril()
+        columns = torch.stack([normal[i] for i in indices]).to(like).mT.tril()
         first = columns.diagonal(dim1=-2, dim2=-1)
         first += first == 0  # so that no column is zero
         lengths = torch.linalg.vector_norm(columns, dim=-2)
@@ -176,8 +146,16 @@ def _random_orthonormal(normal: Sequence[Tensor], like: Tensor) -> list[Tensor]:
         target = torch.where(first > 0, -lengths, lengths)
         reflectors = columns / (first - target)[..., None, :]
         made = torch.linalg.householder_product(reflectors, 1 - first / target).mT
-        found |= zip(indices, made, strict=True)
+        found |= zip(indices, made * _signs(target), strict=True)
     return [found[i] for i in range(len(normal))]
+
+
+def _signs(diagonal: Tensor) -> Tensor:
+    """What makes the rows of an orthogonal factor those that go with a positive diagonal.
+
+    Of random numbers only these are uniformly distributed; LAPACK chooses signs that round best.
+    """
+    return torch.where(diagonal < 0, -1.0, 1.0).to(diagonal.dtype)[..., None]
 
 
 def _quickly_in_null_space(taken: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,30 +166,36 @@ def _quickly_in_null_space(taken: Tensor, random: Tensor) -> tuple[Tensor, Tenso
 
     Args:
         taken: shape (n, J, d), rows of length one or zero.
-        random: shape (n, p, d).
+        random: shape (n, p, d); zero rows fill up where a set needs fewer, and stay zero.
 
     Returns:
         rows of shape (n, p, d), and bool of shape (n,): where they are exact enough.
     """
-    products = _products(taken)
-    diagonal = products.diagonal(dim1=-2, dim2=-1)
-    diagonal += diagonal == 0  # a zero row takes no part
-    factor, failed = torch.linalg.cholesky_ex(products)
+    factor, failed = torch.linalg.cholesky_ex(_positive(_products(taken)))
     # Small times large is the faster order, and its transpose the memory that LAPACK wants.
     left = random - torch.cholesky_solve((random @ taken.mT).mT, factor).mT @ taken
-    inner, failed_too = torch.linalg.cholesky_ex(_products(left))
+    products = _products(left)
+    there = products.diagonal(dim1=-2, dim2=-1) > 0
+    inner, failed_too = torch.linalg.cholesky_ex(_positive(products))
     eye = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
     rows = torch.linalg.solve_triangular(inner, eye, upper=False) @ left
     # A row's cosines with the others, summed with random signs: their root mean square times the
     # root of their number, on average, at a fraction of what all of them would cost. Not too many
     # at once, or the rounding of the sum would pass for an error.
     signs = torch.randint(0, 2, (len(eye), 8), generator=torch.Generator().manual_seed(0))
-    signs = torch.block_diag(*(2.0 * signs - 1).split(_SUMMED)).T.to(rows)
+    signs = torch.block_diag(*(2.0 * signs - 1).split(_SUMMED)).T.to(rows) * there[:, None]
     mixed = signs @ rows
     errors = torch.cat([mixed @ taken.mT, mixed @ rows.mT - signs], dim=-1).abs().amax((-2, -1))
     # Written so that a NaN counts as not exact.
     exact = errors <= _EXACT_ENOUGH * torch.finfo(rows.dtype).eps
     return rows, exact & (failed == 0) & (failed_too == 0)
+
+
+def _positive(products: Tensor) -> Tensor:
+    """Products of rows with each other, in place, where zero rows shall take no part."""
+    diagonal = products.diagonal(dim1=-2, dim2=-1)
+    diagonal += diagonal == 0
+    return products
 
 
 def _products(rows: Tensor) -> Tensor:
@@ -223,21 +207,26 @@ def _products(rows: Tensor) -> Tensor:
 
 
 def _surely_in_null_space(taken: Tensor, random: Tensor) -> Tensor:
-    """The same for any rows, by QR decompositions."""
+    """Like :func:`_quickly_in_null_space`, for one set of any rows, by QR decompositions."""
     basis = torch.linalg.qr(taken[taken.any(dim=1)].T).Q
     # Twice, since the first pass leaves rounding of the size of what it removes.
     for _ in range(2):
         random = random - (random @ basis) @ basis.T
-    return torch.linalg.qr(random.T).Q.T
+    factor, triangle = torch.linalg.qr(random.T)
+    return factor.T * _signs(triangle.diagonal())
 
 
-def _with_little_room(old: Tensor, kept: Tensor, random: Tensor) -> Tensor:
+def _with_little_room(units: Tensor, dropped: Tensor, random: Tensor) -> Tensor:
     """Orthonormal rows, as many as ``random`` has, where there may be fewer free directions."""
-    taken = torch.cat([old, kept])
-    if int(taken.any(dim=1).sum()) + len(random) <= random.shape[1]:
-        return _surely_in_null_space(taken.double(), random.double())
-    signs = random[:, :1].sign() + (random[:, :1] == 0)
-    return signs * _least_covered(old, kept, len(random))
+    there = int((torch.linalg.vector_norm(units, dim=1) > 0).sum())
+    if there + len(random) <= units.shape[1]:
+        return _surely_in_null_space(units.double(), random.double())
+    old, kept = (
+        units.index_select(0, which.nonzero().flatten().to(units.device))
+        for which in (dropped, ~dropped)
+    )
+    # Directions without a sense get one by chance.
+    return _signs(random[:, 0]) * _least_covered(old, kept, len(random))
 
 
 def _least_covered(old: Tensor, kept: Tensor, count: int) -> Tensor:
@@ -290,6 +279,7 @@ def lengths_of(choice: Reinit, lengths: Tensor, dropped: Tensor) -> Tensor:
     """
     others = ~dropped & (lengths > 0)
     known = others.any(dim=-1, keepdim=True)
-    mean = (lengths * others).sum(dim=-1, keepdim=True) / others.sum(dim=-1, keepdim=True)
+    total = torch.where(others, lengths, 0.0).sum(dim=-1, keepdim=True)
+    mean = total / others.sum(dim=-1, keepdim=True)
     replaced = (lengths == 0) | (known & (choice.norm == "survivors"))
     return choice.scale * torch.where(replaced, torch.where(known, mean, 0.0), lengths)

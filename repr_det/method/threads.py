@@ -16,10 +16,16 @@ class _Layer(Protocol):
     def module(self) -> nn.Module: ...
 
 
+class _Shaped(_Layer, Protocol):
+    @property
+    def shape(self) -> Hashable: ...
+
+
 _BATCH = 2**24
 """Weights in one batch of layers, at most: copies of them shall not count beside training."""
 
 Layer = TypeVar("Layer", bound=_Layer)
+Shaped = TypeVar("Shaped", bound=_Shaped)
 Result = TypeVar("Result")
 
 
@@ -64,23 +70,20 @@ class _Batch(NamedTuple):
 
 
 def over_batches(
-    work: Callable[[Sequence[Layer]], Sequence[Result]],
-    layers: Sequence[Layer],
-    kind: Callable[[Layer], Hashable],
+    work: Callable[[Sequence[Shaped]], Sequence[Result]], layers: Sequence[Shaped]
 ) -> list[Result]:
-    """``work(layers)``, on a GPU with layers of one kind at once, on a CPU layer by layer.
+    """``work(layers)``, on a GPU with all layers of one shape at once, on a CPU layer by layer.
 
     Operations on one layer take a GPU no longer than it takes to launch them.
 
     Args:
         work: returns one result for each layer, which must not depend on the other layers.
-        layers: as for :func:`over_layers`.
-        kind: what can be worked on at once.
+        layers: as for :func:`over_layers`, filter layers for example.
     """
     batches: dict[Hashable, list[int]] = {}
     for index, layer in enumerate(layers):
         weight = layer.module.weight
-        key = (kind(layer), weight.dtype, weight.device) if weight.is_cuda else index
+        key = (layer.shape, weight.dtype, weight.device) if weight.is_cuda else index
         batches.setdefault(key, []).append(index)
     parts: list[list[int]] = []
     for indices in batches.values():

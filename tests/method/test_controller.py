@@ -1186,3 +1186,33 @@ def test_checkpoints_from_before_there_was_a_warmup():
     state = method.state_dict()
     del state["settings"]["warmup"]
     method.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 0.02)]
+)
+def test_weights_of_any_precision_come_back_orthogonal(dtype, limit):
+    """To what their own rounding leaves of it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Conv2d(n, 16, 3, groups=g) for n, g in ((3, 1), (16, 1), (16, 2))))
+    model = nn.Sequential(model, nn.Conv2d(16, 2, 1)).to(dtype)
+    method = RePr(model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1), 0.3)
+    before = {layer.name: layer.matrix().double().clone() for layer in method.layers}
+    method.step(1)
+    pruned = method.pruned
+    method.step(2)
+    for layer in method.layers:
+        assert layer.weight.dtype == dtype
+        now = layer.matrix().double()
+        for old, new, gone in zip(
+            *(x.chunk(layer.groups) for x in (before[layer.name], now, pruned[layer.name])),
+            strict=True,
+        ):
+            if gone.any():
+                unit = torch.nn.functional.normalize(torch.cat([old[gone], new]), dim=1)
+                cosines = (unit @ unit.T).abs().fill_diagonal_(0)
+                assert cosines[int(gone.sum()) :][gone].max() <= limit
+                lengths = new.norm(dim=1)
+                mean = lengths[~gone].mean().expand(int(gone.sum()))
+                torch.testing.assert_close(lengths[gone], mean, rtol=limit, atol=0)
+    assert sum(int(mask.sum()) for mask in pruned.values()) == 9

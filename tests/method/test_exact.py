@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from repr_det import RePr, RePrSchedule
 from repr_det.method.filters import Slot
-from repr_det.method.pruning import GradientMask
+from repr_det.method.pruning import GradientMask, moved
 from tests.method.nets import NETS, OPTIMIZERS, batch, chain, check_held, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
@@ -252,6 +252,39 @@ def test_regulariser_that_begins_late_does_not_wake_a_filter_in_a_sum():
         (loss(model, batch(i, torch.float32)) + penalty).backward()
         trainer.step()
         check_held(method)
+
+
+def test_filters_that_a_grouped_conv_reads_need_not_be_held():
+    """Although they could not be taken out: one group would read fewer than the other."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 5),
+    )  # fmt: skip
+    trainer = OPTIMIZERS["momentum"](model.parameters())
+    scores = {"2": torch.tensor([1.0, 0.5, 0.0, 0.0])}
+    method = RePr(
+        model, trainer, RePrSchedule(1, 9, 1), 0.5, include=["2"],
+        criterion=lambda layers, data: scores,
+    )  # fmt: skip
+    for i in range(4):
+        method.step(i)
+        train_step(model, trainer, i, torch.float32)
+        assert not i or not model[2].weight[:2].any()
+    assert not model[2].weight._post_accumulate_grad_hooks
+
+
+@pytest.mark.parametrize("name", ["chain", "chain-bias", "residual-frozen", "residual-grouped"])
+@pytest.mark.parametrize("value", [1e-30, -1.0, math.nan])
+def test_any_part_of_a_filter_that_is_not_zero_shows(name, value):
+    method, _ = prune_half(net(name, torch.float32))
+    for layer in method.layers:
+        pruned = method.pruned[layer.name]
+        for slot in layer.filter_slots(pruned) if pruned.any() else ():
+            assert not moved(layer, pruned)
+            slot.write(torch.full_like(slot.read(), value))
+            assert moved(layer, pruned)
+            slot.fill(0.0)
 
 
 @pytest.mark.parametrize("begins", [0, 2])

@@ -46,6 +46,7 @@ LAYOUTS = {
     "shuffled": lambda c: [("ab"[c % 2], c // 2)],
     "unshuffled": lambda c: [("a", c % 6 * 2 + c // 6)],
     "several of one layer": lambda c: [("a", c // 2 + 6), ("a", c // 2)],
+    "two of one layer, far apart": lambda c: [("a", c // 2), ("a", c // 2 + 6)],
     "backwards": lambda c: [("a", WIDTH - 1 - c)],
     "a sum": lambda c: [("a", c), ("b", c)],
     "side by side": lambda c: [("ab"[c // 6], c % 6)],
@@ -74,6 +75,12 @@ def test_channel_is_dead_while_all_its_filters_are_pruned(layout):
     assert reader.by_channel(torch.arange(len(reader.kinds))).tolist() == [
         reader.kinds.index(some) for some in reader.sources
     ]
+    if layout != "backwards":
+        assert sum(map(len, reader._made_of[1].values())) < WIDTH / 2
+
+
+def test_layer_that_reads_nothing():
+    assert Reader("reader", nn.Conv2d(1, 1, 1), ()).dead({}).shape == (0,)
 
 
 # --- Detectron2

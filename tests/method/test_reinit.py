@@ -7,7 +7,8 @@ import torch
 
 from repr_det import Reinit
 from repr_det.method import reinit
-from repr_det.method.reinit import directions_of_alike, lengths_of, orthogonal_directions
+from repr_det.method.filters import unit_rows
+from repr_det.method.reinit import lengths_of, orthogonal_directions
 
 
 def rows(count, dimension, seed=0, dtype=torch.float32):
@@ -17,6 +18,14 @@ def rows(count, dimension, seed=0, dtype=torch.float32):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def new_filters(previous, survivors, source):
+    """Directions for one set of filters, the dropped ones first."""
+    both = torch.cat([previous, survivors])
+    units, _ = unit_rows(both if both.dtype == torch.float64 else both.float())
+    dropped = torch.arange(len(both)) < len(previous)
+    return orthogonal_directions(units[None], dropped[None], [source])[0]
 
 
 def largest_cosine(a, b):
@@ -49,6 +58,7 @@ ROOM = {
     "old among survivors": (rows(4, 64), torch.cat([rows(4, 64), rows(8, 64, 1)])),
     "nearly equal 1e-3": (rows(4, 64), near_duplicates(12, 64, 1e-3)),
     "nearly equal 1e-6": (rows(4, 64), near_duplicates(12, 64, 1e-6)),
+    "zero ones make room": (rows(9, 16) * (torch.arange(9) < 5)[:, None], rows(2, 16, 1)),
     "half of them zero": (rows(6, 64) * torch.tensor([[1.0], [0.0]] * 3), rows(12, 64, 1)),
     "old all zero": (torch.zeros(4, 64), rows(12, 64, 1)),
     "no survivors": (rows(4, 64), torch.zeros(0, 64)),
@@ -60,7 +70,7 @@ ROOM = {
 @pytest.mark.parametrize("name", ROOM)
 def test_orthogonal_while_there_is_room(name):
     previous, survivors = ROOM[name]
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     assert new.shape == previous.shape
     # As they will stand in a float32 weight.
     new = new.float()
@@ -72,7 +82,7 @@ def test_orthogonal_while_there_is_room(name):
 @pytest.mark.parametrize("name", ["plain", "many blocks", "just fits", "nearly equal 1e-3"])
 def test_orthogonal_in_float64(name):
     previous, survivors = (x.double() for x in ROOM[name])
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     assert new.dtype == torch.float64
     assert largest_cosine(new, torch.cat([previous, survivors])) <= 1e-12
     assert error_of_orthonormality(new) <= 1e-12
@@ -81,7 +91,7 @@ def test_orthogonal_in_float64(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_worked_on_in_float32(dtype):
     previous, survivors = (x.to(dtype) for x in ROOM["plain"])
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     assert largest_cosine(new, torch.cat([previous, survivors])) <= 1e-5
 
 
@@ -94,6 +104,7 @@ def test_the_quick_way_gives_up_where_it_is_not_exact():
     """Nearly dependent rows, and a null space so narrow that what is left is nearly dependent."""
     unit = torch.nn.functional.normalize
     assert quick(rows(12, 64), rows(4, 64, 1))
+    assert quick(torch.cat([rows(12, 64), torch.zeros(2, 64)]), rows(4, 64, 1))
     assert not quick(unit(near_duplicates(12, 64, 1e-4)), rows(4, 64, 1))
     assert not quick(torch.full((12, 64), torch.nan), rows(4, 64, 1))
     inside = torch.cat([rows(1, 64, 5)] * 2)
@@ -107,9 +118,7 @@ def test_the_quick_way_serves_wide_layers():
 
 def test_new_filters_are_random_and_the_generator_decides():
     previous, survivors = ROOM["plain"]
-    first, again, other = (
-        orthogonal_directions(previous, survivors, generator(seed)) for seed in (0, 0, 1)
-    )
+    first, again, other = (new_filters(previous, survivors, generator(seed)) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert largest_cosine(first, other) < 0.9
 
@@ -118,7 +127,7 @@ def test_new_filters_spread_over_the_null_space():
     """Over many draws each direction of the null space is met equally often."""
     previous, survivors = rows(2, 10), rows(4, 10, 1)
     draws = torch.cat(
-        [orthogonal_directions(previous, survivors, generator(i)).double() for i in range(1500)]
+        [new_filters(previous, survivors, generator(i)).double() for i in range(1500)]
     )
     taken = torch.cat([previous, survivors]).double()
     null = torch.linalg.svd(taken).Vh[6:]
@@ -139,7 +148,7 @@ def coverage(new, survivors):
 @pytest.mark.parametrize(("count", "kept", "dimension"), [(5, 40, 16), (15, 64, 16), (30, 90, 64)])
 def test_without_room_the_least_covered_directions_come_first(count, kept, dimension):
     previous, survivors = rows(count, dimension), rows(kept, dimension, 1)
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     assert error_of_orthonormality(new) <= 1e-5
     units = torch.nn.functional.normalize(survivors.double(), dim=1)
     least = torch.linalg.svdvals(units).square().flip(0)[:count]
@@ -149,7 +158,7 @@ def test_without_room_the_least_covered_directions_come_first(count, kept, dimen
 def test_null_space_of_the_survivors_comes_before_what_they_cover():
     """12 survivors in 16 dimensions leave 4 free; the other two are the least covered."""
     previous, survivors = rows(6, 16), rows(12, 16, 1)
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     found = coverage(new, survivors)
     assert (found[:4] <= 1e-10).all()
     units = torch.nn.functional.normalize(survivors.double(), dim=1)
@@ -163,7 +172,7 @@ def test_of_what_no_survivor_covers_the_old_values_cover_the_rest_least():
     survivors = rows(8, 16, 1)
     free = torch.linalg.svd(survivors.double()).Vh[8:]
     previous = (rows(3, 8, 2, torch.float64) @ free).repeat(2, 1).float()
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     assert largest_cosine(new[:5], previous) <= 1e-5
     assert largest_cosine(new[5:], previous) > 0.1
     assert largest_cosine(new, survivors) <= 1e-5
@@ -173,7 +182,7 @@ def test_coordinates_that_no_survivor_reads_are_free():
     """As after a return: survivors have zeros where returned channels come in."""
     survivors, previous = rows(40, 16, 1), rows(7, 16)
     survivors[:, [2, 5, 11]] = 0
-    new = orthogonal_directions(previous, survivors, generator())
+    new = new_filters(previous, survivors, generator())
     outside = [i for i in range(16) if i not in (2, 5, 11)]
     assert new[:3, outside].abs().max() <= 1e-6
     units = torch.nn.functional.normalize(survivors.double(), dim=1)
@@ -187,7 +196,7 @@ def test_nearly_uncovered_direction_is_found_beyond_float32():
     survivors = rows(40, 16, 1, torch.float64)
     axis = torch.nn.functional.normalize(rows(1, 16, 9, torch.float64))
     survivors = (survivors - (survivors @ axis.T) @ axis).float()
-    new = orthogonal_directions(rows(3, 16), survivors, generator())
+    new = new_filters(rows(3, 16), survivors, generator())
     assert largest_cosine(new[:1].float(), survivors) <= 1e-5
     assert largest_cosine(new[:1], axis) >= 1 - 1e-6
 
@@ -195,7 +204,7 @@ def test_nearly_uncovered_direction_is_found_beyond_float32():
 @pytest.mark.parametrize("count", [16, 20, 40])
 def test_more_filters_than_dimensions(count):
     """Orthonormal among themselves as far as dimensions allow: in sets of 16."""
-    new = orthogonal_directions(rows(count, 16), rows(40, 16, 1), generator())
+    new = new_filters(rows(count, 16), rows(40, 16, 1), generator())
     assert new.shape == (count, 16)
     for begin in range(0, count, 16):
         assert error_of_orthonormality(new[begin : begin + 16]) <= 1e-5
@@ -204,8 +213,28 @@ def test_more_filters_than_dimensions(count):
 
 
 def test_one_dimension():
-    new = orthogonal_directions(rows(3, 1), rows(4, 1, 1), generator())
-    assert torch.equal(new.abs(), torch.ones(3, 1))
+    new = torch.cat([new_filters(rows(3, 1), rows(4, 1, 1), generator(i)) for i in range(20)])
+    assert torch.equal(new.abs(), torch.ones(60, 1))
+    assert 15 < (new > 0).sum() < 45
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_random_orthonormal_rows_prefer_no_direction(count):
+    """Mean and second moments of each entry, whose standard errors are 0.008 and 0.006."""
+    normal = rows(4000 * count, 4).split(count)
+    made = torch.stack(reinit._random_orthonormal(normal, rows(1, 1)))
+    eye = torch.eye(count).expand(4000, -1, -1)
+    torch.testing.assert_close(made @ made.mT, eye, rtol=0, atol=1e-5)
+    assert made.mean(dim=0).abs().max() < 0.04
+    entries = made.flatten(1)
+    second = entries.T @ entries / 4000
+    assert (second - torch.eye(4 * count) / 4).abs().max() < 0.03
+
+
+def test_the_sure_way_prefers_no_direction_either():
+    taken = rows(2, 6, dtype=torch.float64)
+    draws = [reinit._surely_in_null_space(taken, rows(4, 6, i).double()) for i in range(1000)]
+    assert torch.stack(draws).mean(dim=0).abs().max() < 0.07
 
 
 # --- lengths and choices
@@ -232,24 +261,27 @@ def test_no_new_filter_is_zero_where_a_length_is_known():
     assert lengths(Reinit(), [5, 0], [0, 0]) == [5, 0]
 
 
+def test_lengths_of_several_sets_are_their_own():
+    both = torch.tensor([[5.0, 1, 3], [5, 10, 30], [torch.inf, 1, 3], [2, 0, 0]])
+    found = lengths_of(Reinit(), both.double(), torch.tensor([[True, False, False]] * 4))
+    assert found[:, 0].tolist() == [2, 20, 2, 2]
+
+
 def test_several_sets_at_once_are_what_each_is_alone():
-    """Sets with room for few and for many, without room, without a dropped filter, with zeros."""
-    filters = torch.stack([rows(24, 30, seed) for seed in range(7)])
-    filters[5, 3], filters[6] = 0, filters[6, :1]
-    counts = [0, 2, 6, 9, 24, 3, 4]
+    """With room for few and for many, without, no filter dropped, all, zero or equal ones, NaN."""
+    filters = torch.stack([rows(24, 31, seed) for seed in range(9)])
+    filters[5, 3], filters[6], filters[7] = 0, filters[6, :1], torch.nan
+    counts = [0, 1, 7, 9, 24, 3, 4, 2, 5]
     dropped = torch.stack([torch.randperm(24, generator=generator(n)) < n for n in counts])
     units = torch.nn.functional.normalize(filters, dim=2)
-    new = directions_of_alike(units, dropped, [generator(i) for i in range(7)])
-    assert [one.shape for one in new] == [(count, 30) for count in counts]
-    for i, one in list(enumerate(new))[1:]:
-        assert error_of_orthonormality(one) <= 1e-5
-        if counts[i] <= 6:
-            assert largest_cosine(one, filters[i]) <= 1e-5
-        else:
-            survivors = filters[i][~dropped[i]]
-            alone = orthogonal_directions(filters[i][dropped[i]], survivors, generator(i))
-            torch.testing.assert_close(coverage(one, survivors), coverage(alone, survivors))
-    assert largest_cosine(new[1], new[2]) < 0.9
+    sources = [generator(i) for i in range(8)]
+    new = orthogonal_directions(units, dropped, [*sources, sources[1]])
+    assert [one.shape for one in new] == [(count, 31) for count in counts]
+    sources = [generator(i) for i in range(8)]
+    for i, source in enumerate([*sources, sources[1]]):
+        (alone,) = orthogonal_directions(units[i : i + 1], dropped[i : i + 1], [source])
+        torch.testing.assert_close(new[i], alone, rtol=0, atol=1e-5, equal_nan=True)
+        assert bool(alone.isnan().any()) == (i == 7)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,22 @@ def test_sum_goes_only_as_a_whole():
     assert chosen(Residual(), {"lateral1": [1], "lateral2": [1]})[1] == {"output": [1]}
 
 
+def test_channels_that_two_groups_read():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+            self.grouped, self.head = nn.Conv2d(8, 4, 1, groups=2), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x):
+            x = self.conv(F.relu(self.stem(x)))
+            return self.head(F.relu(self.grouped(torch.cat([x, x], 1))))
+
+    filters, inputs, _ = chosen(Twice(), {"conv": [1]})
+    assert filters == {"conv": [1]}
+    assert inputs == {"grouped": [1, 5]}
+
+
 def test_groups_lose_equally_many():
     model = Residual(groups=3)  # conv2: 3 groups of 2 filters and 2 inputs
     assert chosen(model, {"block1.conv1": [0, 2]})[0] == {}

@@ -88,6 +88,6 @@ def test_batches_are_of_one_kind_and_size_on_a_gpu_and_single_on_a_cpu(
         layers = [
             FilterLayer(n, moved_to_gpu(conv) if on_gpu else conv) for n, conv in convs.items()
         ]
-        found = over_batches(work, layers, lambda layer: layer.num_filters)
+        found = over_batches(work, layers)
     assert found == list(widths.items())
     assert sorted(made) == calls
