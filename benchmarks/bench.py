@@ -36,7 +36,7 @@ SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 8
 GPU_ROUNDS = 60
-EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 8}
+EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 20}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
 
