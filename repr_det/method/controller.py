@@ -503,9 +503,9 @@ class RePr:
 
     def _check_finite(self, action: str) -> None:
         device = self.layers[0].weight.device
-        found = torch.stack([one.to(device) for one in over_layers(extremes, self.layers)])
+        found = over_layers(lambda layer: extremes(layer.weight).to(device), self.layers)
         # All at once: on a GPU each look at a value waits for what was launched before.
-        finite = found.isfinite().all(dim=1).tolist()
+        finite = torch.stack(found).isfinite().all(dim=1).tolist()
         for layer, is_finite in zip(self.layers, finite, strict=True):
             if not is_finite:
                 raise FloatingPointError(
@@ -580,8 +580,7 @@ class RePr:
 
         def rows_of(alike: Sequence[FilterLayer]) -> list[Tensor]:
             current = [layer.matrix() for layer in alike]
-            dtype = torch.promote_types(current[0].dtype, torch.float32)
-            rows = torch.stack(current).to(dtype)
+            rows = torch.stack(current).to(torch.promote_types(current[0].dtype, torch.float32))
             for layer, own in zip(alike, rows, strict=True):
                 chosen = self._pruned[layer.name].nonzero().flatten().to(own.device)
                 own.index_copy_(0, chosen, self._before[layer.name]["weight"].to(own))
@@ -593,10 +592,10 @@ class RePr:
             units, lengths = unit_rows(sets, out=sets)
             new = orthogonal_directions(units, dropped, generators)
             there = dropped.to(units.device)
-            lengths = lengths_of(self.reinit, lengths, there)[there].to(dtype)
+            lengths = lengths_of(self.reinit, lengths, there)[there].to(units.dtype)
             sizes = dropped.reshape(len(alike), -1).sum(dim=1).tolist()
-            directions = torch.cat(new).to(dtype).mul_(lengths[:, None])
-            return list(directions.to(alike[0].weight.dtype).split(sizes))
+            filters = torch.cat(new).mul_(lengths[:, None]).to(current[0].dtype)
+            return list(filters.split(sizes))
 
         rows = over_batches(rows_of, returning)
         return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})

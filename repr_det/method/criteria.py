@@ -247,7 +247,8 @@ def choose(
         FloatingPointError: a score that is not a number.
     """
     together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
-    owner = torch.repeat_interleave(torch.tensor([layer.num_filters for layer in layers]))
+    sizes = [layer.num_filters for layer in layers]
+    owner = torch.repeat_interleave(torch.tensor(sizes))
     unknown = together.isnan()
     if unknown.any():
         raise FloatingPointError(
@@ -259,9 +260,9 @@ def choose(
     # How many of a filter's own layer come before it; those within the layer's limit may go.
     by_layer = torch.sort(owner[order], stable=True).indices
     before = torch.empty_like(order)
-    before[by_layer] = torch.cat([torch.arange(layer.num_filters) for layer in layers])
+    before[by_layer] = torch.cat([torch.arange(size) for size in sizes])
     within = before < torch.tensor(layer_limits(layers, max_layer_ratio))[owner[order]]
     chosen = torch.zeros(len(together), dtype=torch.bool)
     chosen[order[within][: number_to_prune(layers, ratio)]] = True
-    parts = chosen.split([layer.num_filters for layer in layers])
+    parts = chosen.split(sizes)
     return {layer.name: part.clone() for layer, part in zip(layers, parts, strict=True)}

@@ -470,6 +470,6 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
     return found
 
 
-def extremes(layer: FilterLayer) -> Tensor:
-    """The smallest and the largest weight of a layer, NaN where it holds one: shape (2,)."""
-    return torch.stack(torch.aminmax(layer.weight.detach()))
+def extremes(values: Tensor) -> Tensor:
+    """The smallest and the largest value, NaN where there is one: shape (2,)."""
+    return torch.stack(torch.aminmax(values.detach()))

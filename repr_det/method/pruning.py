@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from repr_det.method.filters import FilterLayer, Slot, column_slots
+from repr_det.method.filters import FilterLayer, Slot, column_slots, extremes
 from repr_det.method.graph import Reader
 from repr_det.method.threads import over_layers
 
@@ -167,7 +167,7 @@ def moved(layer: FilterLayer, pruned: Tensor) -> Tensor:
     """
     slots = [slot for slot in layer.filter_slots(pruned) if len(slot.index)]
     # Several times faster than ``any``.
-    return torch.cat([torch.stack(torch.aminmax(slot.read())) for slot in slots]).ne(0).any()
+    return torch.cat([extremes(slot.read()) for slot in slots]).ne(0).any()
 
 
 class _Columns(NamedTuple):

@@ -85,7 +85,7 @@ def orthogonal_directions(
         generators: CPU source of the random directions of each set, in turn; one may serve several.
 
     Returns:
-        shape (p, d) for each set, p the number of its dropped filters, on the device of ``units``.
+        shape (p, d) for each set, p the number of its dropped filters, like ``units`` otherwise.
     """
     _, width, dimension = units.shape
     counts = dropped.sum(dim=1).tolist()
@@ -116,7 +116,7 @@ def orthogonal_directions(
 
     for i in set(range(len(units))).difference(found):
         found[i] = _with_little_room(units[i], dropped[i], normal[i].to(units))
-    return [found[i] for i in range(len(units))]
+    return [found[i].to(units.dtype) for i in range(len(units))]
 
 
 def _random_orthonormal(normal: Sequence[Tensor], like: Tensor) -> list[Tensor]:
