@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
@@ -24,6 +22,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
+from repr_det.engine.processes import join_torchrun, launch, leave_process_group
 from repr_det.engine.trainer import RePrTrainer, check_weights_given
 
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
@@ -103,6 +102,7 @@ def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         join_torchrun()
         _in_process(args, configure, trainer_for)
+        leave_process_group()
         return
     try:
         launch(
@@ -117,15 +117,6 @@ def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor)
         if error.exit_code != 2:
             raise
         sys.exit(2)  # the process itself has said why
-
-
-def join_torchrun() -> None:
-    """Join the process group of the processes that ``torchrun`` has started."""
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
 def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from repr_det.classification import ClassificationTrainer
+from repr_det.engine.processes import launch
 from repr_det.engine.trained import load_trained
 from tests.classification.settings import register_corners, small_cfg
 
@@ -35,10 +39,25 @@ def train(output_dir: str, file: str, network: str = "c3_8") -> None:
     torch.save(result, f"{file}{comm.get_rank()}")
 
 
+def gloo_threads() -> list[str]:
+    """Threads of this process that reduce tensors, by the names that Linux knows them by."""
+    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+    return [name for name in names if "gloo" in name]
+
+
+def train_and_watch_threads(output_dir: str, file: str) -> None:
+    train(output_dir, file)
+    threads = Path(f"{file}_threads{comm.get_rank()}")
+    while_trained = gloo_threads()
+    atexit.register(
+        lambda: threads.write_text(json.dumps([while_trained, gloo_threads()])),
+    )
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for two GPUs")
 def test_two_processes_are_one(tmp_path):
     train(str(tmp_path / "one"), f"{tmp_path}/one")
-    launch(train, 2, dist_url="auto", args=(str(tmp_path / "two"), f"{tmp_path}/two"))
+    launch(train_and_watch_threads, 2, args=(str(tmp_path / "two"), f"{tmp_path}/two"))
     one, first, second = (torch.load(tmp_path / name) for name in ("one0", "two0", "two1"))
     assert second["accuracy"] is None
     for name, weight in one["weights"].items():
@@ -46,13 +65,16 @@ def test_two_processes_are_one(tmp_path):
         assert torch.equal(first["weights"][name], second["weights"][name])
         assert torch.allclose(first["weights"][name], weight, atol=1e-5), name
     assert first["accuracy"] == pytest.approx(one["accuracy"], rel=1e-4)
+    for rank in range(2):
+        while_trained, at_exit = json.loads((tmp_path / f"two_threads{rank}").read_text())
+        assert while_trained and not at_exit
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for two GPUs")
 def test_checkpoint_of_two_processes_evaluates_to_what_was_reported(tmp_path):
     """Norms count the batches of their own process; a checkpoint holds the first one's counts."""
     out = tmp_path / "out"
-    launch(train, 2, dist_url="auto", args=(str(out), f"{tmp_path}/two", "c3_8_bn"))
+    launch(train, 2, args=(str(out), f"{tmp_path}/two", "c3_8_bn"))
     register_corners()
     cfg = small_cfg(str(out))
     cfg.MODEL.CLASSIFIER.NAME = "c3_8_bn"
@@ -103,7 +125,7 @@ def train_whole_and_resumed(folder: str) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for GPUs")
 def test_three_processes_resume_to_the_same_bits(tmp_path):
     """Of three gradients the sum depends on the order, and that on how they are put together."""
-    launch(train_whole_and_resumed, 3, dist_url="auto", args=(str(tmp_path),))
+    launch(train_whole_and_resumed, 3, args=(str(tmp_path),))
     by_rank = [torch.load(tmp_path / f"weights{rank}") for rank in range(3)]
     whole = by_rank[0][0]
     for _, stopped, resumed in by_rank:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.engine import HookBase, launch
+from detectron2.engine import HookBase
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
-from repr_det.engine.command_line import join_torchrun
 from repr_det.engine.hook import RePrHook
+from repr_det.engine.processes import join_torchrun, launch, leave_process_group
 from repr_det.tasks import trainer_for
 from tests.engine.killed_run import TASKS
 
@@ -114,8 +114,9 @@ def main(
     if processes == "0":
         join_torchrun()
         run(*arguments)
+        leave_process_group()
     else:
-        launch(run, int(processes), dist_url="auto", args=arguments)
+        launch(run, int(processes), args=arguments)
 
 
 if __name__ == "__main__":

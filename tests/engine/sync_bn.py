@@ -8,11 +8,11 @@ from __future__ import annotations
 from unittest import mock
 
 import torch
-from detectron2.engine import launch
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.utils import comm
 from torch import distributed, nn
 
+from repr_det.engine.processes import launch
 from tests.method import nets, test_exact
 
 
@@ -49,4 +49,4 @@ def run() -> None:
 
 
 if __name__ == "__main__":
-    launch(run, 2, dist_url="auto")
+    launch(run, 2)
