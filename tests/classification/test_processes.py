@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -41,17 +42,26 @@ def train(output_dir: str, file: str, network: str = "c3_8") -> None:
 
 def gloo_threads() -> list[str]:
     """Threads of this process that reduce tensors, by the names that Linux knows them by."""
-    names = [(thread / "comm").read_text() for thread in Path("/proc/self/task").iterdir()]
+    names = []
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.append((thread / "comm").read_text())
     return [name for name in names if "gloo" in name]
 
 
 def train_and_watch_threads(output_dir: str, file: str) -> None:
     train(output_dir, file)
-    threads = Path(f"{file}_threads{comm.get_rank()}")
+    target = Path(f"{file}_threads{comm.get_rank()}")
     while_trained = gloo_threads()
-    atexit.register(
-        lambda: threads.write_text(json.dumps([while_trained, gloo_threads()])),
-    )
+
+    def write() -> None:
+        # Linux may still list a thread for a moment that has been joined.
+        until = time.monotonic() + 10
+        while gloo_threads() and time.monotonic() < until:
+            time.sleep(0.01)
+        target.write_text(json.dumps([while_trained, gloo_threads()]))
+
+    atexit.register(write)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Detectron2's launch would ask for two GPUs")
