@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 import sys
 import time
@@ -22,7 +21,7 @@ from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
-from repr_det.engine.processes import join_torchrun, launch, leave_process_group
+from repr_det.engine.processes import launch
 from repr_det.engine.trainer import RePrTrainer, check_weights_given
 
 USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
@@ -99,11 +98,6 @@ def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor)
         configure: makes the whole config from the parsed arguments.
         trainer_for: picks the trainer for a config.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        join_torchrun()
-        _in_process(args, configure, trainer_for)
-        leave_process_group()
-        return
     try:
         launch(
             _in_process,

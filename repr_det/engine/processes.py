@@ -23,6 +23,8 @@ def launch(
 ) -> None:
     """Run a function in each of several processes, as Detectron2's launch does, and then part.
 
+    Where ``torchrun`` has started the processes, these are taken, whatever is asked for.
+
     Args:
         main: a function of a module, that other processes can import.
         processes: how many on this machine; one runs it here, without a process group.
@@ -35,26 +37,28 @@ def launch(
         ProcessExitedException: a process ended by itself; the others are ended then.
         ProcessRaisedException: one raised an error.
     """
-    if processes * num_machines == 1:
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _join_torchrun()
+        _take_part(main, args)
+    elif processes * num_machines == 1:
         main(*args)
-        return
-    detectron2.engine.launch(
-        _take_part,
-        processes,
-        num_machines=num_machines,
-        machine_rank=machine_rank,
-        dist_url=dist_url,
-        args=(main, args),
-    )
+    else:
+        detectron2.engine.launch(
+            _take_part,
+            processes,
+            num_machines=num_machines,
+            machine_rank=machine_rank,
+            dist_url=dist_url,
+            args=(main, args),
+        )
 
 
 def _take_part(main: Callable[..., None], args: tuple[Any, ...]) -> None:
     main(*args)
-    leave_process_group()
+    _leave_process_group()
 
 
-def join_torchrun() -> None:
-    """Join the process group of the processes that ``torchrun`` has started."""
+def _join_torchrun() -> None:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -62,7 +66,7 @@ def join_torchrun() -> None:
     comm.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
 
 
-def leave_process_group() -> None:
+def _leave_process_group() -> None:
     """Take the process group down, with its threads, before the interpreter goes.
 
     A thread of gloo may still hold a tensor of the last reduction; to let go of it after Python

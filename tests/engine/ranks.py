@@ -2,7 +2,7 @@
 
     python ranks.py TASK OUTPUT PROCESSES [RANK_TO_KILL ITERATION]
 
-Under torchrun PROCESSES is 0: the processes exist already.
+Under torchrun PROCESSES counts for nothing: the processes exist already.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 
 from repr_det.engine.hook import RePrHook
-from repr_det.engine.processes import join_torchrun, launch, leave_process_group
+from repr_det.engine.processes import launch
 from repr_det.tasks import trainer_for
 from tests.engine.killed_run import TASKS
 
@@ -110,13 +110,7 @@ def run(task: str, output: str, kill_rank: int, kill_at: int) -> None:
 def main(
     task: str, output: str, processes: str, kill_rank: str = "-1", kill_at: str = "-1"
 ) -> None:
-    arguments = (task, output, int(kill_rank), int(kill_at))
-    if processes == "0":
-        join_torchrun()
-        run(*arguments)
-        leave_process_group()
-    else:
-        launch(run, int(processes), args=arguments)
+    launch(run, int(processes), args=(task, output, int(kill_rank), int(kill_at)))
 
 
 if __name__ == "__main__":
