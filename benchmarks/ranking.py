@@ -17,7 +17,7 @@ from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.method.criteria import ortho
-from repr_det.method.filters import FilterLayer, unit_rows
+from repr_det.method.layers import FilterLayer, unit_rows
 from repr_det.method.reinit import orthogonal_directions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -28,8 +28,8 @@ from repr_det.engine.trainer import check_weights
 from repr_det.method.controller import RePr
 from repr_det.method.criteria import Data, filter_overlap, mean_overlap
 from repr_det.method.data_criteria import BATCHES, oracle
-from repr_det.method.filters import FilterLayer, named_modules
-from repr_det.method.graph import preserved
+from repr_det.method.layers import FilterLayer
+from repr_det.method.modules import named_modules, unchanged
 from repr_det.method.schedule import RePrSchedule
 from repr_det.tasks import trainer_for
 
@@ -269,7 +269,7 @@ def contributions(network: Network) -> dict[str, list[float]]:
     batches = own_batches(trainer.build_train_loader(cfg), max(cfg.SEED, 0))
     network.model.train()
     try:
-        with torch.no_grad(), preserved(network.model):
+        with torch.no_grad(), unchanged(network.model):
             generator = torch.Generator().manual_seed(0)
             data = Data(network.model, batches, training_loss, generator, _with_a_bar)
             scores = oracle(network.layers, data)

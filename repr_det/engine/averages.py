@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from repr_det.method.filters import unwrap
+from repr_det.method.modules import unwrap
 
 _DEPTH = 2
 """Objects inside a hook that are looked into: the state of an average is often one."""

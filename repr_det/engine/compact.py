@@ -35,10 +35,11 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det.method.controller import RePr
-from repr_det.method.filters import FilterLayer, NormLink, named_modules, unwrap
-from repr_det.method.graph import eager, preserved, trace
+from repr_det.method.layers import FilterLayer, NormLink
+from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.pruning import state_tensors
 from repr_det.method.removal import Removable, Removal
+from repr_det.method.tracing import trace
 
 MODES = ("auto", "on", "off")
 
@@ -272,7 +273,7 @@ class Compact:
         device = next(self._model.parameters()).device
         for _ in range(2):
             self._model.zero_grad(set_to_none=True)
-            with preserved(self._model), torch.enable_grad(), self._precision():
+            with unchanged(self._model), torch.enable_grad(), self._precision():
                 self._model.train()
                 _wait(device)
                 start = time.perf_counter()
@@ -526,7 +527,7 @@ def _multiple(device: torch.device, precision: Callable[[], Any]) -> int:
 
 def _cost(model: nn.Module, run: Callable[[], Any]) -> Cost:
     counter = FlopCounterMode(display=False)
-    with preserved(model), torch.no_grad(), eager(), counter:
+    with unchanged(model), torch.no_grad(), eager(), counter:
         run()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Cost(parameters, counter.get_total_flops() // 2)

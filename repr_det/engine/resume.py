@@ -12,7 +12,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
-from repr_det.method.filters import named_modules
+from repr_det.method.modules import named_modules
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.filters import NormLink
-from repr_det.method.graph import eager, preserved
+from repr_det.method.layers import NormLink
+from repr_det.method.modules import eager, unchanged
 
 
 @contextmanager
@@ -73,14 +73,14 @@ def calibrate(
         average: averages a tensor over processes.
     """
     links = list(links)
-    with preserved(model), torch.no_grad(), eager(), _measuring(links, average):
+    with unchanged(model), torch.no_grad(), eager(), _measuring(links, average):
         for batch in batches:
             loss(model, batch)
         measured = [
             [(mean[c].clone(), var[c].clone()) for mean, var in link.running_statistics()]
             for link, c in links
         ]
-    # `preserved` has put the old buffers back, the measured channels with them.
+    # `unchanged` has put the old buffers back, the measured channels with them.
     with torch.no_grad():
         for (link, c), values in zip(links, measured, strict=True):
             for (mean, var), (new_mean, new_var) in zip(

@@ -28,19 +28,8 @@ from repr_det.method.criteria import (
     number_to_prune,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
-from repr_det.method.filters import (
-    FilterLayer,
-    NormLink,
-    Slot,
-    extremes,
-    named_modules,
-    row_lengths,
-    select_layers,
-    separable,
-    unit_rows,
-    unwrap,
-)
-from repr_det.method.graph import ChannelGraph, Reader, eager, preserved, trace
+from repr_det.method.layers import FilterLayer, NormLink, Slot, extremes, row_lengths, unit_rows
+from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.pruning import (
     GradientMask,
     check_optimizer,
@@ -53,8 +42,10 @@ from repr_det.method.pruning import (
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
+from repr_det.method.selection import select_layers, separable
 from repr_det.method.settings import check_same_settings, check_whole
 from repr_det.method.threads import over_batches, over_layers
+from repr_det.method.tracing import ChannelGraph, Reader, trace
 from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
@@ -185,7 +176,7 @@ class RePr:
         if None not in (batches, loss) and (constant or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
-            with preserved(self._model), eager():
+            with unchanged(self._model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
         if batches is None and constant:
             warnings.warn(
@@ -216,7 +207,7 @@ class RePr:
     def _check_loss(self) -> None:
         """Refuse batches and a loss that would fail at the first phase change, an hour from now."""
         try:
-            with preserved(self._model), torch.no_grad(), eager():
+            with unchanged(self._model), torch.no_grad(), eager():
                 self._model.train()
                 for batch in itertools.islice(self._batches(), 1):
                     self._loss(self._model, batch)
@@ -445,7 +436,7 @@ class RePr:
     def _scores(self, cycle: int) -> Scores:
         if self._looks_at_weights:
             return self._criterion(self.layers, self._data(cycle))
-        with preserved(self._model), eager():
+        with unchanged(self._model), eager():
             return self._criterion(self.layers, self._data(cycle))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.method import data_criteria
-from repr_det.method.filters import FilterLayer, unit_rows
+from repr_det.method.layers import FilterLayer, unit_rows
 from repr_det.method.products import lower_products
 from repr_det.method.threads import over_batches
 

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from repr_det.method.filters import FilterLayer
-from repr_det.method.graph import preserved
+from repr_det.method.layers import FilterLayer
+from repr_det.method.modules import unchanged
 from repr_det.method.pruning import zero_filters
 
 if TYPE_CHECKING:
@@ -316,7 +316,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _total_loss(data: Data, batches: Sequence[Any]) -> float:
     # Each evaluation starts from the same buffers and random state, so that only the filter counts.
-    with preserved(data.model), torch.no_grad():
+    with unchanged(data.model), torch.no_grad():
         return sum(float(data.loss(data.model, batch)) for batch in batches)
 
 

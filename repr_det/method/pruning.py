@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from repr_det.method.filters import FilterLayer, Slot, column_slots, extremes
-from repr_det.method.graph import Reader
+from repr_det.method.layers import FilterLayer, Slot, column_slots, extremes
 from repr_det.method.threads import over_layers
+from repr_det.method.tracing import Reader
 
 SECOND_MOMENTS = {
     "exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "exp_inf", "acc_delta", "step_size"

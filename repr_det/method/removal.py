@@ -4,7 +4,7 @@ A filter can go if everything that sees its channel works alike with one channel
 the layers that read it, which lose their part of it, and operations that treat channels one by one.
 Where channels are brought together (a sum, a shared layer, a batch of several inputs), they go
 together or not at all. All of this was seen by following the channels through real runs
-(:mod:`repr_det.method.graph`); nothing depends on names or types of architectures.
+(:mod:`repr_det.method.tracing`); nothing depends on names or types of architectures.
 
 The dependency graph of Torch-Pruning was not taken for this: it reads the graph of autograd, in
 which Detectron2's FrozenBatchNorm2d is a sum and a product, its box pooler an indexed assignment
@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repr_det.method.filters import SharedIndices, norm_channels
-from repr_det.method.graph import ChannelGraph, Filter
+from repr_det.method.layers import SharedIndices
+from repr_det.method.modules import norm_channels
+from repr_det.method.tracing import ChannelGraph, Filter
 
 
 class Removal(NamedTuple):

@@ -14,7 +14,7 @@ from torch import nn
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.batches import training_loss
 from repr_det.engine.compact import Compact, _Cut
-from repr_det.method.graph import preserved
+from repr_det.method.modules import unchanged
 from tests.detectors import plain_cfg
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
 from tests.method.test_exact import clip_all_by_norm, clip_by_norm, clip_by_value, train_step
@@ -387,7 +387,7 @@ def test_classifiers_say_the_same(name):
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
 
     def run(training):
-        with preserved(model), torch.no_grad():
+        with unchanged(model), torch.no_grad():
             model.train(training)
             torch.manual_seed(3)
             out = model(x)
@@ -419,7 +419,7 @@ def test_detector_has_the_same_gradients(tmp_path):
 
     def gradients():
         model.zero_grad()
-        with preserved(model):
+        with unchanged(model):
             model.train()
             torch.manual_seed(5)
             value = training_loss(model, *batches())

@@ -26,7 +26,7 @@ from repr_det.method.criteria import (
     number_to_prune,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES
-from repr_det.method.filters import FilterLayer
+from repr_det.method.layers import FilterLayer
 from tests.method.nets import batch, loss, net
 
 

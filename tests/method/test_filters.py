@@ -8,18 +8,10 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from repr_det import RePr, RePrSchedule
-from repr_det.method.filters import (
-    FilterLayer,
-    column_slots,
-    is_conv,
-    is_norm,
-    matches,
-    mixes_channels,
-    named_modules,
-    select_layers,
-    unwrap,
-)
-from repr_det.method.graph import trace
+from repr_det.method.layers import FilterLayer, column_slots
+from repr_det.method.modules import is_conv, is_norm, mixes_channels, named_modules, unwrap
+from repr_det.method.selection import matches, select_layers
+from repr_det.method.tracing import trace
 from tests.method.nets import Residual, chain
 
 

@@ -7,7 +7,7 @@ import torch
 
 from repr_det import Reinit
 from repr_det.method import reinit
-from repr_det.method.filters import unit_rows
+from repr_det.method.layers import unit_rows
 from repr_det.method.reinit import lengths_of, orthogonal_directions
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from repr_det.method.graph import trace
 from repr_det.method.removal import Removable
+from repr_det.method.tracing import trace
 from tests.method.nets import PreActivation, Residual, chain
 
 

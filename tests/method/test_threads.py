@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from repr_det.method.filters import FilterLayer
+from repr_det.method.layers import FilterLayer
 from repr_det.method.threads import over_batches, over_layers
 from tests.pretended_gpu import moved_to_gpu, pretended_gpu
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from repr_det.method.graph import Reader, trace
 from repr_det.method.removal import Removable
+from repr_det.method.tracing import Reader, trace
 from tests.method.nets import PreActivation, Residual, chain
 
 

@@ -13,7 +13,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,14 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from repr_det.method.filters import (
-    NormLink,
-    SharedIndices,
+from repr_det.method.layers import NormLink, SharedIndices
+from repr_det.method.modules import (
+    eager,
     is_conv,
     is_norm,
     mixes_channels,
     named_modules,
     norm_channels,
+    unchanged,
     unwrap,
 )
 
@@ -746,38 +747,6 @@ def _padded(tag: Tag, x: Tensor, pad: list[int], value: float | None) -> Tag | N
     return Tag(tag.dim, zero * before + tag.sources + zero * after)
 
 
-def _numbers(module: nn.Module) -> dict[str, float]:
-    attributes = vars(module).items()
-    return {k: v for k, v in attributes if isinstance(v, (int, float)) and k != "training"}
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what running a model changes.
-
-    Buffers, the mode of each module, numbers that modules keep as attributes (the loss normaliser
-    of RetinaNet), and the random state.
-    """
-    modes = [(m, m.training) for m in model.modules()]
-    numbers = [(m, _numbers(m), set(vars(m))) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {b.device for b in model.parameters()} | {b.device for b in model.buffers()}
-    try:
-        with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module, before, attributes in numbers:
-            for key in _numbers(module).keys() - attributes:
-                delattr(module, key)
-            for key, value in before.items():
-                setattr(module, key, value)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
 _IMAGE_SIZES = (64, 32, 28, 224, 16, 8, 48, 96, 128, 256, 299, 384, 448, 512)
 """Image sizes to try, for models that take only one."""
 
@@ -801,12 +770,6 @@ def _example_runs(model: nn.Module, convs: list[nn.Module]) -> Iterator[Callable
         yield from reversed(runs) if is_detector else runs
         if is_detector:
             yield lambda x=blank: model.backbone(x.clone())
-
-
-def eager() -> Any:
-    """While inside, compiled parts run uncompiled: compiled ones skip hooks set after they were."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return set_stance("force_eager") if set_stance else nullcontext()
 
 
 def trace(
@@ -866,7 +829,7 @@ def _run(tracer: _Tracer, model: nn.Module, run: Callable[[], Any], training: bo
     """Follow one run; what it showed counts only if it succeeds."""
     record = tracer.record()
     try:
-        with preserved(model), torch.no_grad(), eager(), tracer.watching():
+        with unchanged(model), torch.no_grad(), eager(), tracer.watching():
             model.train(training)
             tracer.fix_all(run())
             tracer.fix_what_is_left()

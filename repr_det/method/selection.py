@@ -1,0 +1,125 @@
+"""Which conv layers take part: patterns and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from repr_det.method.layers import FilterLayer
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a dotted name, or a module that it lies in, matches a shell-style pattern."""
+    parts = name.split(".")
+    ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
+    return any(fnmatchcase(a, p) for p in patterns for a in ancestors)
+
+
+def names_itself(name: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns matches the dotted name itself, not only what it lies in."""
+    return any(fnmatchcase(name, p) for p in patterns)
+
+
+def select_layers(
+    convs: dict[str, nn.Module],
+    *,
+    stems: Collection[str],
+    heads: Collection[str],
+    gates: Collection[str],
+    trained: Collection[int],
+    has_backbone: bool,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> list[str]:
+    """Names of the conv layers that take part.
+
+    Default: below ``backbone`` where the model has one, else everywhere, without the stem, without
+    prediction layers and without gates. With ``include``, what the patterns match; these layers
+    then only where a pattern matches their own name. Never: depthwise and single-filter
+    layers (a filter has no other to be compared with), and layers whose weight does not train.
+
+    Args:
+        convs: all convs of the model by dotted name.
+        stems: names of convs that read the image.
+        heads: names of prediction layers.
+        gates: names of convs whose output other channels are multiplied by, behind a sigmoid.
+        trained: ``id`` of every parameter that the optimizer trains.
+        has_backbone: whether the model has a module called ``backbone``.
+        include: shell-style patterns; a pattern also takes everything below what it matches.
+        exclude: likewise; wins over ``include``.
+
+    Raises:
+        ValueError: a pattern that matches no conv; nothing trainable or comparable matched.
+    """
+    for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
+        for pattern in patterns or ():
+            if not any(matches(name, [pattern]) for name in convs):
+                some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
+                raise ValueError(
+                    f"RePr {key} pattern {pattern!r} matches no conv layer; "
+                    f"names that exist are, for example: {some}."
+                )
+    if include:
+        special = {*stems, *heads, *gates}
+        names = [
+            name
+            for name in convs
+            if matches(name, include) and (name not in special or names_itself(name, include))
+        ]
+    elif has_backbone:
+        names = [n for n in convs if n.startswith("backbone.") and n not in {*stems, *gates}]
+    else:
+        names = [n for n in convs if n not in {*stems, *heads, *gates}]
+    names = [n for n in names if not matches(n, exclude or ())]
+    trainable = [n for n in names if id(convs[n].weight) in trained]
+    if not trainable:
+        raise ValueError(
+            f"RePr found nothing to train: of the {len(names)} conv layers that match, none has a "
+            f"weight that requires gradients and is in the optimizer; "
+            f"change INCLUDE/EXCLUDE or unfreeze layers."
+        )
+    comparable = [n for n in trainable if convs[n].out_channels // convs[n].groups > 1]
+    if not comparable:
+        raise ValueError(
+            f"RePr found nothing to compare: all {len(trainable)} matching conv layers are "
+            f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
+        )
+    return comparable
+
+
+def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[FilterLayer]:
+    """Those layers of the given names whose filters can be dropped without touching any others.
+
+    Convs that share a weight become one layer: the first that holds it, with the norms behind all
+    that do. Left out is what is shared with a conv that does not take part: a weight, or a channel
+    of a norm that is called behind several convs; likewise convs that share a weight but not their
+    bias, since a filter has one bias here.
+
+    Args:
+        layers: of all convs.
+        names: of those that are to take part.
+    """
+    by_weight: dict[Tensor, list[FilterLayer]] = {}
+    owners: dict[tuple[str, int], set[Tensor]] = {}
+    for layer in layers:
+        by_weight.setdefault(layer.weight, []).append(layer)
+        for link in layer.norms:
+            for channel in link.channels.tolist():
+                owners.setdefault((link.name, channel), set()).add(layer.weight)
+    not_alone = {weight for weights in owners.values() if len(weights) > 1 for weight in weights}
+    found = []
+    for weight, (first, *others) in by_weight.items():
+        one_bias = all(other.bias is first.bias for other in others)
+        selected = all(layer.name in names for layer in (first, *others))
+        if one_bias and selected and weight not in not_alone:
+            # Behind several convs, one norm may have a part of its channels for each.
+            norms = {
+                (link.name, *link.channels.tolist()): link
+                for layer in (first, *others)
+                for link in layer.norms
+            }
+            found.append(replace(first, norms=tuple(norms.values())))
+    return found
