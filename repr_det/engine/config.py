@@ -47,9 +47,12 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Seed of the new filters and of the random criterion.
     cfg.REPR.SEED = 0
 
-    # What a returned filter starts with besides its direction; see repr_det.method.reinit.Reinit.
+    # What a returned filter starts with; see repr_det.method.reinit.Reinit.
     defaults = reinit.Reinit()
     cfg.REPR.REINIT = CfgNode()
+    # "orthogonal" to survivors and to the dropped filters, as in the paper, or "previous", which is
+    # ours: filters return as they were at the drop, and the keys below keep their defaults.
+    cfg.REPR.REINIT.DIRECTION = defaults.direction
     # Length of a new filter: "survivors" (their mean) or "previous" (its own before the drop).
     cfg.REPR.REINIT.NORM = defaults.norm
     # Factor on that length.

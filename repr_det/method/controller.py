@@ -53,6 +53,9 @@ CALIBRATION_BATCHES = 4
 
 _STATE_VERSION = 2
 
+_LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal"}
+"""Settings that older checkpoints do not mention, and what they were then."""
+
 
 class LayerReport(NamedTuple):
     """What a phase change did to one layer.
@@ -99,7 +102,7 @@ class RePr:
             criteria and the statistics of returned channels in front of frozen norms.
         copies: models kept in step (EMA of the weights): dropped and returned filters are handed
             over to them.
-        reinit: what returned filters start with besides their direction.
+        reinit: what returned filters start with.
         warmup: iterations over which the learning rate climbs back in a straight line after each
             return, at most S1; 0 leaves it alone.
         progress: shows how far a slow criterion (``oracle``) is: takes the filters to go through
@@ -172,7 +175,9 @@ class RePr:
         self._outgoing = self._factors_on_readers()
         self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
-        constant = any(link.constant_statistics for link, _ in self._norms(None))
+        constant = not self.reinit.as_it_was and any(
+            link.constant_statistics for link, _ in self._norms(None)
+        )
         if None not in (batches, loss) and (constant or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
@@ -188,6 +193,8 @@ class RePr:
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
         self._before: dict[str, dict[str, Any]] = {}
+        # The same of each copy, where filters return as they were.
+        self._before_in_copies: list[dict[str, dict[str, Any]]] = []
         self._aside: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
@@ -237,9 +244,10 @@ class RePr:
     def _factors_on_readers(self) -> dict[str, float]:
         """The factor on what reads a returned filter, by reader name."""
         trained = self._trained()
+        outgoing = 1.0 if self.reinit.as_it_was else self.reinit.outgoing
         # A frozen layer could never learn its weights again.
         return {
-            reader.name: self.reinit.outgoing if id(reader.module.weight) in trained else 1.0
+            reader.name: outgoing if id(reader.module.weight) in trained else 1.0
             for reader in self._readers
         }
 
@@ -443,15 +451,31 @@ class RePr:
         self._check_finite("rank")
         scores = self._agreed_scores(self._scores(cycle))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
-        losing = [layer for layer in self.layers if pruned[layer.name].any()]
-        values = over_layers(lambda layer: _values(layer, pruned[layer.name]), losing)
-        self._before = {layer.name: v for layer, v in zip(losing, values, strict=True)}
+        self._before = self._values(self.layers, pruned)
+        if self.reinit.as_it_was:
+            self._before_in_copies = [self._values(layers, pruned) for layers, _ in self._copies]
         self._aside = [self._take_out(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
         self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
+
+    def _values(
+        self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]
+    ) -> dict[str, dict[str, Any]]:
+        losing = [layer for layer in layers if pruned[layer.name].any()]
+        values = over_layers(
+            lambda layer: _values(layer, pruned[layer.name], self.reinit.as_it_was), losing
+        )
+        if self.reinit.as_it_was:
+            for norm in (norm for of_layer in values for norm in of_layer["norms"]):
+                # Where they train, every rank has its own.
+                norm["statistics"] = [
+                    [_from_first_rank({"": tensor})[""] for tensor in pair]
+                    for pair in norm["statistics"]
+                ]
+        return {layer.name: v for layer, v in zip(losing, values, strict=True)}
 
     def _take_out(
         self,
@@ -461,7 +485,9 @@ class RePr:
         optimizer: Optimizer | None,
     ) -> dict[str, Any]:
         """Set pruned filters and what reads them to zero; returns what :func:`set_aside` does."""
-        aside = set_aside(readers, pruned, optimizer, self._outgoing)
+        aside = set_aside(
+            readers, pruned, optimizer, self._outgoing, keep_moments=not self.reinit.as_it_was
+        )
         over_layers(lambda layer: zero_filters(layer, pruned[layer.name], optimizer), layers)
         return aside
 
@@ -474,21 +500,16 @@ class RePr:
         everywhere = self._everywhere()
         for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
             put_back(readers, returned, optimizer, aside, self._outgoing)
-        rows = self._new_rows(generator)
-
-        def write(layer: FilterLayer) -> None:
-            chosen = returned[layer.name]
-            layer.write_rows(chosen, rows[layer.name])
-            self._write_affine(layer, chosen)
-            reset_state(layer, chosen, self.optimizer)
-
-        over_layers(write, [layer for layer in self.layers if layer.name in rows])
-        self._reset_statistics(returned)
+        if self.reinit.as_it_was:
+            self._restore(returned)
+        else:
+            self._renew(returned, generator)
+        for layer in self.layers:
+            if layer.name in self._before:
+                reset_state(layer, returned[layer.name], self.optimizer)
         report = self._report(None)
-        for layers, _, optimizer in everywhere:
-            if optimizer is None:
-                _hand_over(self.layers, layers, returned)
         self._pruned, self._before, self._aside = self._none_pruned(), {}, []
+        self._before_in_copies = []
         self._phase = FULL
         return PhaseChange("return", self._cycle, report)
 
@@ -562,6 +583,32 @@ class RePr:
         ]
 
     # --- coming back
+
+    def _restore(self, returned: dict[str, Tensor]) -> None:
+        """Set returned filters to what they were at the drop, in the model and in its copies."""
+        everywhere = zip(
+            [self.layers, *(layers for layers, _ in self._copies)],
+            [self._before, *self._before_in_copies],
+            strict=True,
+        )
+        for layers, before in everywhere:
+            for layer in layers:
+                if layer.name in before:
+                    _write_values(layer, returned[layer.name], before[layer.name])
+
+    def _renew(self, returned: dict[str, Tensor], generator: torch.Generator) -> None:
+        """Set returned filters to new ones, and hand them over to the copies."""
+        rows = self._new_rows(generator)
+
+        def write(layer: FilterLayer) -> None:
+            chosen = returned[layer.name]
+            layer.write_rows(chosen, rows[layer.name])
+            self._write_affine(layer, chosen)
+
+        over_layers(write, [layer for layer in self.layers if layer.name in rows])
+        self._reset_statistics(returned)
+        for layers, _ in self._copies:
+            _hand_over(self.layers, layers, returned)
 
     def _new_rows(self, generator: torch.Generator) -> dict[str, Tensor]:
         returning = [layer for layer in self.layers if layer.name in self._before]
@@ -690,6 +737,7 @@ class RePr:
             "cycle": self._cycle,
             "pruned": self.pruned if self._phase == SUB else {},
             "before": self._before,
+            "before_in_copies": self._before_in_copies,
             "aside": self._aside,
             "history": self.history,
         }
@@ -708,8 +756,7 @@ class RePr:
                 f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
                 f"resume with the version of repr_det that wrote the checkpoint."
             )
-        # Checkpoints from before there was a warm-up do not mention it.
-        check_same_settings("RePr", self.settings(), {"warmup": 0, **state["settings"]})
+        check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         if state["layers"] != {layer.name: layer.num_filters for layer in self.layers}:
             changed = set(state["layers"].items()) ^ {(x.name, x.num_filters) for x in self.layers}
             raise ValueError(
@@ -724,6 +771,7 @@ class RePr:
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
         self._before, self._aside = state["before"], state["aside"]
+        self._before_in_copies = state.get("before_in_copies", [])
         self._history = list(state["history"])
         self._pruned = self._none_pruned()
         if self._phase == SUB:
@@ -735,8 +783,11 @@ def _forward_hooks(model: nn.Module) -> set[int]:
     return {number for module in model.modules() for number in module._forward_hooks}
 
 
-def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
-    """What the chosen filters of a layer are before they go."""
+def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> dict[str, Any]:
+    """What the chosen filters of a layer are before they go.
+
+    Statistics of norms that train only where they come back: they differ from rank to rank.
+    """
     norms = []
     for link in layer.norms:
         channels = link.channels_of(chosen)
@@ -750,8 +801,7 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
                 "statistics": [
                     [mean[channels], var[channels]]
                     for mean, var in link.running_statistics()
-                    # Statistics that train differ from rank to rank, and start anew anyway.
-                    if link.constant_statistics
+                    if all_statistics or link.constant_statistics
                 ]
             }
         )
@@ -760,6 +810,25 @@ def _values(layer: FilterLayer, chosen: Tensor) -> dict[str, Any]:
     if layer.bias is not None:
         values["bias"] = layer.bias.detach()[chosen]
     return values
+
+
+def _write_values(layer: FilterLayer, chosen: Tensor, values: dict[str, Any]) -> None:
+    """Set the chosen filters to what :func:`_values` gave."""
+    layer.write_rows(chosen, values["weight"])
+    if layer.bias is not None:
+        _write_entries(layer.bias, chosen, values["bias"])
+    for link, old in zip(layer.norms, values["norms"], strict=True):
+        channels = link.channels_of(chosen)
+        for key, tensor in (("gamma", link.gamma), ("beta", link.beta)):
+            if tensor is not None:
+                _write_entries(tensor, channels, old[key])
+        for pair, old_pair in zip(link.running_statistics(), old["statistics"], strict=True):
+            for tensor, entries in zip(pair, old_pair, strict=True):
+                _write_entries(tensor, channels, entries)
+
+
+def _write_entries(tensor: Tensor, where: Tensor, values: Tensor) -> None:
+    tensor.detach()[where] = values.to(tensor.device, tensor.dtype)
 
 
 def _write_choice(tensor: Tensor, new: Tensor, kept: Tensor, choice: str, previous: Tensor) -> None:

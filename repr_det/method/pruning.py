@@ -227,6 +227,7 @@ def set_aside(
     pruned: dict[str, Tensor],
     optimizer: Optimizer | None,
     factors: Mapping[str, float],
+    keep_moments: bool = True,
 ) -> dict[str, list[dict[str, Any]]]:
     """Copy the weights that read pruned channels, with their optimizer state, and set them to zero.
 
@@ -236,6 +237,7 @@ def set_aside(
         optimizer: whose state to treat likewise; None for a model that is not trained.
         factors: by reader name, what :func:`put_back` will be given; with 0 nothing is copied that
             it would not use. Of filters that are pruned themselves nothing is, either.
+        keep_moments: whether first moments come back with the weights; else they start at zero.
 
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
@@ -249,7 +251,7 @@ def set_aside(
             kept = {
                 key: columns.read(like=state)
                 for key, state in states.items()
-                if factor or key in SECOND_MOMENTS
+                if (factor and keep_moments) or key in SECOND_MOMENTS
             }
             entries.append({"value": columns.read(), "state": kept} if factor else {"state": kept})
             _zero(slot, optimizer)

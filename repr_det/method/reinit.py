@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from repr_det.method.products import lower_products
 
+DIRECTION_CHOICES = ("orthogonal", "previous")
 NORM_CHOICES = ("survivors", "previous")
 GAMMA_CHOICES = ("survivors", "one", "previous")
 BETA_CHOICES = ("zero", "survivors", "previous")
@@ -18,9 +19,13 @@ BETA_CHOICES = ("zero", "survivors", "previous")
 
 @dataclass(frozen=True)
 class Reinit:
-    """What a returned filter starts with besides its direction. The paper names none of these.
+    """What a returned filter starts with. The paper sets the direction and names nothing else.
 
     Attributes:
+        direction: ``"orthogonal"``, as in the paper, or ``"previous"``, which is ours: a filter
+            returns as it was at the drop, with its weights, bias, gamma, beta, running statistics
+            and the weights that read it. Its optimizer state is reset. The other fields do not
+            apply then and must have their defaults.
         norm: length of a new filter: ``"survivors"`` (their mean length in the layer) or
             ``"previous"`` (the length that the filter had before the drop).
         scale: factor on that length, above 0.
@@ -34,9 +39,10 @@ class Reinit:
             (depthwise), always come back as they were.
 
     Raises:
-        ValueError: a value outside of these.
+        ValueError: a value outside of these, or one that ``direction="previous"`` ignores.
     """
 
+    direction: str = "orthogonal"
     norm: str = "survivors"
     scale: float = 1.0
     gamma: str = "survivors"
@@ -45,7 +51,8 @@ class Reinit:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("norm", NORM_CHOICES), ("gamma", GAMMA_CHOICES), ("beta", BETA_CHOICES)
+            ("direction", DIRECTION_CHOICES), ("norm", NORM_CHOICES),
+            ("gamma", GAMMA_CHOICES), ("beta", BETA_CHOICES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise ValueError(
@@ -60,6 +67,19 @@ class Reinit:
             raise ValueError(
                 f"RePr re-initialisation: outgoing is {self.outgoing}; give a value from 0 to 1."
             )
+        if self.as_it_was:
+            for field in fields(self)[1:]:
+                if getattr(self, field.name) != field.default:
+                    raise ValueError(
+                        f"RePr re-initialisation: {field.name} is {getattr(self, field.name)!r}, "
+                        f"but with direction 'previous' filters return as they were. Leave "
+                        f"{field.name} at its default, {field.default!r}."
+                    )
+
+    @property
+    def as_it_was(self) -> bool:
+        """Whether filters return as they were at the drop."""
+        return self.direction == "previous"
 
 
 _EXACT_ENOUGH = 40

@@ -128,12 +128,12 @@ def classification(output: str):
     return cfg
 
 
-def compact(task: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A task whose network is physically smaller in S2."""
+def changed(task: Callable[[str], Any], key: str, value: str) -> Callable[[str], Any]:
+    """A task with another value of one key."""
 
     def build(output: str) -> Any:
         cfg = task(output)
-        cfg.REPR.COMPACT = "on"
+        cfg.merge_from_list([key, value])
         return cfg
 
     return build
@@ -143,8 +143,10 @@ TASKS = {
     "detection": detection,
     "retinanet": retinanet,
     "classification": classification,
-    "detection-compact": compact(detection),
-    "classification-compact": compact(classification),
+    "detection-compact": changed(detection, "REPR.COMPACT", "on"),
+    "classification-compact": changed(classification, "REPR.COMPACT", "on"),
+    "detection-previous": changed(detection, "REPR.REINIT.DIRECTION", "previous"),
+    "classification-previous": changed(classification, "REPR.REINIT.DIRECTION", "previous"),
 }
 
 

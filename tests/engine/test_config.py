@@ -93,7 +93,8 @@ def test_every_key_of_repr_reaches_the_hook():
         "REINIT.BETA": "previous", "REINIT.OUTGOING": 1.0,
     }  # fmt: skip
     cfg = get_cfg()
-    assert set(other) == {*flat(cfg.REPR)} - {"ENABLED", "UNIT"}
+    # "previous" excludes other values of the other keys, so it has a test of its own.
+    assert set(other) == {*flat(cfg.REPR)} - {"ENABLED", "UNIT", "REINIT.DIRECTION"}
     assert all(value != flat(cfg.REPR)[key] for key, value in other.items())
     cfg.merge_from_list([part for k, v in other.items() for part in (f"REPR.{k}", v)])
     assert RePrHook.from_config(cfg) is None
@@ -109,5 +110,12 @@ def test_every_key_of_repr_reaches_the_hook():
         "max_layer_ratio": 0.4,
         "warmup": 1,
         "seed": 9,
-        "reinit": Reinit("previous", 0.5, "one", "previous", 1.0),
+        "reinit": Reinit("orthogonal", "previous", 0.5, "one", "previous", 1.0),
     }
+
+
+def test_direction_reaches_the_hook():
+    cfg = get_cfg()
+    cfg.REPR.ENABLED, cfg.REPR.S1, cfg.REPR.S2 = True, 2, 1
+    cfg.REPR.REINIT.DIRECTION = "previous"
+    assert RePrHook.from_config(cfg)._arguments["reinit"] == Reinit(direction="previous")

@@ -53,6 +53,8 @@ def assert_ranks_agree(output, processes):
         pytest.param("detection", 4, marks=pytest.mark.slow),
         pytest.param("classification-compact", 2, marks=pytest.mark.slow),
         pytest.param("detection-compact", 2, marks=pytest.mark.slow),
+        pytest.param("classification-previous", 2, marks=pytest.mark.slow),
+        pytest.param("detection-previous", 2, marks=pytest.mark.slow),
     ],
 )
 def test_ranks_agree(tmp_path, task, processes):

@@ -126,6 +126,8 @@ def test_killed_and_resumed(reference, moment, iteration):
         ("retinanet", MOMENTS[4]),  # resumes with its loss normaliser
         ("detection-compact", ("after_step", 11)),  # the network is smaller then
         ("classification-compact", ("after_step", 11)),
+        ("detection-previous", ("after_step", 11)),
+        ("classification-previous", ("after_step", 11)),
     ],
 )
 def test_other_tasks_resume(tmp_path, task, moment):

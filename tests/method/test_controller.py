@@ -282,10 +282,11 @@ def update(copy_of, model):
             mine.lerp_(theirs, 0.1)
 
 
+@pytest.mark.parametrize("direction", ["orthogonal", "previous"])
 @pytest.mark.parametrize(
     ("name", "optimizer"), [("residual-grouped", "adam"), ("chain-frozen", "momentum")]
 )
-def test_resumed_at_every_iteration_with_the_same_bits(name, optimizer):
+def test_resumed_at_every_iteration_with_the_same_bits(name, optimizer, direction):
     """Saved before and after each phase check; continued in fresh objects."""
 
     def start():
@@ -293,8 +294,9 @@ def test_resumed_at_every_iteration_with_the_same_bits(name, optimizer):
         average = copy.deepcopy(model)
         trainer = OPTIMIZERS[optimizer](model.parameters())
         method = RePr(
-            model, trainer, SCHEDULE, batches=endless, loss=loss, copies=[average], seed=5
-        )
+            model, trainer, SCHEDULE, batches=endless, loss=loss, copies=[average], seed=5,
+            reinit=Reinit(direction=direction),
+        )  # fmt: skip
         return model, average, trainer, method
 
     def go_on(objects, begin, keep=None):
