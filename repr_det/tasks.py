@@ -26,6 +26,7 @@ from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine import command_line, config
 from repr_det.engine.trained import merge_trained
 from repr_det.engine.trainer import RePrTrainer
+from repr_det.errors import UserError
 
 
 def get_cfg() -> CfgNode:
@@ -71,7 +72,7 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
         overrides: keys and values of the command line, which are merged already.
 
     Raises:
-        FileNotFoundError, ValueError: files that are not there or contradict themselves.
+        UserError: files that are not there or contradict themselves.
     """
     for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
         if data is not None:
@@ -93,12 +94,12 @@ def trained_detector_cfg(
     """The config of a trained detector; see :func:`repr_det.engine.trained.merge_trained`.
 
     Raises:
-        ValueError: it is a classifier's.
+        UserError: it is a classifier's.
     """
     cfg = get_cfg()
     merge_trained(cfg, run, config_file, overrides)
     if trainer_for(cfg) is not DetectionTrainer:
-        raise ValueError(
+        raise UserError(
             "This is a classifier, not a detector: evaluate it with tools/train_net.py --eval-only."
         )
     return cfg

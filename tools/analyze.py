@@ -24,6 +24,7 @@ from repr_det.analysis.run_folder import RunFolder, of_checkpoint, read_run
 from repr_det.detection.drawing import draw_detections
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.errors import UserError
 from repr_det.tasks import add_data_arguments, use_data
 
 DETECTIONS = "detections"
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _runs(args: argparse.Namespace) -> list[RunFolder]:
     if args.config_file or args.weights:
         if args.runs or not (args.config_file and args.weights):
-            raise ValueError("Give either runs, or --config and --weights together.")
+            raise UserError("Give either runs, or --config and --weights together.")
         return [of_checkpoint(args.config_file, args.weights)]
     return [read_run(folder) for folder in args.runs]
 
@@ -63,12 +64,12 @@ def _draw(args: argparse.Namespace) -> None:
         check_folder_of(option, path)
     by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
     if args.json and args.figure not in by_layer:
-        raise ValueError(
+        raise UserError(
             f"{args.figure} has no numbers by layer, as {', '.join(by_layer)} have: leave --json "
             "out."
         )
     if args.figure == DETECTIONS and args.output.suffix != ".png":
-        raise ValueError(f"{DETECTIONS} is a picture: give --output a name that ends in .png.")
+        raise UserError(f"{DETECTIONS} is a picture: give --output a name that ends in .png.")
     runs = _runs(args)
     for run in runs:
         use_data(run.cfg, args)

@@ -31,6 +31,7 @@ from repr_det.detection.coco_results import (
 )
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -57,9 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _compare(args: argparse.Namespace) -> str:
     if args.resamples < 1:
-        raise ValueError(f"--resamples is {args.resamples}; give at least 1.")
+        raise UserError(f"--resamples is {args.resamples}; give at least 1.")
     if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}; give 0 or more.")
+        raise UserError(f"--seed is {args.seed}; give 0 or more.")
     check_folder_of("--json", args.json)
     paths = [
         [results_path(path) for path in side.split(",")]
@@ -70,7 +71,7 @@ def _compare(args: argparse.Namespace) -> str:
     detected = [found for side in sides for results in side for found in results]
     iou_types = (args.iou_type,) if args.iou_type else evaluable_types(detected, truth)
     if not iou_types:
-        raise ValueError(
+        raise UserError(
             "Results and annotations share neither boxes nor masks: give files that all hold one "
             "of them."
         )

@@ -27,6 +27,7 @@ from repr_det.engine.command_line import (
     told_in_one_sentence,
     undone_on_error,
 )
+from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 
 LEFT_BY_A_RUN = (
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
         merge_overrides(cfg, [*args.opts, "OUTPUT_DIR", str(args.output)])
         cfg.freeze()
         if len(cfg.DATASETS.TEST) != 1:
-            raise ValueError(
+            raise UserError(
                 f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} test sets: give the one to show."
             )
         DetectionTrainer.check(cfg)

@@ -35,6 +35,7 @@ from repr_det.detection.evaluation import (
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
+from repr_det.errors import UserError
 from repr_det.tasks import trained_detector_cfg
 
 OF_DETECTRON2 = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet", "FCOS")
@@ -80,7 +81,7 @@ def _evaluate(args: argparse.Namespace) -> str:
             [args.iou_type] if args.iou_type else evaluable_types(found.results, found.truth)
         )
         if not iou_types:
-            raise ValueError(
+            raise UserError(
                 f"Detections and annotations of {found.dataset} share neither boxes nor masks: "
                 "give results or annotations with both."
             )
@@ -109,7 +110,7 @@ def _evaluate(args: argparse.Namespace) -> str:
 
 def _from_file(args: argparse.Namespace) -> Iterator[Detections]:
     if args.opts:
-        raise ValueError(
+        raise UserError(
             f"--results has no config that {args.opts[0]} could override: leave it out."
         )
     if args.test_data:
@@ -119,13 +120,13 @@ def _from_file(args: argparse.Namespace) -> Iterator[Detections]:
     elif args.annotations:
         dataset, annotations = args.annotations.stem, args.annotations
     else:
-        raise ValueError("--results needs annotations: give --annotations JSON or --dataset NAME.")
+        raise UserError("--results needs annotations: give --annotations JSON or --dataset NAME.")
     yield read_detections(args.results, annotations, dataset)
 
 
 def _from_model(args: argparse.Namespace) -> Iterator[Detections]:
     if args.annotations:
-        raise ValueError("A model needs images: give --test-data NAME JSON IMAGES.")
+        raise UserError("A model needs images: give --test-data NAME JSON IMAGES.")
     cfg = trained_detector_cfg(args.run, args.config, args.opts)
     if args.test_data:
         use_coco_data(cfg, "TEST", *args.test_data)
@@ -134,12 +135,12 @@ def _from_model(args: argparse.Namespace) -> Iterator[Detections]:
     elif args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     if not cfg.DATASETS.TEST:
-        raise ValueError("The config names no dataset to test on: give --dataset or --test-data.")
+        raise UserError("The config names no dataset to test on: give --dataset or --test-data.")
     if args.save_results and len(cfg.DATASETS.TEST) > 1:
-        raise ValueError("--save-results is for the detections of one dataset: give --dataset.")
+        raise UserError("--save-results is for the detections of one dataset: give --dataset.")
     model = cfg.MODEL
     if args.iou_type == SEGM and model.META_ARCHITECTURE in OF_DETECTRON2 and not model.MASK_ON:
-        raise ValueError(
+        raise UserError(
             "The model gives no masks (MODEL.MASK_ON False): give --iou-type bbox or leave it out."
         )
     yield from detect(cfg, args.iou_type, progress=True)

@@ -22,6 +22,7 @@ import yaml
 from repr_det.classification.export import export_backbone
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.errors import UserError
 
 # What torchvision's weights were trained with, times 255.
 TORCHVISION_MEAN = [123.675, 116.28, 103.53]
@@ -32,17 +33,16 @@ def classifier_input(config: Path) -> tuple[list[float], list[float], str]:
     """Mean, standard deviation and channel order that a classifier was trained with.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a config that does not hold them.
+        UserError: no such file, or a config that does not hold them.
     """
     if not config.is_file():
-        raise FileNotFoundError(f"Config {config} does not exist: give that of the classifier.")
+        raise UserError(f"Config {config} does not exist: give that of the classifier.")
     try:
         settings = yaml.safe_load(config.read_text())
         model = settings["MODEL"]
         return model["PIXEL_MEAN"], model["PIXEL_STD"], settings["INPUT"]["FORMAT"]
     except (KeyError, TypeError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{config} does not hold MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT: give the "
             "config.yaml of the classifier's run."
         ) from error

@@ -24,6 +24,7 @@ from repr_det.detection.prediction import Detector, find_sources, labels_for, pr
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
+from repr_det.errors import UserError
 from repr_det.tasks import trained_detector_cfg
 
 
@@ -52,9 +53,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _predict(args: argparse.Namespace) -> int:
     if not args.output and not args.json:
-        raise ValueError("Nothing would be written: give --output FOLDER, --json OUT, or both.")
+        raise UserError("Nothing would be written: give --output FOLDER, --json OUT, or both.")
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; give at least 1.")
+        raise UserError(f"--batch-size is {args.batch_size}; give at least 1.")
     check_folder_of("--json", args.json)
     sources = find_sources(args.inputs, args.output)
     cfg = trained_detector_cfg(args.run, args.config, args.opts)

@@ -30,6 +30,7 @@ from repr_det.analysis.runs import (
     write_table,
 )
 from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.errors import UserError
 
 TABLES = tables.TABLES | studies.STUDIES
 SEEDS = {FULL: 3, QUICK: 1}
@@ -102,16 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
 def _reproduce(args: argparse.Namespace) -> None:
     seeds = SEEDS[args.scale] if args.seeds is None else args.seeds
     if seeds < 1:
-        raise ValueError(f"--seeds is {seeds}; give at least 1.")
+        raise UserError(f"--seeds is {seeds}; give at least 1.")
     if args.together < 1:
-        raise ValueError(f"--together is {args.together}; give at least 1.")
+        raise UserError(f"--together is {args.together}; give at least 1.")
     if args.plot:
         figures.check_suffix(args.plot)
         check_folder_of("--plot", args.plot)
     table = TABLES[args.table]
     if args.import_run:
         if len(args.rows) != 1:
-            raise ValueError("--import-run needs --rows with the one row that the run is of.")
+            raise UserError("--import-run needs --rows with the one row that the run is of.")
         import_run(args.import_run, table, table.row(args.rows[0]), args.scale, args.output)
         args.show = True
     else:
@@ -119,7 +120,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     if args.show:
         folder = table_folder(args.output, table, args.scale)
         if not folder.is_dir():
-            raise ValueError(
+            raise UserError(
                 f"{folder} does not exist, so no run is recorded there: check --output."
             )
         text = write_table(table, args.scale, args.output)

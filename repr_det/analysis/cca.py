@@ -12,6 +12,8 @@ import itertools
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from repr_det.errors import UserError
+
 POSITIONS, IMAGES = "positions", "images"
 
 Matrix = NDArray[np.float64]
@@ -28,7 +30,7 @@ def canonical_correlations(x: ArrayLike, y: ArrayLike) -> Matrix:
         (min(rank x, rank y),) falling, in [0, 1]; empty where a side is constant.
 
     Raises:
-        ValueError: not two matrices of n rows; values that are not finite; or so few observations
+        UserError: not two matrices of n rows; values that are not finite; or so few observations
             that some correlations are 1 whatever the values.
     """
     return _correlations(_basis(x), _basis(y))
@@ -58,7 +60,7 @@ def svcca(x: ArrayLike, y: ArrayLike, variance: float = 0.99) -> float:
         In [0, 1]; NaN where a side is constant.
 
     Raises:
-        ValueError: as in :func:`canonical_correlations`, or a variance out of range.
+        UserError: as in :func:`canonical_correlations`, or a variance out of range.
     """
     return _mean(_correlations(_basis(x, variance), _basis(y, variance)))
 
@@ -76,7 +78,7 @@ def spatial_samples(activations: ArrayLike) -> Matrix:
         (images * height * width, filters).
 
     Raises:
-        ValueError: another shape.
+        UserError: another shape.
     """
     checked = _checked(activations)
     return np.moveaxis(checked, 1, -1).reshape(-1, checked.shape[1])
@@ -99,14 +101,14 @@ def filter_cca(
         (filters, filters), symmetric, 1 on the diagonal; NaN for filters that are constant.
 
     Raises:
-        ValueError: another shape, observations of another name, or as in :func:`svcca`.
+        UserError: another shape, observations of another name, or as in :func:`svcca`.
     """
     if observations not in (POSITIONS, IMAGES):
-        raise ValueError(
+        raise UserError(
             f"Observations are {POSITIONS!r} or {IMAGES!r}, not {observations!r}: give one of them."
         )
     if observations == POSITIONS and variance is not None:
-        raise ValueError(
+        raise UserError(
             f"With {POSITIONS!r} a filter is one variable, of which no share can be explained: "
             f"leave variance out, or take {IMAGES!r}."
         )
@@ -134,7 +136,7 @@ def filter_cca(
 def _checked(activations: ArrayLike) -> Matrix:
     array = np.asarray(activations, dtype=float)
     if array.ndim != 4:
-        raise ValueError(
+        raise UserError(
             f"Activations of a conv layer have the shape (images, filters, height, width), not "
             f"{array.shape}: give them as they leave the layer."
         )
@@ -145,12 +147,12 @@ def _basis(values: ArrayLike, variance: float | None = None) -> Matrix:
     """(n, r), an orthonormal basis of the centred variables, main directions first."""
     array = np.asarray(values, dtype=float)
     if array.ndim != 2 or not np.isfinite(array).all():
-        raise ValueError(
+        raise UserError(
             f"CCA takes finite values of shape (observations, variables), not {array.shape} or "
             "infinite ones: give such a matrix."
         )
     if variance is not None and not 0 < variance <= 1:
-        raise ValueError(f"The variance to explain is {variance}: give a share in (0, 1].")
+        raise UserError(f"The variance to explain is {variance}: give a share in (0, 1].")
     # Subtracting a mean of large values leaves rounding errors, which are no direction of their
     # own: the limit is that of a rank (Golub and Van Loan, section 5.5.8), by the raw values.
     limit = max(array.shape) * np.finfo(float).eps * np.linalg.norm(array)
@@ -166,7 +168,7 @@ def _basis(values: ArrayLike, variance: float | None = None) -> Matrix:
 def _correlations(first: Matrix, second: Matrix) -> Matrix:
     number = len(first)
     if number != len(second):
-        raise ValueError(
+        raise UserError(
             f"CCA needs the same observations of both sides, not {number} and {len(second)}: give "
             "matrices with equally many rows."
         )
@@ -177,7 +179,7 @@ def _correlations(first: Matrix, second: Matrix) -> Matrix:
 def _check_observations(first: int, second: int, number: int) -> None:
     # Centred variables live in n - 1 dimensions, where spaces that are too large must meet.
     if first and second and first + second > number - 1:
-        raise ValueError(
+        raise UserError(
             f"CCA of {first} and {second} independent variables needs more than {first + second} "
             f"observations, not {number}: give more, or fewer variables."
         )

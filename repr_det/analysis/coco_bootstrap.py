@@ -20,6 +20,7 @@ from pycocotools.coco import COCO
 from tqdm import tqdm
 
 from repr_det.detection.coco_results import IOU_75, METRICS, evaluated_classes
+from repr_det.errors import UserError
 
 AREAS = 4
 """pycocotools' ranges of area: all, small, medium, large."""
@@ -111,7 +112,7 @@ def match(
         progress: show one.
 
     Raises:
-        ValueError: a detection or an object has no such box or mask.
+        UserError: a detection or an object has no such box or mask.
     """
     image_ids = tuple(sorted(truth.getImgIds()))
     positions = {image: position for position, image in enumerate(image_ids)}
@@ -394,18 +395,18 @@ def paired_bootstrap(
         progress: show a bar for each run.
 
     Raises:
-        ValueError: no runs, runs of different images or classes, or an argument out of range.
+        UserError: no runs, runs of different images or classes, or an argument out of range.
     """
     if resamples < 1 or not 0 < level < 1:
-        raise ValueError(
+        raise UserError(
             f"There is no bootstrap with {resamples} resamples and level {level}: give at least 1 "
             "and a level between 0 and 1."
         )
     if not first or not second:
-        raise ValueError("A side without runs cannot be compared: give at least one for each.")
+        raise UserError("A side without runs cannot be compared: give at least one for each.")
     for one, other in pairwise([*first, *second]):
         if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
-            raise ValueError(
+            raise UserError(
                 "Evaluations of different images or classes cannot be compared: evaluate all runs "
                 "on the same annotations."
             )

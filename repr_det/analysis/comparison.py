@@ -24,7 +24,7 @@ from repr_det.detection.coco_results import (
     read_truth,
 )
 from repr_det.detection.evaluation import annotations_of
-from repr_det.engine.command_line import sentence
+from repr_det.errors import UserError, sentence
 
 Sides = dict[str, list[RunFolder]]
 
@@ -92,15 +92,15 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
     """Refuse runs whose metrics do not mean the same.
 
     Raises:
-        ValueError: no runs, one given twice, or of different tasks or test sets; a held-out part
+        UserError: no runs, one given twice, or of different tasks or test sets; a held-out part
             of another size holds other images.
     """
     if not runs:
-        raise ValueError("There are no runs to report on: give at least one folder.")
+        raise UserError("There are no runs to report on: give at least one folder.")
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise ValueError(f"{folder} was given twice: give each run once.")
+            raise UserError(f"{folder} was given twice: give each run once.")
     for run in runs[1:]:
         for what, mine, first in (
             ("task", run.task, runs[0].task),
@@ -108,7 +108,7 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
             ("number of held-out images", run.held_out, runs[0].held_out),
         ):
             if mine != first:
-                raise ValueError(
+                raise UserError(
                     f"The {what} of {run.folder} is {mine}, that of {runs[0].folder} {first}: "
                     "their metrics cannot be compared, so report on them one by one."
                 )
@@ -176,7 +176,7 @@ def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = F
         return Outcome(iteration, rows, words)
     try:
         return _with_bootstrap(iteration, rows, sides, resamples, progress)
-    except (ValueError, FileNotFoundError, KeyError) as error:
+    except UserError as error:
         return Outcome(iteration, rows, f"No interval could be computed. {sentence(error)}")
 
 
@@ -221,7 +221,7 @@ def _with_bootstrap(
     for run in runs:
         last = int(run.evaluations(MAIN[False])[0][-1])
         if last != iteration:
-            raise ValueError(
+            raise UserError(
                 f"{run.folder} was evaluated last at iteration {last}, not at {iteration}, so its "
                 "detections are of another moment."
             )
@@ -254,7 +254,7 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
     """The evaluation of the detections that a run left in its folder.
 
     Raises:
-        FileNotFoundError, ValueError: no detections or no annotations, or others than those of the
+        UserError: no detections or no annotations, or others than those of the
             run's last evaluation.
     """
     annotations = annotations_of(run.cfg, run.test_set)
@@ -263,7 +263,7 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
     here = 100 * float(np.nanmean(average_precision(found, once)[..., 0]))
     if series is not None and abs(here - series[1][-1]) > 0.05:
-        raise ValueError(
+        raise UserError(
             f"The detections of {run.folder} have {_TITLES[f'{iou_type}/AP']} {here:.1f} on "
             f"{annotations.path}, but {series[1][-1]:.1f} was recorded: the dataset has changed, "
             "or they are of another evaluation, so evaluate the run again."

@@ -81,7 +81,7 @@ def example(
         counts: mistakes of each side.
 
     Raises:
-        FileNotFoundError: the image is not there.
+        UserError: the image is not there.
     """
     image = read_image(record["file_name"], format="RGB")
     found = [

@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repr_det.detection.drawing import COLOURS
 from repr_det.engine.checkpoint import write_whole
+from repr_det.errors import UserError
 
 STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
 
@@ -143,11 +144,11 @@ def curves(
         spread: what the spread of the lines is, where any has one.
 
     Raises:
-        ValueError: nothing to draw.
+        UserError: nothing to draw.
     """
     panels = [panel for panel in panels if panel.lines]
     if not panels:
-        raise ValueError("Nothing was recorded yet that could be drawn over iterations.")
+        raise UserError("Nothing was recorded yet that could be drawn over iterations.")
     with _style():
         figure = _figure(0.4 + 2.2 * len(panels))
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -214,11 +215,11 @@ def map_of_layers(
         share: values are shares in [0, 1], printed in per cent where there is room.
 
     Raises:
-        ValueError: no layers, or no moments.
+        UserError: no layers, or no moments.
     """
     values = np.asarray(values, dtype=float)
     if not values.size:
-        raise ValueError("There are no drops or records of layers yet.")
+        raise UserError("There are no drops or records of layers yet.")
     names = short_names(names)
     with _style():
         figure = _figure(1.3 + min(9.0, max(0.9, 0.19 * len(names))))
@@ -514,17 +515,17 @@ def check_suffix(path: Path) -> None:
     """Refuse to save a figure as anything but PNG or SVG.
 
     Raises:
-        ValueError: another suffix.
+        UserError: another suffix.
     """
     if path.suffix not in _METADATA:
-        raise ValueError(f"{path} ends neither in .png nor in .svg: give one of them.")
+        raise UserError(f"{path} ends neither in .png nor in .svg: give one of them.")
 
 
 def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG or SVG, by the suffix of its path, on white.
 
     Raises:
-        ValueError: another suffix.
+        UserError: another suffix.
     """
     path = Path(path)
     check_suffix(path)

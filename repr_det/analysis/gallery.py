@@ -46,8 +46,8 @@ from repr_det.detection.coco_results import BBOX, read_results, read_truth
 from repr_det.detection.evaluation import annotations_of
 from repr_det.engine import history
 from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import USER_ERRORS, sentence
 from repr_det.engine.history import History
+from repr_det.errors import UserError, sentence
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -86,7 +86,7 @@ class Material:
         progress: show bars.
 
     Raises:
-        ValueError: too few images.
+        UserError: too few images.
     """
 
     runs: Sequence[RunFolder]
@@ -95,7 +95,7 @@ class Material:
 
     def __post_init__(self) -> None:
         if self.images < 4:
-            raise ValueError(
+            raise UserError(
                 f"{self.images} images are too few to correlate filters on: give at least 4."
             )
 
@@ -109,10 +109,10 @@ class Material:
         """The first RePr run.
 
         Raises:
-            ValueError: there is none.
+            UserError: there is none.
         """
         if REPR not in self.sides:
-            raise ValueError("This is of RePr runs, and none was given.")
+            raise UserError("This is of RePr runs, and none was given.")
         return self.sides[REPR][0]
 
     @property
@@ -120,10 +120,10 @@ class Material:
         """What the drops of the first RePr run took.
 
         Raises:
-            ValueError: nothing is known of them.
+            UserError: nothing is known of them.
         """
         if self.with_repr.history is None:
-            raise ValueError(
+            raise UserError(
                 "Nothing is known of drops: there is neither a record of them nor a checkpoint "
                 "with RePr's state."
             )
@@ -136,11 +136,11 @@ class Material:
         The former is left out where it is not known or cannot be had.
 
         Raises:
-            FileNotFoundError, ValueError: no run has a checkpoint.
+            UserError: no run has a checkpoint.
         """
         trained = {s: g[0] for s, g in self.sides.items() if g[0].checkpoint or g[0].checkpoints}
         if not trained:
-            raise FileNotFoundError("There is no checkpoint yet whose filters could be looked at.")
+            raise UserError("There is no checkpoint yet whose filters could be looked at.")
         first = next(iter(trained.values()))
         begun = _begun(first) if first.checkpoint is None else None
         found = {} if begun is None else {BEFORE: begun}
@@ -153,12 +153,12 @@ class Material:
         """Names of the filter layers of all networks, in depth.
 
         Raises:
-            FileNotFoundError, ValueError: no checkpoint, or no layer that all networks have.
+            UserError: no checkpoint, or no layer that all networks have.
         """
         names = [{layer.name for layer in network.layers} for network in self.networks.values()]
         common = set.intersection(*names)
         if not common:
-            raise ValueError("The networks have no filter layer in common that could be compared.")
+            raise UserError("The networks have no filter layer in common that could be compared.")
         first = next(iter(self.networks.values()))
         return in_depth([layer.name for layer in first.layers if layer.name in common])
 
@@ -173,7 +173,7 @@ class Material:
         """Of each network to the same held-out images.
 
         Raises:
-            FileNotFoundError, ValueError, KeyError: the images are not there.
+            UserError: the images are not there.
         """
         first = next(iter(self.networks.values()))
         batches = held_out_images(first.cfg, self.images)
@@ -185,7 +185,7 @@ class Material:
         """Held-out images: where the first runs of two sides differ most, else the first ones.
 
         Raises:
-            FileNotFoundError, ValueError, KeyError: no results, or no images.
+            UserError: no results, or no images.
         """
         _detection_only(self)
         firsts = [group[0] for group in self.sides.values()]
@@ -213,7 +213,7 @@ def _begun(run: RunFolder) -> Network | None:
         return None  # random numbers that nobody kept
     try:
         return load_network(run.cfg, None)
-    except USER_ERRORS as error:
+    except UserError as error:
         logger.warning(f"What training began with is left out. {sentence(error)}")
         return None
 
@@ -362,7 +362,7 @@ def _overlap_over_time(material: Material) -> Drawn:
     for moment in run.history.overlaps if run.history else ():
         points[moment.iteration] = moment.layers
     if not points:
-        raise ValueError("No overlap was recorded yet.")
+        raise UserError("No overlap was recorded yet.")
     names = in_depth(list(run.history.layers if run.history else recorded))
     values = np.array([[points[i].get(name, math.nan) for i in sorted(points)] for name in names])
     columns = [f"{moment:.0f}" for moment in sorted(points)]
@@ -429,7 +429,7 @@ def expected_by_chance(dropped: History) -> np.ndarray:
 def _times(material: Material) -> Drawn:
     dropped = material.dropped
     if len(dropped.drops) < 2:
-        raise ValueError("Fewer than two drops so far, so no filter can have been dropped twice.")
+        raise UserError("Fewer than two drops so far, so no filter can have been dropped twice.")
     times = np.concatenate(list(history.times_dropped(dropped).values()))
     counts = np.bincount(times, minlength=len(dropped.drops) + 1)
     chance = expected_by_chance(dropped)
@@ -499,7 +499,7 @@ def _cca_by_layer(material: Material) -> Drawn:
 
 def _similarity(material: Material) -> Drawn:
     if not {STANDARD, REPR} <= material.networks.keys():
-        raise ValueError("This compares checkpoints of both sides: give a run of each.")
+        raise UserError("This compares checkpoints of both sides: give a run of each.")
     first, second = (material.responses[side].sampled for side in (STANDARD, REPR))
     names = [name for name in material.layers if name in first and name in second]
     found = {}
@@ -509,7 +509,7 @@ def _similarity(material: Material) -> Drawn:
         except ValueError:  # too few positions for so many directions
             found[name] = math.nan
     if np.isnan(list(found.values())).all():
-        raise ValueError("Too few positions for SVCCA between layers: raise --images.")
+        raise UserError("Too few positions for SVCCA between layers: raise --images.")
     values = {f"{STANDARD} and {REPR}": found}
     return Drawn(
         _dots(names, values, "SVCCA of the layer in both networks"),
@@ -527,7 +527,7 @@ def _contributions(material: Material) -> Drawn:
         if kept:
             values[side] = np.concatenate(list(kept.values()))
     if not values:
-        raise ValueError(
+        raise UserError(
             "It was not computed: tools/analyze.py contributions RUN does, with one forward pass a "
             "filter."
         )
@@ -562,7 +562,7 @@ def compute_contributions(run: RunFolder) -> None:
     """Compute a run's contributions by its newest checkpoint and keep them in its folder.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: no checkpoint, or no data.
+        UserError: no checkpoint, or no data.
     """
     if _kept_contributions(run):
         return
@@ -575,7 +575,7 @@ def _filters(material: Material) -> Drawn:
     found = {name: first_filters(network) for name, network in material.networks.items()}
     found = {name: weights for name, weights in found.items() if weights is not None}
     if not found:
-        raise ValueError("The networks have no convolution over two dimensions that reads images.")
+        raise UserError("The networks have no convolution over two dimensions that reads images.")
     return Drawn(
         figures.filter_images(found),
         "Each filter by itself: grey is its mean. RePr does not rank this layer by default, so it "
@@ -590,7 +590,7 @@ def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
     """Bars of some metrics at the last evaluation that all runs have."""
     at = last_common_evaluation(material.runs)
     if at is None:
-        raise ValueError("There is no evaluation yet that all runs have.")
+        raise UserError("There is no evaluation yet that all runs have.")
     values = {
         side: [[value_at(run, metric, at) for metric in names] for run in group]
         for side, group in material.sides.items()
@@ -610,7 +610,7 @@ def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
 
 def _detection_only(material: Material) -> None:
     if material.runs[0].task != DETECTION:
-        raise ValueError("This is of detection.")
+        raise UserError("This is of detection.")
 
 
 def _finite(material: Material, names: Mapping[str, str]) -> dict[str, str]:
@@ -629,7 +629,7 @@ def _classes(material: Material) -> Drawn:
     names = {n: n.removeprefix(start) for n in material.runs[0].evaluated() if n.startswith(start)}
     names = _finite(material, names)
     if not names:
-        raise ValueError("No AP by class was recorded yet.")
+        raise UserError("No AP by class was recorded yet.")
     return _ap(material, names, "Box AP of each class")
 
 
@@ -637,7 +637,7 @@ def _sizes(material: Material) -> Drawn:
     _detection_only(material)
     names = _finite(material, {f"{BBOX}/{key}": word for key, word in SIZES.items()})
     if not names:
-        raise ValueError("No AP by size was recorded yet.")
+        raise UserError("No AP by size was recorded yet.")
     return _ap(
         material,
         names,

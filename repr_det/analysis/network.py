@@ -25,6 +25,7 @@ from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.parts import held_out_name
 from repr_det.engine.trainer import check_weights
+from repr_det.errors import UserError
 from repr_det.method.controller import RePr
 from repr_det.method.criteria import Data, filter_overlap, mean_overlap
 from repr_det.method.data_criteria import BATCHES, oracle
@@ -84,8 +85,7 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
             ``SEED`` is at least 0, the same random numbers.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a checkpoint, or of another architecture.
+        UserError: no such file, or not a checkpoint, or of another architecture.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -117,7 +117,7 @@ def load_weights(network: Network, path: str | Path) -> None:
     """Give a network the weights of another checkpoint of the same architecture.
 
     Raises:
-        ValueError: no checkpoint, or of another architecture.
+        UserError: no checkpoint, or of another architecture.
     """
     SafeCheckpointer(network.model).load_whole(str(path))
 
@@ -132,10 +132,10 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     """The first images of the last test set, prepared as for evaluation.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: the data are not there.
+        UserError: the data are not there.
     """
     if not cfg.DATASETS.TEST:
-        raise ValueError(
+        raise UserError(
             "The run has no test set (DATASETS.TEST): give one with --test-data or --test-folder."
         )
     cfg = cfg.clone()
@@ -158,7 +158,7 @@ def check_test_set(cfg: CfgNode) -> None:
     """Register what is built in, and refuse test sets that are not there.
 
     Raises:
-        FileNotFoundError, ValueError: they are not.
+        UserError: they are not.
     """
     cfg = cfg.clone()
     cfg.defrost()
@@ -229,7 +229,7 @@ def map_correlations(found: Responses, layer: str) -> Matrix | None:
     """SVCCA of the pooled maps of the filters of a layer over images; None where none were kept.
 
     Raises:
-        ValueError: too few images.
+        UserError: too few images.
     """
     if layer not in found.pooled:
         return None
@@ -259,7 +259,7 @@ def contributions(network: Network) -> dict[str, list[float]]:
     forward pass a filter and batch.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: the data are not there.
+        UserError: the data are not there.
     """
     cfg = network.cfg.clone()
     cfg.defrost()

@@ -13,6 +13,7 @@ from repr_det.analysis.measures import MEASURES, Record
 from repr_det.analysis.run_folder import rate_steps
 from repr_det.analysis.statistics import estimate
 from repr_det.analysis.tables import AP, Table
+from repr_det.errors import UserError
 from repr_det.method.schedule import RePrSchedule
 
 Curve = dict[int, float]
@@ -30,7 +31,7 @@ def over_time(table: Table, records: Sequence[Record]) -> Figure:
         records: of any rows and seeds of this table; runs that diverged do not count.
 
     Raises:
-        ValueError: no row is recorded together with its standard training.
+        UserError: no row is recorded together with its standard training.
     """
     measure = MEASURES[table.metric]
     by_row: dict[str, dict[int, Record]] = {row.name: {} for row in table.rows}
@@ -62,7 +63,7 @@ def over_time(table: Table, records: Sequence[Record]) -> Figure:
             )
         )
     if not panels:
-        raise ValueError(
+        raise UserError(
             f"Table {table.name} has no row that is recorded together with its standard training: "
             "train some first, or give another --output."
         )

@@ -35,7 +35,8 @@ from repr_det.analysis.run_folder import (
 )
 from repr_det.detection.drawing import draw_instances
 from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import USER_ERRORS, check_folder_of, sentence
+from repr_det.engine.command_line import check_folder_of
+from repr_det.errors import UserError, sentence
 
 _TILE, _LARGEST_TILE = 480, 1440
 """Pixels of the longer side of a held-out image: smaller ones are enlarged, larger ones shrunk."""
@@ -114,14 +115,14 @@ def write_report(
         ``path``.
 
     Raises:
-        ValueError: runs that cannot be compared, arguments out of range, or a folder as the page.
-        FileNotFoundError: the folder of the page does not exist.
+        UserError: runs that cannot be compared, arguments out of range, or a folder as the page.
+        UserError: the folder of the page does not exist.
     """
     check_comparable(runs)
     path = Path(path)
     check_folder_of("the report", path)
     if resamples < 0:
-        raise ValueError(f"There are no {resamples} resamples: give 0 or more.")
+        raise UserError(f"There are no {resamples} resamples: give 0 or more.")
     page = _template().render(_content(runs, images, resamples, progress))
     write_text_whole(path, page)
     return path
@@ -180,7 +181,7 @@ def _tried(title: str, make: Callable[[], Any], missing: Missing) -> Any:
     """What ``make`` returns; None where it cannot, with the reason among what is missing."""
     try:
         return make()
-    except USER_ERRORS as error:
+    except UserError as error:
         missing.append((title, sentence(error)))
         return None
 
@@ -230,7 +231,7 @@ def _examples(material: Material) -> dict[str, Any]:
         "is an object missed or a detection that matches none, at IoU 0.5."
     )
     if not rows:
-        raise ValueError("The detectors make equally many mistakes on every image.")
+        raise UserError("The detectors make equally many mistakes on every image.")
     return {"examples": rows, "examples_caption": caption}
 
 

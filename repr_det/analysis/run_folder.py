@@ -21,6 +21,7 @@ from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path
 from repr_det.engine.hook import STATE_KEY
 from repr_det.engine.parts import held_out_name
+from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 
 DETECTION, CLASSIFICATION = "detection", "classification"
@@ -256,12 +257,12 @@ class RunFolder:
         """The checkpoint to look at.
 
         Raises:
-            FileNotFoundError: there is none yet.
+            UserError: there is none yet.
         """
         if self.checkpoint is not None:
             return self.checkpoint
         if not self.checkpoints:
-            raise FileNotFoundError(f"{self.folder} holds no checkpoint yet.")
+            raise UserError(f"{self.folder} holds no checkpoint yet.")
         return self.checkpoints[-1]
 
     @cached_property
@@ -269,7 +270,7 @@ class RunFolder:
         """What each drop took; None for a run without RePr, or one that left no word of it.
 
         Raises:
-            ValueError: the record or the newest checkpoint is damaged.
+            UserError: the record or the newest checkpoint is damaged.
         """
         if not self.uses_repr:
             return None
@@ -292,13 +293,12 @@ def read_run(folder: str | Path) -> RunFolder:
         folder: its ``OUTPUT_DIR``.
 
     Raises:
-        FileNotFoundError: no folder, or not a run's.
-        ValueError: a config that cannot be read.
+        UserError: no folder, or not a run's, or a config that cannot be read.
     """
     folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{path} does not exist: give the OUTPUT_DIR of a run of tools/train_net.py."
         )
     return RunFolder(folder, _read_config(path), read_metrics(folder))
@@ -312,12 +312,11 @@ def of_checkpoint(config: str, weights: Path) -> RunFolder:
         weights: the checkpoint.
 
     Raises:
-        FileNotFoundError: one of them does not exist.
-        ValueError: a config that cannot be read.
+        UserError: one of them does not exist, or a config that cannot be read.
     """
     path = Path(config_path(config))
     if not weights.is_file():
-        raise FileNotFoundError(f"{weights} does not exist: give the path of a checkpoint.")
+        raise UserError(f"{weights} does not exist: give the path of a checkpoint.")
     return RunFolder(weights.parent, _read_config(path), {}, weights)
 
 

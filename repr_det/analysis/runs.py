@@ -36,6 +36,7 @@ from repr_det.classification.together import Together, common_settings, obstacle
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.config import config_path
 from repr_det.engine.trainer import has_run
+from repr_det.errors import UserError
 from repr_det.tasks import get_cfg, trainer_for
 
 FULL, QUICK = "full", "quick"
@@ -132,7 +133,7 @@ def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
     """What a row and a seed ask for; reads the data.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: a mistake in config or data, or data not found.
+        UserError: a mistake in config or data, or data not found.
     """
     cfg = row_cfg(row, seed)
     if row.teacher:
@@ -207,12 +208,12 @@ def _check_settings(found: dict[str, Any], wanted: CfgNode, where: Path) -> None
     """Refuse to take a run for another one.
 
     Raises:
-        ValueError: names the settings that differ.
+        UserError: names the settings that differ.
     """
     other = _differences(found, _settings(wanted))
     if other:
         keys = ", ".join(f"{key} (wanted {value})" for key, value in list(other.items())[:4])
-        raise ValueError(
+        raise UserError(
             f"{where} is of a run with other settings, {keys}: move it away, or give another "
             "--output."
         )
@@ -371,7 +372,7 @@ def execute(run: Run, bar: tqdm) -> Record:
     A loss that is not finite ends the run; the record says so under ``"diverged"``.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        UserError: the folder holds a run with other settings.
     """
     folder, cfg = run.folder, run.cfg.clone()
     cfg.freeze()
@@ -410,7 +411,7 @@ def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
         bar: advanced by every run's iterations.
 
     Raises:
-        ValueError: the GPU's memory does not hold so many; whatever the runs' own trainers refuse.
+        UserError: the GPU's memory does not hold so many; whatever the runs' own trainers refuse.
     """
     start = time.perf_counter(), time.process_time()
     for run in runs:
@@ -421,7 +422,7 @@ def execute_together(runs: Sequence[Run], bar: tqdm) -> list[Record]:
         )
         together.train(lambda iterations: bar.update(iterations * len(runs)))
     except torch.cuda.OutOfMemoryError as error:
-        raise ValueError(
+        raise UserError(
             f"{len(runs)} runs at once need more memory than the GPU has: give a smaller "
             "--together."
         ) from error
@@ -560,7 +561,7 @@ def reproduce(
         The table in Markdown.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: before anything is trained, a mistake in config or
+        UserError: before anything is trained, a mistake in config or
             data, data that is not there, or records of other settings.
     """
     wanted = [(row, seed) for seed in seeds for row in table.rows]
@@ -651,13 +652,13 @@ def _check_teacher(weights: Path, run: Run) -> None:
     """Refuse a run whose teacher is not the one of the table.
 
     Raises:
-        ValueError: it is another one, or either is not there to be compared.
+        UserError: it is another one, or either is not there to be compared.
     """
     own = Path(run.cfg.DISTILL.WEIGHTS)
     if run.row.teacher is None or weights == own:
         return
     if not all(path.is_file() and filecmp.cmp(path, own, shallow=False) for path in (own, weights)):
-        raise ValueError(
+        raise UserError(
             f"Its teacher {weights} is not the one of this table, {own}: train with that one, or "
             f"let reproduce.py train the row."
         )
@@ -679,12 +680,11 @@ def import_run(
         output: folder of all tables.
 
     Raises:
-        FileNotFoundError: no run there.
-        ValueError: it has other settings than the row, or is not finished.
+        UserError: no run there, or it has other settings than the row, or is not finished.
     """
     config = source / "config.yaml"
     if not config.is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"{config} does not exist: give the OUTPUT_DIR of a run of tools/train_net.py."
         )
     found = yaml.safe_load(config.read_text())
@@ -694,7 +694,7 @@ def import_run(
     evaluations = read_evaluations(run, source)
     done = max((e["iteration"] for es in evaluations.values() for e in es), default=0)
     if done < run.max_iter:
-        raise ValueError(
+        raise UserError(
             f"{source} was evaluated up to iteration {done} of {run.max_iter}: import it when it "
             "is finished."
         )

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from repr_det.errors import UserError
+
 
 class Estimate(NamedTuple):
     """A mean with its spread.
@@ -32,10 +34,10 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
         level: in (0, 1).
 
     Raises:
-        ValueError: an argument out of range.
+        UserError: an argument out of range.
     """
     if degrees < 1 or not 0 < level < 1:
-        raise ValueError(
+        raise UserError(
             f"There is no t quantile for {degrees} degrees of freedom and level {level}: give at "
             "least 1 and a level between 0 and 1."
         )
@@ -69,10 +71,10 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
         level: of the interval.
 
     Raises:
-        ValueError: no values.
+        UserError: no values.
     """
     if not values:
-        raise ValueError("There is no mean of no values: give at least one.")
+        raise UserError("There is no mean of no values: give at least one.")
     mean = statistics.fmean(values)
     if len(values) == 1:
         return Estimate(mean, None, 1, None)

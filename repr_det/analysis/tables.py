@@ -11,6 +11,8 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from repr_det.errors import UserError
+
 ACCURACY, ERROR, AP = "accuracy", "error", "AP"
 
 Overrides = tuple[str | float | int | bool, ...]
@@ -79,12 +81,12 @@ class Table:
         """The row of a name.
 
         Raises:
-            KeyError: there is none.
+            UserError: there is none.
         """
         for row in self.rows:
             if row.name == name:
                 return row
-        raise KeyError(
+        raise UserError(
             f"Table {self.name} has no row {name!r}: give one of "
             f"{', '.join(row.name for row in self.rows)}."
         )
@@ -498,7 +500,7 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
         patterns: shell-style patterns of row names; empty for all.
 
     Raises:
-        KeyError: a pattern that matches no row.
+        UserError: a pattern that matches no row.
     """
     if not patterns:
         return table
@@ -507,7 +509,7 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
     for pattern in patterns:
         found = fnmatch.filter(names, pattern)
         if not found:
-            raise KeyError(
+            raise UserError(
                 f"Table {table.name} has no row {pattern!r}: give some of {', '.join(names)}."
             )
         wanted.update(found)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from repr_det.classification.models import build_classifier
 from repr_det.classification.schemes import Distillation, OrthogonalityLoss, load_teacher
+from repr_det.errors import UserError
 
 ExtraLoss = Callable[[Tensor, Tensor], Tensor]
 Batch = Mapping[str, Tensor] | Sequence[Mapping[str, Any]] | Tensor
@@ -23,10 +24,10 @@ def labels_of(batch: Batch, device: torch.device) -> Tensor:
     """The labels of a batch, int64 ``(B,)`` on the device.
 
     Raises:
-        ValueError: a batch of images alone.
+        UserError: a batch of images alone.
     """
     if isinstance(batch, Tensor):
-        raise ValueError("A batch of images without labels cannot be trained on or evaluated.")
+        raise UserError("A batch of images without labels cannot be trained on or evaluated.")
     if isinstance(batch, Mapping):
         return batch["label"].to(device, non_blocking=True)
     return torch.tensor([int(item["label"]) for item in batch], device=device)
@@ -93,9 +94,9 @@ class ImageClassifier(nn.Module):
         """Arguments of the constructor from a config.
 
         Raises:
-            ValueError: an unknown network, an image size that it cannot take, or settings of a
+            UserError: an unknown network, an image size that it cannot take, or settings of a
                 loss that are out of range.
-            FileNotFoundError: a teacher's checkpoint that does not exist.
+            UserError: a teacher's checkpoint that does not exist.
         """
         keys = cfg.MODEL.CLASSIFIER
         size = cfg.INPUT.IMAGE_SIZE
@@ -130,7 +131,7 @@ class ImageClassifier(nn.Module):
         """The normalised images of a batch, ``(B, 3, H, W)``, on the model's device.
 
         Raises:
-            ValueError: images of different sizes in one batch.
+            UserError: images of different sizes in one batch.
         """
         if isinstance(batch, Tensor):
             images = batch
@@ -139,7 +140,7 @@ class ImageClassifier(nn.Module):
         else:
             sizes = {tuple(item["image"].shape) for item in batch}
             if len(sizes) > 1:
-                raise ValueError(
+                raise UserError(
                     f"A batch holds images of different shapes {sorted(sizes)}: "
                     "resize them to one size."
                 )

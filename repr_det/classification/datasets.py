@@ -31,6 +31,7 @@ from iopath.common.file_io import file_lock
 from torch import Tensor
 
 from repr_det.engine.parts import datasets_root, held_out_name, part_indices
+from repr_det.errors import UserError
 
 DOWNLOAD_TIMEOUT_S = 15
 
@@ -159,15 +160,14 @@ def use_image_folder(cfg: CfgNode, split: str, name: str, folder: str) -> None:
         folder: see :func:`register_image_folder`.
 
     Raises:
-        FileNotFoundError: no such folder, or no images in it.
-        ValueError: a name in use.
+        UserError: no such folder, or no images in it, or a name in use.
     """
     known = MetadataCatalog.get(name)
     if name not in DatasetCatalog:
         register_image_folder(name, folder)
         known.set(image_folder=folder)
     elif known.get("image_folder") != folder:
-        raise ValueError(f"A dataset called {name} is registered already: give it another name.")
+        raise UserError(f"A dataset called {name} is registered already: give it another name.")
     known.read_images()
     cfg.DATASETS[split] = (name,)
 
@@ -182,12 +182,12 @@ def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
     """List the images below a folder of class folders.
 
     Raises:
-        FileNotFoundError: no such folder, no class folders, or one without images.
+        UserError: no such folder, no class folders, or one without images.
     """
     try:
         found = torchvision.datasets.ImageFolder(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise FileNotFoundError(
+        raise UserError(
             f"{folder} is no folder of class folders with images "
             f"({str(error).splitlines()[0].rstrip('.')}): give the folder above the classes, or "
             "set DETECTRON2_DATASETS."
@@ -231,8 +231,7 @@ def read_cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
         root: see above.
 
     Raises:
-        FileNotFoundError: not there and not to be had.
-        ValueError: there, but damaged or of the wrong size.
+        UserError: not there and not to be had, or there, but damaged or of the wrong size.
     """
     folder = root / release.name
     for npz in (folder / f"{release.name}.npz", root / f"{release.name}.npz"):
@@ -247,7 +246,7 @@ def read_cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
     try:
         data = release.reader(place, train=split == "train")
     except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{place / release.reader.base_folder} is incomplete or damaged: delete it and let it "
             "be downloaded again."
         ) from error
@@ -259,7 +258,7 @@ def _read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
         with np.load(path, allow_pickle=False) as arrays:
             return arrays[f"x_{split}"], arrays[f"y_{split}"]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as arrays x_{split} and y_{split} ({error}): it is damaged or "
             "something else, so make it again."
         ) from error
@@ -271,7 +270,7 @@ def _cifar_arrays(
     size = CIFAR_SIZES[split]
     wanted = (size, CIFAR_SIDE, CIFAR_SIDE, 3)
     if images.shape != wanted or images.dtype != np.uint8 or labels.shape != (size,):
-        raise ValueError(
+        raise UserError(
             f"{source} holds {images.dtype} images of shape {images.shape} and labels of shape "
             f"{labels.shape} for the {split} split where uint8 {wanted} and {(size,)} belong: "
             "it is truncated or another dataset, so make it again."
@@ -298,7 +297,7 @@ def _download(release: CifarRelease, folder: Path) -> Path:
                 shutil.copytree(Path(aside, target.name), partial, dirs_exist_ok=True)
                 partial.rename(target)
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{release.name} was not found as {folder / release.name}.npz or in {target}, and "
                 f"could not be downloaded ({type(error).__name__}): put it there, or set "
                 "DETECTRON2_DATASETS to the folder that holds it."
@@ -325,7 +324,7 @@ def _read(name: str) -> ImageData:
     read = MetadataCatalog.get(name).get("read_images") if name in DatasetCatalog else None
     if read is None:
         known = [n for n in DatasetCatalog if MetadataCatalog.get(n).get("read_images")]
-        raise KeyError(
+        raise UserError(
             f"There is no classification dataset named {name!r}: take one of {', '.join(known)}, "
             "or register yours with register_image_folder."
         )
@@ -335,17 +334,17 @@ def _read(name: str) -> ImageData:
 def _check(data: ImageData, name: str, cfg: CfgNode) -> ImageData:
     classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
     if not len(data):
-        raise ValueError(f"{name} has no images: give it some, or take it out of DATASETS.")
+        raise UserError(f"{name} has no images: give it some, or take it out of DATASETS.")
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= classes:
-        raise ValueError(
+        raise UserError(
             f"{name} has labels from {low} to {high}, but MODEL.CLASSIFIER.NUM_CLASSES is "
             f"{classes}: labels must lie between 0 and {classes - 1}."
         )
     if isinstance(data, ImageArrays):
         side = cfg.INPUT.IMAGE_SIZE
         if tuple(data.images.shape[1:]) != (3, side, side):
-            raise ValueError(
+            raise UserError(
                 f"{name} has images of shape {tuple(data.images.shape[1:])}, but INPUT.IMAGE_SIZE "
                 f"asks for {(3, side, side)}: set it to the size of the images."
             )
@@ -363,10 +362,10 @@ def training_set(cfg: CfgNode) -> str:
     """The name of the dataset that a config trains on.
 
     Raises:
-        ValueError: none or several.
+        UserError: none or several.
     """
     if len(cfg.DATASETS.TRAIN) != 1:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset, "
             "so name one that is registered, or give images with --train-folder."
         )
@@ -381,15 +380,14 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     ``DATASETS.TRAIN_SHARE`` is taken.
 
     Raises:
-        KeyError: a name that is not registered.
-        FileNotFoundError: a dataset that is missing.
-        ValueError: none or several training sets, a part that cannot be had, a dataset that is
+        UserError: a name that is not registered, or a dataset that is missing.
+        UserError: none or several training sets, a part that cannot be had, a dataset that is
             damaged, labels or images that do not fit the config.
     """
     train_name = training_set(cfg)
     count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if name == held_out_name(train_name) and not count:
-        raise ValueError(
+        raise UserError(
             f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold out."
         )
     parted = (train_name, held_out_name(train_name)) if count else (train_name,)

@@ -6,6 +6,8 @@ import math
 
 from detectron2.config import CfgNode
 
+from repr_det.errors import UserError
+
 
 def iterations_for(epochs: float, images: int, batch_size: int) -> int:
     """Iterations after which every image was shown ``epochs`` times, rounded up.
@@ -36,17 +38,17 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
         images: size of the training set.
 
     Raises:
-        ValueError: a negative number of epochs, an unknown unit, or an empty batch.
+        UserError: a negative number of epochs, an unknown unit, or an empty batch.
     """
     if cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise ValueError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; give at least 1.")
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; give at least 1.")
     frozen = cfg.is_frozen()
     cfg = cfg.clone()
     cfg.defrost()
 
     def convert(epochs: float, key: str) -> int:
         if epochs < 0:
-            raise ValueError(f"{key} is {epochs}; give a number of epochs of at least 0.")
+            raise UserError(f"{key} is {epochs}; give a number of epochs of at least 0.")
         return iterations_for(epochs, images, cfg.SOLVER.IMS_PER_BATCH)
 
     for node, name, target in (
@@ -66,7 +68,7 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
         cfg.SOLVER.STEPS_EPOCHS = ()
     if cfg.REPR.UNIT != "iteration":
         if cfg.REPR.UNIT != "epoch":
-            raise ValueError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
+            raise UserError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
         for name in ("S1", "S2", "WARMUP"):
             cfg.REPR[name] = convert(cfg.REPR[name], f"REPR.{name}")
         cfg.REPR.UNIT = "iteration"

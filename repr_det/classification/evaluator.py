@@ -9,6 +9,7 @@ from detectron2.utils import comm
 from torch import Tensor
 
 from repr_det.classification.classifier import Batch, labels_of
+from repr_det.errors import UserError
 
 
 class AccuracyEvaluator(DatasetEvaluator):
@@ -43,7 +44,7 @@ class AccuracyEvaluator(DatasetEvaluator):
         """The result over all processes; see the class.
 
         Raises:
-            ValueError: no images at all.
+            UserError: no images at all.
         """
         mine = [0.0] * 4 if self._sums is None else self._sums.tolist()
         gathered = comm.gather(mine)
@@ -51,7 +52,7 @@ class AccuracyEvaluator(DatasetEvaluator):
             return None
         top1, top5, loss, count = (sum(values) for values in zip(*gathered, strict=True))
         if not count:
-            raise ValueError("There was nothing to evaluate: the test set has no images.")
+            raise UserError("There was nothing to evaluate: the test set has no images.")
         return {
             "accuracy": {
                 "top1": 100 * top1 / count,

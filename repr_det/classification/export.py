@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from repr_det.engine.checkpoint import write_whole
+from repr_det.errors import UserError
 
 _PREFIX = "network."
 # Depth by the numbers of blocks in the four stages and whether they are bottlenecks.
@@ -34,21 +35,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         path: a checkpoint written by training an ``ImageClassifier``, or torchvision's weights.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file of another kind.
+        UserError: no such file, or a file of another kind.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: give a checkpoint or a state dict.")
+        raise UserError(f"{path} does not exist: give a checkpoint or a state dict.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no PyTorch file that holds only weights: give a checkpoint or a state dict."
         ) from error
     state = state.get("model", state) if isinstance(state, dict) else {}
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if isinstance(v, Tensor)}
     if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no ResNet of torchvision's form: only resnet*, resnext* and "
             "wide_resnet* become a Detectron2 backbone."
         )
@@ -90,7 +90,7 @@ def backbone_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
         weights: state dict of a torchvision ResNet.
 
     Raises:
-        ValueError: numbers of blocks that Detectron2 has no depth for.
+        UserError: numbers of blocks that Detectron2 has no depth for.
     """
     stages = [
         len({k.split(".")[1] for k in weights if k.startswith(f"layer{stage}.")})
@@ -99,7 +99,7 @@ def backbone_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
     bottleneck = "layer1.0.conv3.weight" in weights
     depth = _DEPTHS.get((tuple(stages), bottleneck))
     if depth is None:
-        raise ValueError(f"Detectron2 has no ResNet with {stages} blocks in its four stages.")
+        raise UserError(f"Detectron2 has no ResNet with {stages} blocks in its four stages.")
     settings = {"DEPTH": depth, "STRIDE_IN_1X1": False}
     if not bottleneck:
         return {**settings, "RES2_OUT_CHANNELS": 64}
@@ -132,11 +132,11 @@ def export_backbone(
         Settings of the detector in the shape of a config: ``MODEL`` and ``INPUT``.
 
     Raises:
-        FileNotFoundError: no such source.
-        ValueError: a source of another kind, or a target that is no ``.pth`` file.
+        UserError: no such source.
+        UserError: a source of another kind, or a target that is no ``.pth`` file.
     """
     if Path(target).suffix != ".pth":
-        raise ValueError(f"{target} must end in .pth, which Detectron2 reads as plain weights.")
+        raise UserError(f"{target} must end in .pth, which Detectron2 reads as plain weights.")
     weights = read_weights(source)
     settings = backbone_settings(weights)
     swap = input_format != target_format

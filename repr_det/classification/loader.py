@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
 from repr_det.engine.images import check_depth
+from repr_det.errors import UserError
 
 Batch = dict[str, Tensor]
 
@@ -89,10 +90,10 @@ def check_batch_size(batch_size: int, world_size: int) -> None:
     """Refuse a batch that cannot be shared out.
 
     Raises:
-        ValueError: a batch size that is not a positive multiple of the world size.
+        UserError: a batch size that is not a positive multiple of the world size.
     """
     if batch_size < 1 or batch_size % world_size:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH is {batch_size}; give a multiple of the {world_size} processes."
         )
 
@@ -141,7 +142,7 @@ class ArrayTrainLoader:
         bgr: yield BGR instead of RGB.
 
     Raises:
-        ValueError: a batch size that the processes cannot share.
+        UserError: a batch size that the processes cannot share.
     """
 
     def __init__(
@@ -345,14 +346,14 @@ def read_image(path: str) -> Image.Image:
     """Decode an image file to RGB.
 
     Raises:
-        ValueError: a file that is no image or is truncated, too large, or of more than 8 bits.
+        UserError: a file that is no image or is truncated, too large, or of more than 8 bits.
     """
     try:
         with Image.open(path) as image:
             check_depth(image, path)
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} cannot be read as an image ({error}): replace it or take it out."
         ) from error
 
@@ -395,7 +396,7 @@ class FileTrainLoader:
         bgr: yield BGR instead of RGB.
 
     Raises:
-        ValueError: a batch size that the processes cannot share.
+        UserError: a batch size that the processes cannot share.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from repr_det.errors import UserError
 from repr_det.method.pruning import SECOND_MOMENTS, state_tensors
 from repr_det.method.settings import check_same_settings
 
@@ -50,12 +51,12 @@ class OrthogonalityLoss:
         weight: factor of the sum, at least 0.
 
     Raises:
-        ValueError: a negative weight.
+        UserError: a negative weight.
     """
 
     def __init__(self, network: nn.Module, weight: float) -> None:
         if weight < 0:
-            raise ValueError(f"The orthogonality loss has weight {weight}; give at least 0.")
+            raise UserError(f"The orthogonality loss has weight {weight}; give at least 0.")
         self.network = network
         self.weight = weight
 
@@ -96,14 +97,14 @@ class Distillation:
         alpha: share of the teacher in the loss, in ``[0, 1]``.
 
     Raises:
-        ValueError: temperature or alpha out of range.
+        UserError: temperature or alpha out of range.
     """
 
     def __init__(self, teacher: nn.Module, temperature: float, alpha: float) -> None:
         if temperature <= 0:
-            raise ValueError(f"DISTILL.TEMPERATURE is {temperature}; give a value above 0.")
+            raise UserError(f"DISTILL.TEMPERATURE is {temperature}; give a value above 0.")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"DISTILL.ALPHA is {alpha}; give a share from 0 to 1.")
+            raise UserError(f"DISTILL.ALPHA is {alpha}; give a share from 0 to 1.")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature = temperature
         self.alpha = alpha
@@ -121,11 +122,10 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
     Nothing in the file is executed.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a file that is no such checkpoint, or one of another network.
+        UserError: no such file, or a file that is no such checkpoint, or one of another network.
     """
     if not path or not Path(path).is_file():
-        raise FileNotFoundError(
+        raise UserError(
             f"The teacher's checkpoint {path!r} does not exist: train the teacher first and set "
             "DISTILL.WEIGHTS to its model_final.pth."
         )
@@ -136,7 +136,7 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
         )
     except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is no checkpoint of a {type(teacher).__name__} teacher with these classes: "
             "DISTILL.TEACHER and DISTILL.WEIGHTS must belong together."
         ) from error
@@ -183,17 +183,17 @@ class DenseSparseDenseHook(HookBase):
         sparsity: share of each layer's weights that is removed, in ``(0, 1)``.
 
     Raises:
-        ValueError: a length or share out of range.
+        UserError: a length or share out of range.
     """
 
     def __init__(self, dense_iters: int, sparse_iters: int, sparsity: float) -> None:
         if dense_iters < 1 or sparse_iters < 1:
-            raise ValueError(
+            raise UserError(
                 f"DSD trains dense for {dense_iters} and sparse for {sparse_iters} iterations: "
                 "give at least 1 for DSD.DENSE_ITERS and DSD.SPARSE_ITERS."
             )
         if not 0 < sparsity < 1:
-            raise ValueError(f"DSD.SPARSITY is {sparsity}; give a share above 0 and below 1.")
+            raise UserError(f"DSD.SPARSITY is {sparsity}; give a share above 0 and below 1.")
         self.dense_iters = dense_iters
         self.sparse_iters = sparse_iters
         self.sparsity = sparsity
@@ -204,11 +204,11 @@ class DenseSparseDenseHook(HookBase):
         """Refuse a training length that would end before the last dense part.
 
         Raises:
-            ValueError: ``dense_iters + sparse_iters`` is not smaller than ``max_iter``.
+            UserError: ``dense_iters + sparse_iters`` is not smaller than ``max_iter``.
         """
         end = self.dense_iters + self.sparse_iters
         if end >= max_iter:
-            raise ValueError(
+            raise UserError(
                 f"DSD needs {self.dense_iters} + {self.sparse_iters} = {end} iterations and then "
                 f"some of the dense network, but training ends after {max_iter}: lower "
                 "DSD.DENSE_ITERS or DSD.SPARSE_ITERS, or train longer."
@@ -218,11 +218,11 @@ class DenseSparseDenseHook(HookBase):
         """Hold what a run that is resumed had removed.
 
         Raises:
-            ValueError: the run goes on in its sparse part and no state was loaded.
+            UserError: the run goes on in its sparse part and no state was loaded.
         """
         start, end = self.trainer.start_iter, self.dense_iters + self.sparse_iters
         if self.dense_iters < start < end and not self.masks:
-            raise ValueError(
+            raise UserError(
                 f"This run goes on at iteration {start}, in the sparse part of DSD, but its "
                 f"checkpoint holds no masks (made without DSD?): start a new run with it as "
                 f"MODEL.WEIGHTS."
@@ -252,7 +252,7 @@ class DenseSparseDenseHook(HookBase):
         """Take over the masks of :meth:`state_dict`.
 
         Raises:
-            ValueError: the state was written with other settings.
+            UserError: the state was written with other settings.
         """
         check_same_settings("DSD", self._settings(), state.get("settings", {}))
         self.masks = dict(state["masks"])

@@ -56,7 +56,7 @@ def obstacle(cfg: CfgNode) -> str | None:
         cfg: its config, with the keys of every task.
 
     Raises:
-        FileNotFoundError, ValueError, KeyError: a mistake in the config or the data.
+        UserError: a mistake in the config or the data.
     """
     keys = cfg.MODEL.CLASSIFIER
     reasons = {
@@ -187,7 +187,7 @@ class Together:
         around: entered around what is done for one run alone, so that log lines can be told apart.
 
     Raises:
-        ValueError: what the runs' own trainers would refuse.
+        UserError: what the runs' own trainers would refuse.
     """
 
     def __init__(

@@ -22,6 +22,7 @@ from repr_det.classification.loader import (
 )
 from repr_det.classification.schemes import DenseSparseDenseHook
 from repr_det.engine.trainer import RePrTrainer
+from repr_det.errors import UserError
 
 
 class ClassificationTrainer(RePrTrainer):
@@ -31,7 +32,7 @@ class ClassificationTrainer(RePrTrainer):
         cfg: a config with the keys of classification; its keys in epochs are resolved here.
 
     Raises:
-        ValueError, KeyError, FileNotFoundError: a mistake in the config or the data, see
+        UserError: a mistake in the config or the data, see
             :func:`repr_det.classification.datasets.load_images`,
             :meth:`repr_det.classification.classifier.ImageClassifier.from_config` and
             :func:`repr_det.classification.epochs.resolve_epochs`.
@@ -46,16 +47,16 @@ class ClassificationTrainer(RePrTrainer):
         """Read every dataset that the config names, so that mistakes come before training.
 
         Raises:
-            ValueError: also where a test set has other classes than the training set, and settings
+            UserError: also where a test set has other classes than the training set, and settings
                 that do not exist here or do not go together.
         """
         if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal"):
-            raise ValueError(
+            raise UserError(
                 f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}; for classification give none or "
                 "horizontal."
             )
         if cfg.DSD.ENABLED and cfg.REPR.ENABLED:
-            raise ValueError(
+            raise UserError(
                 "DSD.ENABLED and REPR.ENABLED each take weights out and bring them back without "
                 "regard to the other: turn one of them off."
             )
@@ -64,7 +65,7 @@ class ClassificationTrainer(RePrTrainer):
         for name in cfg.DATASETS.TEST:
             found = load_images(cfg, name).classes
             if found != classes:
-                raise ValueError(
+                raise UserError(
                     f"{name} has other classes than {train} ({len(found)} and "
                     f"{len(classes)}): labels would not mean the same, so give both the same "
                     "folders."
@@ -101,11 +102,11 @@ class ClassificationTrainer(RePrTrainer):
         """Restore a checkpoint's state of the trainer.
 
         Raises:
-            ValueError: it was written in the sparse part of DSD and this run is without.
+            UserError: it was written in the sparse part of DSD and this run is without.
         """
         state = state_dict.get("hooks", {}).get(DenseSparseDenseHook.__name__, {})
         if state.get("masks") and not self.cfg.DSD.ENABLED:
-            raise ValueError(
+            raise UserError(
                 "This checkpoint was written in the sparse part of a DSD run, and DSD.ENABLED is "
                 "False: resume with DSD, or start a new run from it as MODEL.WEIGHTS."
             )

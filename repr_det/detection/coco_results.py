@@ -17,6 +17,7 @@ from pycocotools.mask import area
 from tqdm import tqdm
 
 from repr_det.detection.datasets import check_annotations, is_mask, read_coco
+from repr_det.errors import UserError
 
 BBOX, SEGM = "bbox", "segm"
 
@@ -55,8 +56,7 @@ def read_truth(annotations: str | Path, images: Collection[int] | None = None) -
         images: ids of the images that count; None for all.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not COCO's JSON, or without what the evaluation needs.
+        UserError: no such file, or not COCO's JSON, or without what the evaluation needs.
     """
     content = read_coco(str(annotations))
     check_annotations(str(annotations), content)
@@ -66,7 +66,7 @@ def read_truth(annotations: str | Path, images: Collection[int] | None = None) -
     names = [category["name"] for category in content["categories"]]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise ValueError(f"{annotations} has two categories {min(twice)!r}: give them other names.")
+        raise UserError(f"{annotations} has two categories {min(twice)!r}: give them other names.")
     truth = _indexed(content)
     complete(truth)
     return truth
@@ -93,20 +93,18 @@ def results_path(path: str | Path) -> Path:
     """The results file that is meant by a file or by a run folder.
 
     Raises:
-        FileNotFoundError: neither is there.
+        UserError: neither is there.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / RESULTS).is_file():
-            raise FileNotFoundError(
+            raise UserError(
                 f"Run folder {path} holds no {RESULTS}: evaluate the run on a COCO-format dataset "
                 "first, or give a results file."
             )
         return path / RESULTS
     if not path.is_file():
-        raise FileNotFoundError(
-            f"Results {path} do not exist: give a COCO results file or a run folder."
-        )
+        raise UserError(f"Results {path} do not exist: give a COCO results file or a run folder.")
     return path
 
 
@@ -119,16 +117,15 @@ def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
         truth: the annotations.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: not results, or results for other images or categories.
+        UserError: no such file, or not results, or results for other images or categories.
     """
     path = results_path(path)
     try:
         results = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError):
-        raise ValueError(f"{path} is not JSON: give a COCO results file.") from None
+        raise UserError(f"{path} is not JSON: give a COCO results file.") from None
     if not isinstance(results, list):
-        raise ValueError(
+        raise UserError(
             f"{path} is not a COCO results file: it must be a list of detections, not "
             f"{'annotations' if 'annotations' in results else type(results).__name__}."
         )
@@ -138,7 +135,7 @@ def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
         except (KeyError, TypeError) as error:
             problem = f"lacks what a detection has ({type(error).__name__}: {error})"
         if problem:
-            raise ValueError(
+            raise UserError(
                 f"{path}: detection {index} {problem}: give COCO results for these annotations."
             )
     return results
@@ -184,7 +181,7 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO
     """Refuse to evaluate boxes or masks that are not there.
 
     Raises:
-        ValueError: a detection or an object without.
+        UserError: a detection or an object without.
     """
     key = _KEYS[iou_type]
     is_there = is_mask if iou_type == SEGM else bool
@@ -194,7 +191,7 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO
     ):
         missing = next((entry for entry in entries if not is_there(entry.get(key))), None)
         if missing is not None:
-            raise ValueError(
+            raise UserError(
                 f"IoU type {iou_type} needs {key} everywhere, but {whose} of image "
                 f"{missing['image_id']} has none: take the other type, or other files."
             )
@@ -241,7 +238,7 @@ def evaluated_classes(
         the next class overwrites; ``evalImgs`` is empty for a class that nothing is of.
 
     Raises:
-        ValueError: a detection or an object has no such box or mask.
+        UserError: a detection or an object has no such box or mask.
     """
     check_iou_type(results, iou_type, truth)
     found = _detections(truth, results, iou_type)

@@ -19,6 +19,7 @@ from PIL import Image
 
 from repr_det.engine.images import check_depth
 from repr_det.engine.parts import datasets_root
+from repr_det.errors import UserError
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -43,8 +44,7 @@ def read_coco(annotations: str) -> dict[str, Any]:
     """The content of a COCO annotation file.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: it cannot be read, or is not COCO's JSON.
+        UserError: no such file, or it cannot be read, or is not COCO's JSON.
     """
     try:
         content = json.loads(Path(annotations).read_text())
@@ -60,16 +60,16 @@ def read_coco(annotations: str) -> dict[str, Any]:
                     raise TypeError(f"annotation {entry['id']} has a box of other than 4 numbers")
         return content
     except FileNotFoundError:
-        raise FileNotFoundError(
+        raise UserError(
             f"Annotation file {annotations} does not exist: give the path of a COCO-format JSON."
         ) from None
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"Annotation file {annotations} cannot be read ({error.strerror}): give the path of a "
             "COCO-format JSON."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{annotations} is not a COCO annotation file ({type(error).__name__}: {error}): it "
             f"needs images, annotations and categories."
         ) from error
@@ -88,25 +88,25 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
         content: of the file.
 
     Raises:
-        ValueError: no images, no annotations, ids that point nowhere or are not unique, images
+        UserError: no images, no annotations, ids that point nowhere or are not unique, images
             without a size, boxes that are no numbers, objects to ignore.
     """
     images = {image["id"]: image for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     if not images or not content["annotations"]:
         what = "annotations" if images else "images"
-        raise ValueError(f"{annotations} holds no {what}: give a file that does.")
+        raise UserError(f"{annotations} holds no {what}: give a file that does.")
     for part in ("images", "annotations", "categories"):
         numbers = Counter(entry["id"] for entry in content[part])
         if numbers.total() > len(numbers):
             number, times = numbers.most_common(1)[0]
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: {times} {part} have the id {number}: number them anew."
             )
     for image in content["images"]:
         sides = (image["width"], image["height"])
         if not all(isinstance(side, (int, float)) and side > 0 for side in sides):
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: image {image['id']} has the width and height {sides}: give them "
                 f"in pixels."
             )
@@ -114,17 +114,17 @@ def check_annotations(annotations: str, content: dict[str, Any]) -> None:
     for entry in content["annotations"]:
         for key, known in (("image_id", images), ("category_id", categories)):
             if entry[key] not in known:
-                raise ValueError(
+                raise UserError(
                     f"{annotations}: annotation {entry['id']} has {key} {entry[key]}, which the "
                     f"file does not define: correct or remove it."
                 )
         if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in entry["bbox"]):
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: the box of annotation {entry['id']} is {entry['bbox']}: give four "
                 f"numbers."
             )
         if entry.get("ignore"):
-            raise ValueError(
+            raise UserError(
                 f"{annotations}: annotation {entry['id']} has the key ignore, which COCO's format "
                 f"does not know: give it iscrowd 1, or remove it."
             )
@@ -161,7 +161,7 @@ def check_training_masks(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Non
         records: in Detectron2's format.
 
     Raises:
-        ValueError: an object without a mask, or with RLE where polygons are asked for.
+        UserError: an object without a mask, or with RLE where polygons are asked for.
     """
     for record in records:
         for entry in record["annotations"]:
@@ -169,11 +169,11 @@ def check_training_masks(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> Non
                 continue
             whose = f"An object of {record['file_name']} has"
             if "segmentation" not in entry:
-                raise ValueError(
+                raise UserError(
                     f"{whose} no mask: give it a segmentation, or set MODEL.MASK_ON False."
                 )
             if isinstance(entry["segmentation"], dict) and cfg.INPUT.MASK_FORMAT == "polygon":
-                raise ValueError(
+                raise UserError(
                     f"{whose} a mask in RLE: set INPUT.MASK_FORMAT bitmask, or give polygons."
                 )
 
@@ -182,14 +182,14 @@ def check_test_masks(datasets: Sequence[str]) -> None:
     """Refuse annotation files on which masks cannot be evaluated.
 
     Raises:
-        ValueError: an object without a mask.
+        UserError: an object without a mask.
     """
     for name in datasets:
         metadata = MetadataCatalog.get(name)
         path = None if metadata.get("drawn_on_first_use") else metadata.get("json_file")
         for entry in read_coco(path)["annotations"] if path else ():
             if not is_mask(entry.get("segmentation")):
-                raise ValueError(
+                raise UserError(
                     f"{path}: annotation {entry['id']} has no mask to evaluate masks on: give it a "
                     f"segmentation, or set MODEL.MASK_ON False."
                 )
@@ -203,7 +203,7 @@ class NamedImages:
         skip: return None for such an image, for which the loader takes another, and count it.
 
     Raises:
-        ValueError: when called with an image of more than 8 bits a channel, or with one that cannot
+        UserError: when called with an image of more than 8 bits a channel, or with one that cannot
             be read, unless they are skipped.
     """
 
@@ -219,7 +219,7 @@ class NamedImages:
         except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
             reason = str(error).splitlines()[0]
             if not self._skip:
-                raise ValueError(
+                raise UserError(
                     f"Image {record['file_name']} cannot be read ({reason}): replace it, take it "
                     f"out of the annotations, or, in training, set INPUT.SKIP_BAD_IMAGES True."
                 ) from error
@@ -252,17 +252,17 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
         images: its image folder.
 
     Raises:
-        FileNotFoundError, ValueError: files that do not exist, are not COCO's or contradict
+        UserError: files that do not exist, are not COCO's or contradict
             themselves; a name in use.
     """
     check_annotations(annotations, read_coco(annotations))
     if not Path(images).is_dir():
-        raise FileNotFoundError(f"Image folder {images} does not exist: give the folder of {name}.")
+        raise UserError(f"Image folder {images} does not exist: give the folder of {name}.")
     known = MetadataCatalog.get(name)
     if name not in DatasetCatalog.list():
         register_coco_instances(name, {}, annotations, images)
     elif known.get("json_file") != annotations or known.get("image_root") != images:
-        raise ValueError(f"A dataset called {name} is registered already: give it another name.")
+        raise UserError(f"A dataset called {name} is registered already: give it another name.")
     cfg.DATASETS[split] = (name,)
 
 
@@ -270,11 +270,11 @@ def check_same_categories(train: str, test: str) -> None:
     """Refuse two annotation files of different categories: labels would not mean the same.
 
     Raises:
-        ValueError: names or their order by id differ.
+        UserError: names or their order by id differ.
     """
     names = [category_names(read_coco(path)) for path in (train, test)]
     if names[0] != names[1]:
-        raise ValueError(
+        raise UserError(
             f"{test} has other categories than {train} ({len(names[1])} and {len(names[0])}, or "
             f"other names): give both the same categories."
         )
@@ -297,11 +297,10 @@ def check_dataset(name: str) -> None:
     """Refuse a dataset that is not there.
 
     Raises:
-        ValueError: a name that nobody registered.
-        FileNotFoundError: annotations or images that do not exist.
+        UserError: a name that nobody registered, or annotations or images that do not exist.
     """
     if name not in DatasetCatalog.list():
-        raise ValueError(
+        raise UserError(
             f"Dataset {name} is not registered: register it, or give its files with --train-data "
             f"or --test-data NAME JSON IMAGES."
         )
@@ -311,7 +310,7 @@ def check_dataset(name: str) -> None:
     for kind in ("json_file", "image_root"):
         path = metadata.get(kind)
         if path is not None and not Path(path).exists():
-            raise FileNotFoundError(
+            raise UserError(
                 f"Dataset {name} needs {Path(path).resolve()}, which does not exist: set "
                 f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)} (make demo needs "
                 f"no data)."
@@ -330,7 +329,7 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
     """Refuse datasets of other classes than the model's, or than each other's; reads them.
 
     Raises:
-        ValueError: their number differs, or their names.
+        UserError: their number differs, or their names.
     """
     count = num_classes(cfg)
     first: tuple[str, Sequence[str]] | None = None
@@ -342,13 +341,13 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
         if classes is None:
             continue
         if count != len(classes):
-            raise ValueError(
+            raise UserError(
                 f"{num_classes_key(cfg)} is {count}, but dataset {name} has {len(classes)} "
                 f"classes: set it to {len(classes)}, or give another dataset."
             )
         first = first or (name, classes)
         if list(classes) != list(first[1]):
-            raise ValueError(
+            raise UserError(
                 f"Dataset {name} has other classes than {first[0]}, or in another order: give both "
                 f"the same ones."
             )

@@ -13,6 +13,7 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from repr_det.engine.randomness import RandomStream, mixed_seed
+from repr_det.errors import UserError
 
 Key = tuple[int, int]
 """An image to load: its index and the seed of its augmentation."""
@@ -36,7 +37,7 @@ class _SeededDataset(Dataset):
                 example = self._mapper(copy.deepcopy(record))
                 if example is not None:
                     return example
-        raise ValueError("None of the training images can be read: see the warnings above.")
+        raise UserError("None of the training images can be read: see the warnings above.")
 
 
 class BatchPlan(Sampler):
@@ -136,16 +137,16 @@ def build_deterministic_loader(
         mapper: makes a training example of a record, or None to skip it.
 
     Raises:
-        ValueError: a sampler other than TrainingSampler; a batch that ranks cannot share evenly.
+        UserError: a sampler other than TrainingSampler; a batch that ranks cannot share evenly.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
-        raise ValueError(
+        raise UserError(
             f"DETERMINISTIC knows no {cfg.DATALOADER.SAMPLER_TRAIN}: set "
             f"DATALOADER.SAMPLER_TRAIN to TrainingSampler or DETERMINISTIC to False."
         )
     world_size = comm.get_world_size()
     if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {world_size} "
             f"processes: make it a multiple of that."
         )

@@ -17,6 +17,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
 from repr_det.engine.checkpoint import write_whole
+from repr_det.errors import UserError
 
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (0, 114, 178),
@@ -162,14 +163,14 @@ def draw_detections(
         ``out_png`` as a path.
 
     Raises:
-        ValueError: if there are no images.
+        UserError: if there are no images.
     """
     tiles = [
         [draw_instances(image, each, class_names, side, min_score) for each in drawn]
         for image, *drawn in examples
     ]
     if not tiles:
-        raise ValueError("There are no images to draw detections on: give at least one.")
+        raise UserError("There are no images to draw detections on: give at least one.")
     height = max(tile.shape[0] for row in tiles for tile in row)
     width = max(tile.shape[1] for row in tiles for tile in row)
     gap, head = max(4, width // 60), width // 12

@@ -36,6 +36,7 @@ from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.parts import held_out_name
 from repr_det.engine.trained import load_trained
+from repr_det.errors import UserError
 
 Metrics = dict[str, float | None]
 """By :data:`METRICS`, as shares of 1; None where no object counts."""
@@ -71,8 +72,8 @@ def annotation_file(dataset: str) -> Path:
     """The COCO-format annotations of a registered dataset; draws the built-in one if need be.
 
     Raises:
-        FileNotFoundError: they, or the images, do not exist.
-        ValueError: nobody registered the dataset, or it is not COCO's.
+        UserError: they, or the images, do not exist.
+        UserError: nobody registered the dataset, or it is not COCO's.
     """
     register_builtin()
     check_dataset(dataset)
@@ -80,7 +81,7 @@ def annotation_file(dataset: str) -> Path:
     if metadata.get("drawn_on_first_use"):
         DatasetCatalog.get(dataset)
     if metadata.get("json_file") is None:
-        raise ValueError(
+        raise UserError(
             f"Dataset {dataset} has no COCO-format annotation file: write its annotations as one."
         )
     return Path(metadata.json_file)
@@ -90,7 +91,7 @@ def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
     """The annotations of a dataset that a config names, its held-out part included.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`annotation_file` and :func:`register_held_out`.
+        UserError: see :func:`annotation_file` and :func:`register_held_out`.
     """
     train = None
     if dataset in map(held_out_name, cfg.DATASETS.TRAIN):
@@ -148,7 +149,7 @@ def read_detections(results: Path, annotations: Path, dataset: str) -> Detection
     """Detections of a results file or of a run folder that holds one.
 
     Raises:
-        FileNotFoundError, ValueError: see :func:`read_truth` and :func:`read_results`.
+        UserError: see :func:`read_truth` and :func:`read_results`.
     """
     path = results_path(results)
     truth = read_truth(annotations)
@@ -168,7 +169,7 @@ def detect(
         progress: show a bar for each dataset.
 
     Raises:
-        FileNotFoundError, ValueError: datasets, annotations or weights that are not there or do not
+        UserError: datasets, annotations or weights that are not there or do not
             fit one another; an image that cannot be read.
     """
     truths = {}
@@ -202,10 +203,10 @@ def instances_of(output: dict[str, Any]) -> Instances:
     """What a Detectron2 model has detected on an image, on the CPU.
 
     Raises:
-        ValueError: the model does not answer with instances.
+        UserError: the model does not answer with instances.
     """
     if "instances" not in output:
-        raise ValueError(
+        raise UserError(
             f"The model does not answer with instances but with {', '.join(output)}: give a "
             f"detector."
         )

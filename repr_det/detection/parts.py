@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
 from repr_det.engine.parts import held_out_name, part_indices
+from repr_det.errors import UserError
 
 _OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
 
@@ -17,11 +18,11 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     """What a config trains on, in Detectron2's format.
 
     Raises:
-        ValueError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on, or
+        UserError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on, or
             a sampler that needs whole datasets.
     """
     if not cfg.DATASETS.TRAIN:
-        raise ValueError(
+        raise UserError(
             "DATASETS.TRAIN is empty: name registered datasets, or give images with --train-data."
         )
     records = get_detection_dataset_dicts(
@@ -36,7 +37,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     if not held_out and share == 1:
         return records
     if (sampler := cfg.DATALOADER.SAMPLER_TRAIN).startswith("Weighted"):
-        raise ValueError(
+        raise UserError(
             f"{sampler} weighs the images of whole datasets: with DATASETS.HELD_OUT or "
             "TRAIN_SHARE, set DATALOADER.SAMPLER_TRAIN to TrainingSampler."
         )
@@ -46,7 +47,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     chosen = {files[position] for position in part_indices(len(files), held_out, share)[0]}
     records = [record for record in records if record["file_name"] in chosen]
     if not records:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.TRAIN_SHARE {share} leaves no image with annotations: give a larger share."
         )
     return records
@@ -59,14 +60,14 @@ def register_held_out(cfg: CfgNode) -> None:
     under it is replaced.
 
     Raises:
-        ValueError: more than one training set, a name in use, or a test set that is held out from
+        UserError: more than one training set, a name in use, or a test set that is held out from
             nothing.
     """
     count = cfg.DATASETS.HELD_OUT
     if not count:
         for name in map(held_out_name, cfg.DATASETS.TRAIN):
             if name in cfg.DATASETS.TEST and not _is_foreign(name):
-                raise ValueError(
+                raise UserError(
                     f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to "
                     "hold out."
                 )
@@ -74,14 +75,14 @@ def register_held_out(cfg: CfgNode) -> None:
     if not cfg.DATASETS.TRAIN:
         return
     if len(cfg.DATASETS.TRAIN) != 1:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.HELD_OUT takes images out of one training set, but DATASETS.TRAIN is "
             f"{tuple(cfg.DATASETS.TRAIN)}: give one, or hold out none."
         )
     train = cfg.DATASETS.TRAIN[0]
     name = held_out_name(train)
     if _is_foreign(name):
-        raise ValueError(
+        raise UserError(
             f"A dataset called {name} is registered already, which is how the images of "
             "DATASETS.HELD_OUT would be called: give it another name."
         )

@@ -29,6 +29,7 @@ from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
 from repr_det.engine.images import check_depth
 from repr_det.engine.trained import load_trained
+from repr_det.errors import UserError
 
 Pixels = NDArray[np.uint8]
 """An image (height, width, 3), RGB."""
@@ -68,8 +69,8 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
         output: folder in which pictures will be drawn, or None.
 
     Raises:
-        FileNotFoundError: an input that does not exist.
-        ValueError: nothing to look at, files that are neither, a video that cannot be read,
+        UserError: an input that does not exist.
+        UserError: nothing to look at, files that are neither, a video that cannot be read,
             pictures that would replace one another or the inputs.
     """
     sources = []
@@ -77,17 +78,17 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
         if path.is_dir():
             found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
             if not found:
-                raise ValueError(f"Folder {path} holds no images ({', '.join(IMAGES)}).")
+                raise UserError(f"Folder {path} holds no images ({', '.join(IMAGES)}).")
             sources += [Source(p, p.relative_to(path)) for p in found]
         elif not path.exists():
-            raise FileNotFoundError(f"Input {path} does not exist: give images, folders or videos.")
+            raise UserError(f"Input {path} does not exist: give images, folders or videos.")
         elif path.suffix.lower() in IMAGES:
             sources.append(Source(path, Path(path.name)))
         elif path.suffix.lower() in VIDEOS:
             _check_video(path)
             sources.append(Source(path, Path(path.name).with_suffix(".mp4")))
         else:
-            raise ValueError(
+            raise UserError(
                 f"Input {path} is neither an image ({', '.join(IMAGES)}) nor a video "
                 f"({', '.join(VIDEOS)})."
             )
@@ -98,15 +99,15 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
 
 def _check_drawn(sources: Sequence[Source], output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output} is a file: give a folder.")
+        raise UserError(f"--output {output} is a file: give a folder.")
     by_target: dict[Path, Path] = {}
     inputs = {source.path.resolve() for source in sources}
     for source in sources:
         target = (output / source.drawn).resolve()
         if target in inputs:
-            raise ValueError(f"--output {output} would replace {target}: give another folder.")
+            raise UserError(f"--output {output} would replace {target}: give another folder.")
         if target in by_target:
-            raise ValueError(
+            raise UserError(
                 f"{by_target[target]} and {source.path} would both be drawn as {target}: give them "
                 f"in separate calls."
             )
@@ -133,7 +134,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
     Where neither is known, classes are called by their number, counted from 1.
 
     Raises:
-        FileNotFoundError, ValueError: no such file, not COCO's, or of another number of classes
+        UserError: no such file, not COCO's, or of another number of classes
             than the model.
     """
     count = num_classes(cfg)
@@ -141,7 +142,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
         content = read_coco(str(annotations))
         found = _labels_in(content)
         if len(found.names) != count:
-            raise ValueError(
+            raise UserError(
                 f"{annotations} has {len(found.names)} classes, but {num_classes_key(cfg)} is "
                 f"{count}: give annotations of the dataset that the model was trained on."
             )
@@ -185,14 +186,14 @@ class Detector:
             below its own ``SCORE_THRESH_TEST``.
 
     Raises:
-        ValueError: a score that is none, or an order of channels that images do not have.
+        UserError: a score that is none, or an order of channels that images do not have.
     """
 
     def __init__(self, cfg: CfgNode, min_score: float = 0.5) -> None:
         if not 0 <= min_score <= 1:
-            raise ValueError(f"--score-threshold is {min_score}: give a score from 0 to 1.")
+            raise UserError(f"--score-threshold is {min_score}: give a score from 0 to 1.")
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise ValueError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: only RGB and BGR can be read.")
+            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: only RGB and BGR can be read.")
         self._min_score = min_score
         self._bgr = cfg.INPUT.FORMAT == "BGR"
         self._resize = T.ResizeShortestEdge(
@@ -266,7 +267,7 @@ def predict(
         progress: show a bar.
 
     Raises:
-        ValueError: several images are the same one of the labels, not one image could be read, or
+        UserError: several images are the same one of the labels, not one image could be read, or
             a video cannot be written.
     """
     outcome = Outcome()
@@ -277,7 +278,7 @@ def predict(
     images = [source for source in sources if not source.is_video]
     names = [source.drawn.as_posix() for source in images]
     if twice := [name for name in labels.images if names.count(name) > 1]:
-        raise ValueError(
+        raise UserError(
             f"Several images are {twice[0]} of the annotations: give them in separate calls."
         )
     total = len(images) + sum(map(_length, videos))
@@ -301,7 +302,7 @@ def predict(
         )
         if not outcome.images and not videos:
             others = f", nor can the other {len(images) - 1}" if len(images) > 1 else ""
-            raise ValueError(f"Image {outcome.faults[0]} cannot be read{others}.")
+            raise UserError(f"Image {outcome.faults[0]} cannot be read{others}.")
         for video in videos:
             with _video_file(output and output / video.drawn, video) as write:
                 look(
@@ -357,7 +358,7 @@ def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
 def _check_video(path: Path) -> None:
     with _opened(path) as capture:
         if not capture.read()[0]:
-            raise ValueError(f"Video {path} cannot be read: give another, or convert it to .mp4.")
+            raise UserError(f"Video {path} cannot be read: give another, or convert it to .mp4.")
 
 
 def _fps(capture: cv2.VideoCapture) -> float:
@@ -390,7 +391,7 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
     """What writes pictures into a video, which is there only when it is whole; None for no video.
 
     Raises:
-        ValueError: it cannot be written.
+        UserError: it cannot be written.
     """
     if target is None:
         yield None
@@ -405,7 +406,7 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
             target.parent.mkdir(parents=True, exist_ok=True)
             code = cv2.VideoWriter_fourcc(*"mp4v")
             if not writer.open(str(aside), code, fps, picture.shape[1::-1]):
-                raise ValueError(
+                raise UserError(
                     f"Video {target} cannot be written: OpenCV has no encoder for it, give --json."
                 )
         writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))

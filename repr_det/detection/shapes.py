@@ -29,6 +29,8 @@ import numpy as np
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
 
+from repr_det.errors import UserError
+
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 OVERSAMPLING = 4
@@ -213,7 +215,7 @@ def _place_objects(
                 classes.append(label)
                 centres.append(centre)
                 break
-    raise ValueError(
+    raise UserError(
         f"{count} objects do not fit into an image of {size} pixels: lower the number of objects."
     )
 
@@ -318,7 +320,7 @@ def draw_scene(rng: np.random.Generator, size: int, objects: tuple[int, int]) ->
         objects: fewest and most objects.
 
     Raises:
-        ValueError: if that many objects do not fit.
+        UserError: if that many objects do not fit.
     """
     count = int(rng.integers(objects[0], objects[1] + 1))
     classes, full, visible = _place_objects(rng, size, count)
@@ -425,7 +427,7 @@ def write_shapes(folder: Path, spec: ShapesSpec) -> None:
     training images.
 
     Raises:
-        ValueError: if the objects do not fit into the images.
+        UserError: if the objects do not fit into the images.
         OSError: if a file cannot be written.
     """
     for split in _SPLITS:

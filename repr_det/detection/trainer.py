@@ -34,7 +34,7 @@ class DetectionTrainer(RePrTrainer):
         cfg: a config from :func:`repr_det.tasks.get_cfg`.
 
     Raises:
-        FileNotFoundError, ValueError: datasets that are not there or do not fit the model, and
+        UserError: datasets that are not there or do not fit the model, and
             whatever :class:`RePrTrainer` refuses.
     """
 

@@ -10,6 +10,8 @@ from detectron2.engine import SimpleTrainer
 from torch import nn
 from torch.optim import Optimizer
 
+from repr_det.errors import UserError
+
 PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -17,15 +19,15 @@ def amp_precision(name: str, device: str) -> torch.dtype:
     """The precision that ``SOLVER.AMP.PRECISION`` names on a device.
 
     Raises:
-        ValueError: an unknown name, or float16 on a CPU.
+        UserError: an unknown name, or float16 on a CPU.
     """
     on_gpu = device.startswith("cuda")
     if name == "auto":
         return torch.float16 if on_gpu else torch.bfloat16
     if name not in PRECISIONS:
-        raise ValueError(f"SOLVER.AMP.PRECISION is {name!r}; give auto, {' or '.join(PRECISIONS)}.")
+        raise UserError(f"SOLVER.AMP.PRECISION is {name!r}; give auto, {' or '.join(PRECISIONS)}.")
     if name == "float16" and not on_gpu:
-        raise ValueError(
+        raise UserError(
             "SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is the CPU: "
             "give bfloat16, or turn SOLVER.AMP.ENABLED off."
         )

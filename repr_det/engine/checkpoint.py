@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from repr_det.errors import UserError
+
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 NUMBERED = re.compile(r"model_(\d+)\.pth")
@@ -75,7 +77,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             resume: whether to resume where there is a checkpoint.
 
         Raises:
-            ValueError: no checkpoint can be read, or one is of another architecture.
+            UserError: no checkpoint can be read, or one is of another architecture.
         """
         if not (resume and self.has_checkpoint()):
             return super().resume_or_load(path, resume=False)
@@ -86,7 +88,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 logger.warning(f"{error} Going back to the checkpoint before it.")
                 continue
             return self.load_whole(str(candidate))
-        raise ValueError(
+        raise UserError(
             f"No checkpoint in {self.save_dir} can be read: start the run anew, without --resume."
         )
 
@@ -94,7 +96,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         """Load a checkpoint that must hold every entry of the model, in its shape.
 
         Raises:
-            ValueError: it cannot be read, or is of another architecture.
+            UserError: it cannot be read, or is of another architecture.
         """
         self._whole = True
         try:
@@ -123,7 +125,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         incompatible = super()._load_model(checkpoint)
         missing = incompatible.missing_keys  # entries of another shape among them
         if missing and (self._whole or len(missing) >= len(keys)):
-            raise ValueError(
+            raise UserError(
                 f"The checkpoint is of another architecture ({len(missing)} of {len(keys)} entries "
                 f"are missing or of another shape, for example {missing[0]}): build the model that "
                 f"it was trained as."
@@ -135,18 +137,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The content of a ``.pth`` file, on the CPU; no code in it is executed.
 
     Raises:
-        ValueError: there is no such file, or it is damaged or no checkpoint.
+        UserError: there is no such file, or it is damaged or no checkpoint.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f"Checkpoint {path} does not exist.") from None
+        raise UserError(f"Checkpoint {path} does not exist.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged or is no checkpoint ({type(error).__name__})."
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
+        raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
     return content
 
 

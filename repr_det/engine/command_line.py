@@ -23,9 +23,7 @@ from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.engine.processes import launch
 from repr_det.engine.trainer import RePrTrainer, check_weights_given
-
-USER_ERRORS = (ValueError, FileNotFoundError, KeyError, NotADirectoryError)
-"""What checks raise for mistakes in config, arguments and data: told in one sentence."""
+from repr_det.errors import UserError, sentence
 
 GRACE_S = 60.0
 """How long a process waits for the main process to tell a mistake that both have made."""
@@ -45,8 +43,7 @@ def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Merge the config file and the ``KEY VALUE`` overrides into a config, in place.
 
     Raises:
-        FileNotFoundError: no such config file.
-        KeyError, ValueError: overrides that the config does not know or cannot take.
+        UserError: no such config file, or overrides that the config does not know or cannot take.
     """
     if args.config_file:
         args.config_file = merge_config_file(cfg, args.config_file)
@@ -63,16 +60,19 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
             it.
 
     Raises:
-        FileNotFoundError: no such file.
-        KeyError, ValueError: it is not YAML, or the config does not know it or cannot take it.
+        UserError: no such file.
+        UserError: it is not YAML, or the config does not know it or cannot take it.
     """
     path = config_path(name)
     try:
         cfg.merge_from_file(path, allow_unsafe=trusted)
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
-        # The last two where it is YAML but no mapping.
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Config {path} cannot be read ({reason}): correct it.") from error
+    except (
+        *(yaml.YAMLError, UnicodeDecodeError),  # it is not YAML
+        *(AttributeError, TypeError),  # it is YAML but no mapping
+        *(KeyError, ValueError),  # the config does not know a key, or cannot take a value
+        *(FileNotFoundError, AssertionError),  # its _BASE_
+    ) as error:
+        raise UserError(f"Config {path} cannot be read ({_reason(error)}): correct it.") from error
     return path
 
 
@@ -80,12 +80,20 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     """Merge ``KEY VALUE`` pairs into a config, in place.
 
     Raises:
-        KeyError, ValueError: what the config does not know or cannot take.
+        UserError: what the config does not know or cannot take.
     """
     try:
         cfg.merge_from_list(list(overrides))
+    except (KeyError, ValueError) as error:
+        raise UserError(f"An override is wrong: {_reason(error)}. Correct it.") from error
     except AssertionError as error:
-        raise ValueError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
+        raise UserError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
+
+
+def _reason(error: Exception) -> str:
+    """The text of an error in one line; that of a KeyError would be in quotes."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).split()).rstrip(".")
 
 
 def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
@@ -141,8 +149,8 @@ def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
     """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
 
     Raises:
-        FileNotFoundError: weights that do not exist or cannot be downloaded.
-        ValueError: none are given, or they are not the whole model's.
+        UserError: weights that do not exist or cannot be downloaded.
+        UserError: none are given, or they are not the whole model's.
     """
     checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
@@ -156,35 +164,22 @@ def check_folder_of(option: str, path: Path | None) -> None:
     """Refuse a file to be written where there is no folder for it, or a folder; None is no file.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: the path is that of a folder.
+        UserError: no such folder, or the path is that of a folder.
     """
     if path is None:
         return
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"Folder {path.parent} of {option} does not exist: create it.")
+        raise UserError(f"Folder {path.parent} of {option} does not exist: create it.")
     if path.is_dir():
-        raise ValueError(f"Target {path} of {option} is a folder: give the name of a file.")
+        raise UserError(f"Target {path} of {option} is a folder: give the name of a file.")
 
 
-def sentence(error: Exception) -> str:
-    """What one of :data:`USER_ERRORS` says."""
-    if isinstance(error, NotADirectoryError) and error.filename:
-        return f"{error.filename} lies below a file: give a folder."
-    # The text of a KeyError would be its message in quotes.
-    message = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
-    if message.startswith("Caught "):
-        # A loader's process sends its traceback, which ends with the error itself.
-        message = message.strip().splitlines()[-1].partition(": ")[2]
-    return message
-
-
-def tell(program: str, error: Exception) -> int:
+def tell(program: str, error: UserError) -> int:
     """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
 
     Args:
         program: the program's name.
-        error: one of :data:`USER_ERRORS`.
+        error: what is wrong.
     """
     print(f"{program}: error: {sentence(error)}", file=sys.stderr)
     return 2
@@ -200,7 +195,7 @@ def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -
     """
     try:
         return work() or 0
-    except USER_ERRORS as error:
+    except UserError as error:
         return tell(program, error)
     except KeyboardInterrupt:
         print(stopped, file=sys.stderr)
@@ -212,7 +207,7 @@ def told_in_one_sentence() -> Iterator[None]:
     """Turn a user's mistake into its sentence, told by one process, and exit status 2."""
     try:
         yield
-    except USER_ERRORS as error:
+    except UserError as error:
         if not comm.is_main_process():
             # The first process to end takes the others with it, so the main process must come
             # first; one that is still there after this has made a mistake of its own.
@@ -247,7 +242,7 @@ def undone_on_error(folder: Path) -> Iterator[None]:
     existed = folder.exists()
     try:
         yield
-    except USER_ERRORS:
+    except UserError:
         logging.shutdown()
         if not existed:
             shutil.rmtree(folder, ignore_errors=True)

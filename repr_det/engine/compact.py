@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
+from repr_det.errors import UserError
 from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
@@ -247,11 +248,11 @@ class Compact:
             rounds: turns of each; each is a run to warm up and one that counts.
 
         Raises:
-            ValueError: there is no batch to measure on.
+            UserError: there is no batch to measure on.
             Exception: whatever the smaller network raises where it cannot be run.
         """
         if self._batches is None or self._loss is None:
-            raise ValueError("there are no batches to measure on")
+            raise UserError("there are no batches to measure on")
         removal = self._choose(method)
         batch = next(self._batches())
         parameters = list(self._model.parameters())

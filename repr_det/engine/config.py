@@ -10,6 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from repr_det.engine.solver import add_solver_config
+from repr_det.errors import UserError
 from repr_det.method import reinit
 
 
@@ -108,7 +109,7 @@ def config_path(name: str) -> str:
         name: a path, or the bare name of a file in ``configs/``.
 
     Raises:
-        FileNotFoundError: neither exists; lists the names in ``configs/``.
+        UserError: neither exists; lists the names in ``configs/``.
     """
     if Path(name).is_file():
         return str(Path(name).resolve())
@@ -119,6 +120,6 @@ def config_path(name: str) -> str:
         if (folder / name).is_file():
             return str(folder / name)
     names = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
-    raise FileNotFoundError(
+    raise UserError(
         f"Config {name!r} is neither a file nor a name in configs/; there are: {', '.join(names)}."
     )

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from repr_det.engine.checkpoint import write_whole
+from repr_det.errors import UserError
 
 FILE = "repr_history.json"
 """Where the history lies in a run's folder."""
@@ -107,7 +108,7 @@ def read(folder: str | Path) -> History | None:
     """The history that a run wrote; None where there is none.
 
     Raises:
-        ValueError: the file is not what :func:`write` wrote.
+        UserError: the file is not what :func:`write` wrote.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -120,7 +121,7 @@ def read(folder: str | Path) -> History | None:
             [Overlap(**overlap) for overlap in content["overlaps"]],
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is damaged ({type(error).__name__}): delete it, and what the checkpoints "
             "hold is used."
         ) from error

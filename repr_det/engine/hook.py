@@ -25,6 +25,7 @@ from repr_det.engine.averages import unknown_averages
 from repr_det.engine.batches import can_be_opened_again, own_batches, training_loss
 from repr_det.engine.compact import MODES, Compact, Shrunk, rewrapped
 from repr_det.engine.randomness import RandomStream
+from repr_det.errors import UserError
 from repr_det.method.controller import PhaseChange, RePr
 from repr_det.method.criteria import mean_overlap
 from repr_det.method.reinit import Reinit
@@ -70,14 +71,14 @@ class RePrHook(HookBase):
             second time) and the model's losses, ``progress`` to a bar on the main process.
 
     Raises:
-        ValueError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
+        UserError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
             end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already;
             an unknown value of ``compact``.
     """
 
     def __init__(self, schedule: RePrSchedule, *, compact: str = "auto", **arguments: Any) -> None:
         if compact not in MODES:
-            raise ValueError(
+            raise UserError(
                 f"RePr: compact (REPR.COMPACT) is {compact!r}; give one of {', '.join(MODES)}."
             )
         for name in ("seed", "warmup"):
@@ -102,13 +103,13 @@ class RePrHook(HookBase):
         """The hook that ``cfg.REPR`` describes, S1 and S2 in iterations; None if not enabled.
 
         Raises:
-            ValueError: values out of range, or a unit that is not iterations.
+            UserError: values out of range, or a unit that is not iterations.
         """
         if not cfg.REPR.ENABLED:
             return None
         keys = cfg.REPR
         if keys.UNIT != "iteration":
-            raise ValueError(
+            raise UserError(
                 f"REPR.UNIT is {keys.UNIT!r}, which this task cannot turn into iterations: "
                 f"give S1 and S2 in iterations and REPR.UNIT iteration."
             )
@@ -136,14 +137,14 @@ class RePrHook(HookBase):
         if isinstance(getattr(trainer, "_trainer", trainer), AMPTrainer) and not (
             torch.cuda.is_available()
         ):
-            raise ValueError(
+            raise UserError(
                 "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none: "
                 "turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
             )
         # A checkpointer of one's own may set the one or the other.
         resumed = max(getattr(trainer, "start_iter", 0), getattr(trainer, "iter", 0))
         if resumed > 0:
-            raise ValueError(
+            raise UserError(
                 f"RePrHook was registered after the run was resumed at iteration {resumed}, so it "
                 f"has no state: register it before resume_or_load."
             )
@@ -151,7 +152,7 @@ class RePrHook(HookBase):
             self.check_fits(trainer.max_iter)
         seed = self._arguments.get("seed", 0) + comm.get_rank()
         if self._mode == "on" and _deeply_wrapped(trainer.model):
-            raise ValueError(
+            raise UserError(
                 "RePr: compact (REPR.COMPACT) is on, but the model's DistributedDataParallel lies "
                 "inside another wrapper and cannot be renewed: wrap it last, or turn compact off."
             )
@@ -180,7 +181,7 @@ class RePrHook(HookBase):
         """Refuse a training length that the schedule does not fit; see :class:`RePrSchedule`.
 
         Raises:
-            ValueError: it does not.
+            UserError: it does not.
         """
         self.schedule.check_fits(max_iter, self._arguments.get("warmup", 0))
 
@@ -207,10 +208,10 @@ class RePrHook(HookBase):
         """Refuse to go on with a run whose checkpoint held no state of this hook.
 
         Raises:
-            ValueError: the run goes on at a later iteration than 0 and no state was loaded.
+            UserError: the run goes on at a later iteration than 0 and no state was loaded.
         """
         if start_iter > 0 and not self._has_state:
-            raise ValueError(
+            raise UserError(
                 f"This run goes on at iteration {start_iter}, but its checkpoint holds no RePr "
                 f"state (made without RePr?): start a new run with it as MODEL.WEIGHTS."
             )

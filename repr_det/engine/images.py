@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from PIL import Image
 
+from repr_det.errors import UserError
+
 
 def check_depth(image: Image.Image, path: str) -> None:
     """Refuse an image of more than 8 bits a channel: Pillow would cut all bright values to white.
@@ -13,10 +15,10 @@ def check_depth(image: Image.Image, path: str) -> None:
         path: of its file, to be named.
 
     Raises:
-        ValueError: too many bits.
+        UserError: too many bits.
     """
     if image.mode.startswith(("I", "F")):
-        raise ValueError(
+        raise UserError(
             f"Image {path} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it "
             f"to 8."
         )

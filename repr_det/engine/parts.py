@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from repr_det.errors import UserError
+
 
 def datasets_root() -> Path:
     """The folder in ``DETECTRON2_DATASETS``, by default ``./datasets``."""
@@ -34,15 +36,15 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
         Positions to train on and held-out positions, int64, increasing.
 
     Raises:
-        ValueError: an argument out of range.
+        UserError: an argument out of range.
     """
     if not 0 <= held_out < size:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.HELD_OUT is {held_out}, but the training set has {size} images: hold out "
             "fewer."
         )
     if not 0 < share <= 1:
-        raise ValueError(
+        raise UserError(
             f"DATASETS.TRAIN_SHARE is {share}; give a share above 0 and at most 1, the whole."
         )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))

@@ -14,6 +14,8 @@ from detectron2.solver.build import (
 from fvcore.common.param_scheduler import ParamScheduler
 from torch.optim import Optimizer
 
+from repr_det.errors import UserError
+
 TRIANGULAR = "Triangular"
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
@@ -39,7 +41,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
 
     Raises:
-        ValueError: an optimizer that is none of :data:`OPTIMIZERS`, or has no fused step.
+        UserError: an optimizer that is none of :data:`OPTIMIZERS`, or has no fused step.
     """
     solver = cfg.SOLVER
     optimizer = (
@@ -49,7 +51,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     )
     if solver.FUSED:
         if solver.OPTIMIZER == "RMSprop":
-            raise ValueError(
+            raise UserError(
                 "SOLVER.FUSED: PyTorch has no fused RMSprop; turn it off or choose another "
                 "SOLVER.OPTIMIZER."
             )
@@ -61,7 +63,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
 def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give one of {', '.join(OPTIMIZERS)}."
         )
     arguments = {"alpha": solver.RMSPROP_ALPHA}
@@ -108,13 +110,13 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     warm-up in front of it.
 
     Raises:
-        ValueError: a triangular schedule without a period.
+        UserError: a triangular schedule without a period.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != TRIANGULAR:
         return detectron2.solver.build_lr_scheduler(cfg, optimizer)
     if solver.CYCLE_ITERS < 1:
-        raise ValueError(
+        raise UserError(
             f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}; give the length of a period of the "
             "cyclical learning rate."
         )

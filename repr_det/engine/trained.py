@@ -14,6 +14,7 @@ from torch import nn
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.command_line import merge_config_file, merge_overrides
 from repr_det.engine.trainer import check_weights_given, has_run
+from repr_det.errors import UserError
 
 
 def add_model_arguments(parser: argparse._ActionsContainer) -> None:
@@ -39,8 +40,8 @@ def merge_trained(
         overrides: KEY, VALUE, ...; they win over both.
 
     Raises:
-        FileNotFoundError: no such run or config file.
-        KeyError, ValueError: a config that cannot be read, or overrides that it does not know.
+        UserError: no such run or config file.
+        UserError: a config that cannot be read, or overrides that it does not know.
     """
     device = cfg.MODEL.DEVICE
     if run is None:
@@ -48,7 +49,7 @@ def merge_trained(
     else:
         config = run / "config.yaml"
         if not config.is_file() or not has_run(str(run)):
-            raise FileNotFoundError(
+            raise UserError(
                 f"{run} holds no run ({config.name} and last_checkpoint): give the OUTPUT_DIR of "
                 f"one, or a config file and MODEL.WEIGHTS."
             )
@@ -67,11 +68,11 @@ def load_trained(cfg: CfgNode) -> nn.Module:
         The model on ``MODEL.DEVICE``, in evaluation mode.
 
     Raises:
-        FileNotFoundError: weights that do not exist or cannot be downloaded.
-        ValueError: no weights or damaged ones, weights of another architecture, no such device.
+        UserError: weights that do not exist or cannot be downloaded.
+        UserError: no weights or damaged ones, weights of another architecture, no such device.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: give MODEL.DEVICE cpu."
         )
     check_weights_given(cfg.MODEL.WEIGHTS)

@@ -26,6 +26,7 @@ from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.engine.randomness import SeedEveryStep, use_deterministic_algorithms
 from repr_det.engine.resume import LossNormalizer, RecordKeeper
+from repr_det.errors import UserError
 from repr_det.method.schedule import SUB
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -44,7 +45,7 @@ class RePrTrainer(DefaultTrainer):
             lengths in iterations.
 
     Raises:
-        ValueError: whatever cannot work with this config, in one sentence.
+        UserError: whatever cannot work with this config, in one sentence.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -61,9 +62,9 @@ class RePrTrainer(DefaultTrainer):
             hook.check_fits(cfg.SOLVER.MAX_ITER)
         if cfg.DETERMINISTIC:
             if cfg.SEED < 0:
-                raise ValueError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
+                raise UserError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
             if cfg.TEST.PRECISE_BN.ENABLED:
-                raise ValueError(
+                raise UserError(
                     "TEST.PRECISE_BN reads batches whose order depends on the past, which "
                     "DETERMINISTIC excludes: turn one of them off."
                 )
@@ -108,7 +109,7 @@ class RePrTrainer(DefaultTrainer):
         """Refuse a config whose data cannot be trained or evaluated on; a task overrides this.
 
         Raises:
-            ValueError, FileNotFoundError: what is wrong.
+            UserError: what is wrong.
         """
 
     @classmethod
@@ -116,7 +117,7 @@ class RePrTrainer(DefaultTrainer):
         """:meth:`check`, and what else can be told of the data before training.
 
         Raises:
-            ValueError, FileNotFoundError, KeyError: what is wrong.
+            UserError: what is wrong.
         """
         cls.check(cfg)
 
@@ -125,7 +126,7 @@ class RePrTrainer(DefaultTrainer):
         """:meth:`check`, and what else can be told of the data before evaluation.
 
         Raises:
-            ValueError, FileNotFoundError, KeyError: what is wrong.
+            UserError: what is wrong.
         """
         cls.check(cfg)
 
@@ -187,8 +188,8 @@ class RePrTrainer(DefaultTrainer):
         """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
 
         Raises:
-            FileNotFoundError: weights that do not exist or cannot be downloaded.
-            ValueError: a checkpoint that this run cannot go on from.
+            UserError: weights that do not exist or cannot be downloaded.
+            UserError: a checkpoint that this run cannot go on from.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
         if not resuming:
@@ -203,11 +204,11 @@ class RePrTrainer(DefaultTrainer):
         """Restore a checkpoint's state of the trainer.
 
         Raises:
-            ValueError: it was written in S2 and this run is without RePr.
+            UserError: it was written in S2 and this run is without RePr.
         """
         state = state_dict.get("hooks", {}).get(STATE_KEY, {})
         if self._repr_hook is None and state.get("phase") == SUB:
-            raise ValueError(
+            raise UserError(
                 "This checkpoint was written in S2 of a RePr run, with filters dropped, and "
                 "REPR.ENABLED is False: resume with RePr, or start a new run from it as "
                 "MODEL.WEIGHTS."
@@ -237,10 +238,10 @@ def check_weights_given(weights: str) -> None:
     """Refuse to go without weights, or with some that cannot be had; see :func:`check_weights`.
 
     Raises:
-        ValueError: none are given.
+        UserError: none are given.
     """
     if not weights:
-        raise ValueError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
+        raise UserError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
     check_weights(weights)
 
 
@@ -248,20 +249,20 @@ def check_weights(weights: str) -> None:
     """Refuse starting weights that cannot be had.
 
     Raises:
-        FileNotFoundError: not on disk, or not to be downloaded.
+        UserError: not on disk, or not to be downloaded.
     """
     if not weights:
         return
     try:
         path = PathManager.get_local_path(weights.partition("?")[0])
     except Exception as error:  # whatever the network layer raises
-        raise FileNotFoundError(
+        raise UserError(
             f"MODEL.WEIGHTS {weights} could not be downloaded ({type(error).__name__}): fetch it "
             f"where there is network and give its path, or train from scratch with "
             f"MODEL.WEIGHTS ''."
         ) from error
     if not os.path.isfile(path):
-        raise FileNotFoundError(
+        raise UserError(
             f"MODEL.WEIGHTS {weights} does not exist: give the path of a checkpoint, or train from "
             f"scratch with MODEL.WEIGHTS ''."
         )

@@ -13,6 +13,7 @@ from repr_det.analysis.report import write_report
 from repr_det.analysis.run_folder import read_metrics, read_run
 from repr_det.classification import ClassificationTrainer
 from repr_det.engine import history
+from repr_det.errors import UserError
 from tests.analysis.folders import (
     detections,
     write_detection_run,
@@ -219,7 +220,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
     ):
         with pytest.raises(ValueError, match=words):
             write_report(runs, page, **arguments)
-    with pytest.raises(FileNotFoundError, match="create it"):
+    with pytest.raises(UserError, match="create it"):
         write_report(runs, tmp_path / "nowhere" / "report.html")
     page.mkdir()
     with pytest.raises(ValueError, match="is a folder"):

@@ -21,6 +21,7 @@ from repr_det.analysis.run_folder import (
 )
 from repr_det.engine import history
 from repr_det.engine.history import Drop, History
+from repr_det.errors import UserError
 from tests.analysis.folders import write_detection_run, write_metrics, write_run
 
 
@@ -113,7 +114,7 @@ def test_a_run_that_was_killed_is_read(tmp_path):
         CLASSIFICATION, True, False, 100,
     )  # fmt: skip
     assert run.history is None and run.checkpoints == []
-    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+    with pytest.raises(UserError, match="no checkpoint yet"):
         _ = run.weights
     # From the phases that were written every 20 iterations.
     assert run.spans == [(40, 60), (80, 100)]
@@ -217,12 +218,12 @@ def test_keys_of_somebody_elses_trainer_are_read(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="give the OUTPUT_DIR"):
+    with pytest.raises(UserError, match="give the OUTPUT_DIR"):
         read_run(tmp_path)
     (tmp_path / "config.yaml").write_text("MODEL: [1\n")
     with pytest.raises(ValueError, match="cannot be read"):
         read_run(tmp_path)
-    with pytest.raises(FileNotFoundError, match="give the path of a checkpoint"):
+    with pytest.raises(UserError, match="give the path of a checkpoint"):
         of_checkpoint("cifar10_c3_32.yaml", tmp_path / "none.pth")
-    with pytest.raises(FileNotFoundError, match="neither a file nor a name"):
+    with pytest.raises(UserError, match="neither a file nor a name"):
         of_checkpoint("nothing.yaml", tmp_path / "none.pth")

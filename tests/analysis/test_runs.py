@@ -19,6 +19,7 @@ from repr_det.analysis import runs
 from repr_det.analysis.measures import MEASURES
 from repr_det.analysis.runs import FULL, QUICK, import_run, plan, read_records, reproduce
 from repr_det.analysis.tables import ACCURACY, only
+from repr_det.errors import UserError
 from repr_det.tasks import argument_parser, configure, trainer_for
 from tests.analysis.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
 
@@ -279,7 +280,7 @@ def test_missing_data_is_told_before_anything_is_trained(tmp_path, output, monke
     missing = row.__class__(
         "imagenet", "", None, row.config, ("DATASETS.TRAIN", "('imagenet_train',)")
     )
-    with pytest.raises(FileNotFoundError, match="imagenet.*DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match="imagenet.*DETECTRON2_DATASETS"):
         reproduce(table.__class__("t", "t", (row, missing)), [0], FULL, output)
     assert not output.exists()
 
@@ -340,7 +341,7 @@ def test_import_of_a_run_of_train_net(table, output, tmp_path):
 
     with pytest.raises(ValueError, match=r"other settings, REPR.ENABLED \(wanted False\)"):
         import_run(tmp_path / "mine", table, table.row("standard"), FULL, output)
-    with pytest.raises(FileNotFoundError, match="config.yaml does not exist"):
+    with pytest.raises(UserError, match="config.yaml does not exist"):
         import_run(tmp_path / "nothing", table, row, FULL, output)
     metrics = tmp_path / "mine" / "metrics.json"
     lines = metrics.read_text().splitlines(keepends=True)

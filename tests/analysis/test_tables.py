@@ -8,6 +8,7 @@ from repr_det import RePrSchedule
 from repr_det.analysis.runs import _differences, _settings, row_cfg
 from repr_det.analysis.tables import ACCURACY, ERROR, TABLES, Row, only
 from repr_det.classification import classifier_names, resolve_epochs
+from repr_det.errors import UserError
 from repr_det.method.criteria import CRITERIA
 
 IMAGES = {"cifar10_train": 50_000, "cifar100_train": 50_000, "imagenet_train": 1_281_167}
@@ -109,9 +110,9 @@ def test_only_some_rows_and_what_they_need():
         "cifar10-teacher", "cifar10-standard", "cifar10-kd", "cifar10-kd-repr",
     ]  # fmt: skip
     assert only(table, []) is table
-    with pytest.raises(KeyError, match="distillation has no row 'kd': give some of cifar10-"):
+    with pytest.raises(UserError, match="distillation has no row 'kd': give some of cifar10-"):
         only(table, ["kd"])
-    with pytest.raises(KeyError, match="no row 'kd'"):
+    with pytest.raises(UserError, match="no row 'kd'"):
         table.row("kd")
 
 

@@ -24,6 +24,7 @@ from repr_det.classification.datasets import (
 )
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.parts import held_out_name
+from repr_det.errors import UserError
 from repr_det.tasks import add_data_arguments, use_data
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
@@ -95,7 +96,7 @@ def test_official_release(tmp_path, small_cifar, monkeypatch):
 
 def test_missing_cifar_says_what_where_and_how(tmp_path):
     tmp_path /= "nowhere"
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         read_cifar(CIFAR10, "train", tmp_path)
     message = str(error.value)
     for part in ("cifar10.npz", "cifar-10-batches-py", str(tmp_path), "DETECTRON2_DATASETS"):
@@ -233,7 +234,7 @@ def test_images_of_another_size():
 
 
 def test_unknown_dataset():
-    with pytest.raises(KeyError, match="no classification dataset named 'cifar11_train'.*cifar10"):
+    with pytest.raises(UserError, match="no classification dataset named 'cifar11_train'.*cifar10"):
         load_images(small_cfg(), "cifar11_train")
 
 
@@ -296,7 +297,7 @@ def test_test_images_of_fewer_classes_are_said_to_be_that(tmp_path):
 def test_folder_without_images(tmp_path, make):
     for name in make:
         (tmp_path / name).mkdir()
-    with pytest.raises(FileNotFoundError, match="no folder of class folders with images"):
+    with pytest.raises(UserError, match="no folder of class folders with images"):
         datasets.read_image_folder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no folder of class folders with images"):
+    with pytest.raises(UserError, match="no folder of class folders with images"):
         datasets.read_image_folder(tmp_path / "nowhere")

@@ -20,6 +20,7 @@ from repr_det.classification.schemes import (
     orthogonality_penalty,
     sparsity_masks,
 )
+from repr_det.errors import UserError
 from tests.classification.settings import make_arrays, register_corners, small_cfg
 
 
@@ -138,7 +139,7 @@ def test_teacher_that_is_missing_or_another(tmp_path, teacher_file):
     path, _ = teacher_file
     network = build_model(small_cfg()).network
     for missing in ("", str(tmp_path / "none.pth")):
-        with pytest.raises(FileNotFoundError, match="train the teacher first"):
+        with pytest.raises(UserError, match="train the teacher first"):
             load_teacher(network, missing)
     with pytest.raises(ValueError, match="is no checkpoint of a Sequential teacher"):
         load_teacher(nn.Sequential(nn.Linear(2, 2)), str(path))

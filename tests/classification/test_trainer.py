@@ -16,6 +16,7 @@ from torch import nn
 from repr_det.classification import ClassificationTrainer
 from repr_det.classification.datasets import use_image_folder
 from repr_det.classification.loader import SampleOrder
+from repr_det.errors import UserError
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -346,5 +347,5 @@ def test_test_set_with_other_classes(cfg):
 def test_missing_data_stops_the_trainer_before_anything_is_built(cfg, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     cfg.DATASETS.TRAIN = ("imagenet_train",)
-    with pytest.raises(FileNotFoundError, match="imagenet.*DETECTRON2_DATASETS"):
+    with pytest.raises(UserError, match="imagenet.*DETECTRON2_DATASETS"):
         ClassificationTrainer(cfg)

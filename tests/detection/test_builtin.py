@@ -10,6 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.detection.builtin import NEU_DET, register_builtin
 from repr_det.detection.datasets import check_dataset
+from repr_det.errors import UserError
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_missing(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_builtin()
     with pytest.raises(
-        FileNotFoundError,
+        UserError,
         match=r"neu_det_train needs .*neu_det/annotations/instances_train.json, which does not "
         r"exist: set DETECTRON2_DATASETS to the folder that holds neu_det/",
     ):

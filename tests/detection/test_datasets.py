@@ -24,6 +24,7 @@ from repr_det.detection.datasets import (
     take_num_classes,
     use_coco_data,
 )
+from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 from tests.images import written_in_many_ways
 
@@ -85,7 +86,7 @@ def test_annotations_that_are_a_folder(tmp_path):
 
 
 def test_no_annotation_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no.json does not exist: give the path"):
+    with pytest.raises(UserError, match=r"no.json does not exist: give the path"):
         read_coco(str(tmp_path / "no.json"))
 
 
@@ -223,7 +224,7 @@ def test_same_name_for_other_files(cfg, coco, name, tmp_path):
 
 
 def test_no_image_folder(cfg, coco, name):
-    with pytest.raises(FileNotFoundError, match="Image folder nowhere does not exist"):
+    with pytest.raises(UserError, match="Image folder nowhere does not exist"):
         use_coco_data(cfg, "TRAIN", name, coco[0], "nowhere")
 
 

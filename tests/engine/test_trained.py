@@ -9,6 +9,7 @@ from detectron2.modeling import build_model
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import get_cfg
 from repr_det.engine.trained import load_trained, merge_trained
+from repr_det.errors import UserError
 from tests.detectors import shrink
 
 
@@ -42,7 +43,7 @@ def test_overrides_win(run):
 @pytest.mark.parametrize("name", ["config.yaml", "last_checkpoint"])
 def test_no_run(run, name):
     (run / name).unlink()
-    with pytest.raises(FileNotFoundError, match="holds no run"):
+    with pytest.raises(UserError, match="holds no run"):
         merge_trained(get_cfg(), run, None, [])
 
 

@@ -17,7 +17,8 @@ def imported(path):
             yield from (alias.name.partition(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.module.startswith("repr_det"):
-                assert node.module.startswith("repr_det.method"), f"{path}: {node.module}"
+                within = node.module.startswith(("repr_det.method", "repr_det.errors"))
+                assert within, f"{path}: {node.module}"
             yield node.module.partition(".")[0]
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
+
 STEM_CHANNELS = 16
 SHALLOW = 5
 
@@ -53,7 +55,7 @@ class CifarDenseNet(nn.Module):
     Input ``(B, 3, H, W)``, usually 32 x 32; output logits ``(B, num_classes)``.
 
     Raises:
-        ValueError: a depth of another form.
+        UserError: a depth of another form.
     """
 
     def __init__(self, depth: int, num_classes: int, growth: int = 12) -> None:
@@ -63,7 +65,7 @@ class CifarDenseNet(nn.Module):
         elif depth > 4 and (depth - 4) % 3 == 0:
             block_lengths = [(depth - 4) // 3] * 3
         else:
-            raise ValueError(
+            raise UserError(
                 f"A CIFAR DenseNet has 3 n + 4 layers or {SHALLOW}, not {depth}: take 40 or 100."
             )
         channels = STEM_CHANNELS

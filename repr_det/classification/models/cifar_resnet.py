@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
+
 WIDTHS = (16, 32, 64)
 
 
@@ -47,14 +49,14 @@ class CifarResNet(nn.Module):
     Input ``(B, 3, H, W)``, usually 32 x 32; output logits ``(B, num_classes)``.
 
     Raises:
-        ValueError: a depth that is not ``6 n + 2``.
+        UserError: a depth that is not ``6 n + 2``.
     """
 
     def __init__(self, depth: int, num_classes: int) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"A CIFAR ResNet has 6 n + 2 layers, not {depth}: take 20, 32 or 110.")
+            raise UserError(f"A CIFAR ResNet has 6 n + 2 layers, not {depth}: take 20, 32 or 110.")
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         channels = WIDTHS[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
+
 POOLED_LAYERS = 3
 
 
@@ -26,7 +28,7 @@ class PlainConvNet(nn.Module):
     Input ``(B, 3, image_size, image_size)``, output logits ``(B, num_classes)``.
 
     Raises:
-        ValueError: an image smaller than the poolings can halve.
+        UserError: an image smaller than the poolings can halve.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PlainConvNet(nn.Module):
         super().__init__()
         side = image_size >> min(depth, POOLED_LAYERS)
         if side < 1:
-            raise ValueError(
+            raise UserError(
                 f"Images of {image_size} x {image_size} pixels are too small for C^{depth}({width})"
                 f", which halves them {min(depth, POOLED_LAYERS)} times: use larger ones."
             )

@@ -16,6 +16,7 @@ from repr_det.classification.models.bn_inception import BNInception
 from repr_det.classification.models.cifar_densenet import CifarDenseNet
 from repr_det.classification.models.cifar_resnet import CifarResNet
 from repr_det.classification.models.plain import PlainConvNet
+from repr_det.errors import UserError
 
 PAPER_NAMES = (
     *(f"c{depth}_32{norm}" for depth in (3, 8, 13, 18) for norm in ("", "_bn")),
@@ -101,13 +102,13 @@ def add_dropout(network: nn.Module, probability: float) -> None:
         probability: share of inputs that are zeroed in training, in ``[0, 1)``.
 
     Raises:
-        ValueError: a probability out of range, or a network without a linear layer.
+        UserError: a probability out of range, or a network without a linear layer.
     """
     if not 0 <= probability < 1:
-        raise ValueError(f"Dropout is {probability}; give a probability of at least 0 and below 1.")
+        raise UserError(f"Dropout is {probability}; give a probability of at least 0 and below 1.")
     linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     if not linear:
-        raise ValueError(
+        raise UserError(
             f"{type(network).__name__} has no linear layer to put dropout in front of: "
             "train it with dropout 0."
         )
@@ -134,13 +135,13 @@ def build_classifier(
         logits.
 
     Raises:
-        ValueError: an unknown name (with close matches), a dropout out of range, or an image size
+        UserError: an unknown name (with close matches), a dropout out of range, or an image size
             that the network cannot take.
     """
     builder = _find_builder(name)
     if builder is None:
         close = ", ".join(_close_names(name)) or "one of classifier_names()"
-        raise ValueError(f"There is no classifier named {name!r}: did you mean {close}?")
+        raise UserError(f"There is no classifier named {name!r}: did you mean {close}?")
     network = builder(num_classes, image_size)
     _check_image_size(name, network, image_size)
     if dropout:
@@ -161,7 +162,7 @@ def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
             for training in (False, True):
                 functional_call(network.train(training), shapes, images)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{name} cannot take images of {image_size} x {image_size} pixels "
             f"({str(error).splitlines()[0].rstrip('.')}): set INPUT.IMAGE_SIZE to its size."
         ) from error
