@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from repr_det.errors import UserError
 from repr_det.method.calibration import calibrate
 from repr_det.method.criteria import (
     CRITERIA,
@@ -109,7 +110,7 @@ class RePr:
             and returns what passes them on, ``tqdm`` for example.
 
     Raises:
-        ValueError: an argument out of range, patterns that match nothing, an optimizer that cannot
+        UserError: an argument out of range, patterns that match nothing, an optimizer that cannot
             be held filter by filter, a model that could not be run on an example.
     """
 
@@ -135,18 +136,18 @@ class RePr:
             ("prune_ratio", prune_ratio, False), ("max_layer_ratio", max_layer_ratio, True)
         ):  # fmt: skip
             if not 0 < value <= 1 or (value == 1 and not closed):
-                raise ValueError(
+                raise UserError(
                     f"RePr: {name} is {value}; give a share above 0 and "
                     f"{'up to' if closed else 'below'} 1."
                 )
         if isinstance(criterion, str) and criterion not in CRITERIA:
-            raise ValueError(
+            raise UserError(
                 f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
             )
         needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
         self._looks_at_weights = isinstance(criterion, str) and not needs_data
         if needs_data and None in (batches, loss):
-            raise ValueError(
+            raise UserError(
                 f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
             )
         check_whole("seed", seed)
@@ -208,7 +209,7 @@ class RePr:
 
     def _run_on_real_images(self) -> None:
         if self._batches is None or self._loss is None:
-            raise ValueError("no zero image fits, and no batches= and loss= were given")
+            raise UserError("no zero image fits, and no batches= and loss= were given")
         self._loss(self._model, next(self._batches()))
 
     def _check_loss(self) -> None:
@@ -219,7 +220,7 @@ class RePr:
                 for batch in itertools.islice(self._batches(), 1):
                     self._loss(self._model, batch)
         except Exception as error:  # foreign loaders and models may raise anything
-            raise ValueError(
+            raise UserError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
                 f"{error}), which it needs at phase changes; pass batches= and loss= that fit."
             ) from error
@@ -259,14 +260,14 @@ class RePr:
         """The same layers and readers in a copy of the model."""
         modules = dict(named_modules(copy))
         if missing := {layer.name for layer in self.layers} - set(modules):
-            raise ValueError(
+            raise UserError(
                 f"RePr: a copy of the model has no layer {min(missing)}; copies must be built as "
                 f"the model is."
             )
         for layer in [*self.layers, *self._readers]:
             mine, theirs = layer.module.weight.shape, modules[layer.name].weight.shape
             if mine != theirs:
-                raise ValueError(
+                raise UserError(
                     f"RePr: the weight of {layer.name} is {tuple(theirs)} in a copy of the model "
                     f"and {tuple(mine)} in the model; copies must be built as the model is."
                 )
@@ -288,12 +289,12 @@ class RePr:
         total = sum(layer.num_filters for layer in self.layers)
         most = sum(layer_limits(self.layers, self.max_layer_ratio))
         if wanted == 0:
-            raise ValueError(
+            raise UserError(
                 f"RePr: prune_ratio {self.prune_ratio} of {total} filters is less than one filter; "
                 f"raise it or include more layers."
             )
         if wanted > most:
-            raise ValueError(
+            raise UserError(
                 f"RePr: prune_ratio {self.prune_ratio} wants {wanted} of {total} filters, but "
                 f"max_layer_ratio {self.max_layer_ratio} lets go of {most} at most; "
                 f"raise max_layer_ratio or lower prune_ratio."
@@ -684,14 +685,14 @@ class RePr:
     def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores averaged over ranks, the first rank's bits on all of them; on the CPU."""
         if not isinstance(scores, Mapping):
-            raise ValueError(
+            raise UserError(
                 f"RePr criterion {self._criterion_name!r} must return scores by layer name; it "
                 f"returned {type(scores).__name__}."
             )
         for layer in self.layers:
             got = scores.get(layer.name)
             if got is None or got.shape != (layer.num_filters,):
-                raise ValueError(
+                raise UserError(
                     f"RePr criterion {self._criterion_name!r} must return a score for each of the "
                     f"{layer.num_filters} filters of {layer.name}; it returned "
                     f"{'none' if got is None else tuple(got.shape)}."
@@ -746,25 +747,25 @@ class RePr:
         """Continue from a state; the model's and the optimizer's are loaded by whoever saved them.
 
         Raises:
-            ValueError: the state was written with other settings, for another model, with another
+            UserError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
         # Between cycles version 1 held the same.
         same = state.get("version") == 1 and state["phase"] == FULL
         if state.get("version") != _STATE_VERSION and not same:
-            raise ValueError(
+            raise UserError(
                 f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
                 f"resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         if state["layers"] != {layer.name: layer.num_filters for layer in self.layers}:
             changed = set(state["layers"].items()) ^ {(x.name, x.num_filters) for x in self.layers}
-            raise ValueError(
+            raise UserError(
                 f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
                 f"resume with the same model and frozen layers, or start a new run."
             )
         if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._copies):
-            raise ValueError(
+            raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
                 f"now there are {len(self._copies)}: pass the same copies."
             )

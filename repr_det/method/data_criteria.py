@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import unchanged
 from repr_det.method.pruning import zero_filters
@@ -124,14 +125,14 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
     """Refuse a model whose loss a criterion of :data:`DIFFERENTIATES` cannot differentiate.
 
     Raises:
-        ValueError: the model recomputes features by reentrant checkpointing, into which
+        UserError: the model recomputes features by reentrant checkpointing, into which
             ``torch.autograd.grad`` does not reach; or, for :func:`hessian`, an operation of the
             model has no second derivative (RoIAlign has none).
     """
     with torch.enable_grad():
         loss = data.loss(data.model, next(_batches(data)))
     if "CheckpointFunctionBackward" in _names_behind(loss):
-        raise ValueError(
+        raise UserError(
             f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing: "
             f"call torch.utils.checkpoint with use_reentrant=False, or choose another criterion."
         )
@@ -140,7 +141,7 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
     try:
         _saliencies(layers, data, next(_batches(data)), probes=1)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"RePr: criterion 'hessian' needs second derivatives, which this model's loss does not "
             f"have ({str(error).splitlines()[0]}); choose another criterion, for example taylor."
         ) from error
@@ -178,16 +179,16 @@ def _batches(data: Data) -> Iterator[Any]:
     """The first batches.
 
     Raises:
-        ValueError: there are none.
+        UserError: there are none.
     """
     if data.batches is None or data.loss is None:
-        raise ValueError("RePr: this criterion looks at training batches; pass batches= and loss=.")
+        raise UserError("RePr: this criterion looks at training batches; pass batches= and loss=.")
     empty = True
     for batch in itertools.islice(data.batches(), BATCHES):
         empty = False
         yield batch
     if empty:
-        raise ValueError("RePr: batches() gave no batch to rank filters on.")
+        raise UserError("RePr: batches() gave no batch to rank filters on.")
 
 
 def _zeros(layers: Sequence[FilterLayer]) -> Scores:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer, Slot, column_slots, extremes
 from repr_det.method.threads import over_layers
 from repr_det.method.tracing import Reader
@@ -47,11 +48,11 @@ def check_optimizer(optimizer: Optimizer) -> None:
     moves must not depend on the others.
 
     Raises:
-        ValueError: the optimizer is not elementwise, or could not be tried out.
+        UserError: the optimizer is not elementwise, or could not be tried out.
     """
     if isinstance(optimizer, _ELEMENTWISE) or _is_elementwise(optimizer):
         return
-    raise ValueError(
+    raise UserError(
         f"RePr cannot hold the state of {type(optimizer).__name__} filter by filter, so the "
         f"sub-network would not be exact; use an elementwise optimizer such as SGD, Adam, AdamW "
         f"or RMSprop."

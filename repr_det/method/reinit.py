@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from repr_det.errors import UserError
 from repr_det.method.products import lower_products
 
 DIRECTION_CHOICES = ("orthogonal", "previous")
@@ -39,7 +40,7 @@ class Reinit:
             (depthwise), always come back as they were.
 
     Raises:
-        ValueError: a value outside of these, or one that ``direction="previous"`` ignores.
+        UserError: a value outside of these, or one that ``direction="previous"`` ignores.
     """
 
     direction: str = "orthogonal"
@@ -55,22 +56,20 @@ class Reinit:
             ("gamma", GAMMA_CHOICES), ("beta", BETA_CHOICES),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
-                raise ValueError(
+                raise UserError(
                     f"RePr re-initialisation: {name} is {getattr(self, name)!r}; "
                     f"give one of {', '.join(choices)}."
                 )
         if not self.scale > 0:
-            raise ValueError(
-                f"RePr re-initialisation: scale is {self.scale}; give a value above 0."
-            )
+            raise UserError(f"RePr re-initialisation: scale is {self.scale}; give a value above 0.")
         if not 0 <= self.outgoing <= 1:
-            raise ValueError(
+            raise UserError(
                 f"RePr re-initialisation: outgoing is {self.outgoing}; give a value from 0 to 1."
             )
         if self.as_it_was:
             for field in fields(self)[1:]:
                 if getattr(self, field.name) != field.default:
-                    raise ValueError(
+                    raise UserError(
                         f"RePr re-initialisation: {field.name} is {getattr(self, field.name)!r}, "
                         f"but with direction 'previous' filters return as they were. Leave "
                         f"{field.name} at its default, {field.default!r}."

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from repr_det.errors import UserError
+
 FULL = "full"
 SUB = "sub"
 
@@ -34,7 +36,7 @@ class RePrSchedule:
         cycles: number of cycles (the paper's N), at least 1.
 
     Raises:
-        ValueError: a length or count that is not a whole number of at least 1.
+        UserError: a length or count that is not a whole number of at least 1.
     """
 
     s1: int
@@ -45,7 +47,7 @@ class RePrSchedule:
         for name in ("s1", "s2", "cycles"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(
+                raise UserError(
                     f"RePr schedule: {name} is {value!r}; give a whole number of at least 1."
                 )
 
@@ -79,17 +81,17 @@ class RePrSchedule:
             warmup: iterations of a warm-up after each return.
 
         Raises:
-            ValueError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``, or is so only
+            UserError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``, or is so only
                 without the warm-up.
         """
         if self.end >= max_iter:
-            raise ValueError(
+            raise UserError(
                 f"RePr needs N * (S1 + S2) = {self.cycles} * ({self.s1} + {self.s2}) = {self.end} "
                 f"iterations and then some of the full network, but training ends after "
                 f"{max_iter}: lower N, S1 or S2, or train longer."
             )
         if self.end + warmup > max_iter:
-            raise ValueError(
+            raise UserError(
                 f"RePr: training ends after {max_iter} iterations, in the warm-up of {warmup} that "
                 f"follows the last return at {self.end}: lower warmup, N, S1 or S2, or train "
                 f"longer."

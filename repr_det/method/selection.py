@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer
 
 
@@ -52,13 +53,13 @@ def select_layers(
         exclude: likewise; wins over ``include``.
 
     Raises:
-        ValueError: a pattern that matches no conv; nothing trainable or comparable matched.
+        UserError: a pattern that matches no conv; nothing trainable or comparable matched.
     """
     for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
         for pattern in patterns or ():
             if not any(matches(name, [pattern]) for name in convs):
                 some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
-                raise ValueError(
+                raise UserError(
                     f"RePr {key} pattern {pattern!r} matches no conv layer; "
                     f"names that exist are, for example: {some}."
                 )
@@ -76,14 +77,14 @@ def select_layers(
     names = [n for n in names if not matches(n, exclude or ())]
     trainable = [n for n in names if id(convs[n].weight) in trained]
     if not trainable:
-        raise ValueError(
+        raise UserError(
             f"RePr found nothing to train: of the {len(names)} conv layers that match, none has a "
             f"weight that requires gradients and is in the optimizer; "
             f"change INCLUDE/EXCLUDE or unfreeze layers."
         )
     comparable = [n for n in trainable if convs[n].out_channels // convs[n].groups > 1]
     if not comparable:
-        raise ValueError(
+        raise UserError(
             f"RePr found nothing to compare: all {len(trainable)} matching conv layers are "
             f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
         )

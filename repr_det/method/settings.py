@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
+from repr_det.errors import UserError
+
 
 def check_whole(name: str, value: Any) -> None:
     """Refuse what is no whole number.
 
     Raises:
-        ValueError: it is none.
+        UserError: it is none.
     """
     if not isinstance(value, Integral):
-        raise ValueError(f"RePr: {name} is {value!r}; give a whole number.")
+        raise UserError(f"RePr: {name} is {value!r}; give a whole number.")
 
 
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -26,12 +28,12 @@ def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, A
         theirs: of the checkpoint; others than mine do not matter.
 
     Raises:
-        ValueError: one of mine is another one there, or missing.
+        UserError: one of mine is another one there, or missing.
     """
     different = [key for key in mine if theirs.get(key) != mine[key]]
     if different:
         listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine[k]!r}" for k in different)
-        raise ValueError(
+        raise UserError(
             f"{of} settings differ from the checkpoint's ({listed}): "
             f"resume with the same settings or start a new run."
         )

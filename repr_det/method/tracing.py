@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from repr_det.errors import UserError
 from repr_det.method.layers import NormLink, SharedIndices
 from repr_det.method.modules import (
     eager,
@@ -794,12 +795,12 @@ def trace(
         zeros at zero has unknown sources from there on.
 
     Raises:
-        ValueError: the model has no conv, or could not be run.
+        UserError: the model has no conv, or could not be run.
     """
     model = unwrap(model)
     tracer = _Tracer(model)
     if not tracer.convs:
-        raise ValueError(f"RePr needs convolutions, but {type(model).__name__} has none.")
+        raise UserError(f"RePr needs convolutions, but {type(model).__name__} has none.")
     runs = itertools.chain(_example_runs(model, list(tracer.convs.values())), [run] if run else [])
     reasons = []
     for attempt in runs:
@@ -819,7 +820,7 @@ def trace(
             graph = _graph(tracer)
             graph.example = attempt
             return graph
-    raise ValueError(
+    raise UserError(
         f"RePr could not run {type(model).__name__} on an example image ({reasons[0]}); "
         f"pass batches= and loss= so that it can use real ones."
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim import ASGD, Optimizer, Rprop
 
+from repr_det.errors import UserError
 from repr_det.method.schedule import RePrSchedule
 
 
@@ -21,18 +22,18 @@ class RateWarmup:
         length: iterations until the rate is what it would be without; 0 never lowers it.
 
     Raises:
-        ValueError: a length that is no whole number from 0 to ``schedule.s1``, or an optimizer
+        UserError: a length that is no whole number from 0 to ``schedule.s1``, or an optimizer
             whose steps do not follow its learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: RePrSchedule, length: int) -> None:
         if type(length) is not int or not 0 <= length <= schedule.s1:  # a bool is no length
-            raise ValueError(
+            raise UserError(
                 f"RePr: warmup is {length!r}; give a whole number of iterations from 0 to S1, "
                 f"which is {schedule.s1}."
             )
         if length and isinstance(optimizer, (ASGD, Rprop)):
-            raise ValueError(
+            raise UserError(
                 f"RePr: the steps of {type(optimizer).__name__} do not follow its learning rate, "
                 f"so there is no warmup with it: leave it at 0 or take another optimizer."
             )
