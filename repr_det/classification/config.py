@@ -27,6 +27,14 @@ def add_classification_config(cfg: CfgNode) -> None:
     # Image folders in training: smallest share of the image's area in a random crop.
     cfg.INPUT.CROP_MIN_AREA = 0.08
 
+    # Share of the training images whose labels are replaced by random ones, for studies of wrong
+    # labels. A random label is drawn from all classes alike, so that one in NUM_CLASSES is the true
+    # one. Held-out and test labels stay as they are.
+    cfg.DATASETS.RANDOM_LABELS = 0.0
+    # Which images get random labels, and which ones: the same for every run with this seed,
+    # whatever SEED is. With one seed, a larger share contains the smaller ones.
+    cfg.DATASETS.RANDOM_LABELS_SEED = 0
+
     # Images in a test batch, per process.
     cfg.TEST.IMS_PER_BATCH = 500
     # Epochs between evaluations, instead of TEST.EVAL_PERIOD. Rounded up to whole iterations, so

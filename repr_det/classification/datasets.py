@@ -18,7 +18,7 @@ import socket
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -397,6 +397,53 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
         training, held_out = _parts(train_name, count, share, read)
         return _check(training if name == train_name else held_out, name, cfg)
     return _check(_read(name), name, cfg)
+
+
+def training_images(cfg: CfgNode) -> ImageData:
+    """What a config trains on: :func:`load_images` of its training set, with its random labels.
+
+    Raises:
+        UserError: ``DATASETS.RANDOM_LABELS`` or its seed out of range.
+        KeyError, FileNotFoundError, ValueError: see :func:`load_images`.
+    """
+    data = load_images(cfg, training_set(cfg))
+    share, seed = cfg.DATASETS.RANDOM_LABELS, cfg.DATASETS.RANDOM_LABELS_SEED
+    labels = with_random_labels(data.labels, len(data.classes), share, seed)
+    return replace(data, labels=labels)
+
+
+def with_random_labels(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+    """Labels of which a share is replaced by labels drawn from all classes alike.
+
+    As the partially corrupted labels of Zhang et al., "Understanding deep learning requires
+    rethinking generalization", 2017: a drawn label may be the true one, so that of 40 % random
+    labels of ten classes 36 % are wrong. A function of the arguments alone, the same on every rank.
+
+    Args:
+        labels: int64 ``(N,)``; not changed.
+        classes: how many there are.
+        share: of the labels, those that are replaced, from 0 to 1; rounded to whole labels.
+        seed: another seed, other images and labels, at least 0. With one seed, a larger share
+            contains the smaller ones with their labels.
+
+    Returns:
+        int64 ``(N,)``.
+
+    Raises:
+        UserError: an argument out of range.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"DATASETS.RANDOM_LABELS is {share}. Set a share from 0 to 1.")
+    if not 0 <= seed < 2**63:
+        raise UserError(
+            f"DATASETS.RANDOM_LABELS_SEED is {seed}. Set it to 0 or more, below 2 to the power of "
+            "63."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    drawn = torch.randint(classes, (len(labels),), generator=generator)
+    replaced = order[: round(share * len(labels))]
+    return labels.index_copy(0, replaced, drawn[replaced])
 
 
 def register_builtin() -> None:

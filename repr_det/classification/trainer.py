@@ -9,7 +9,12 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from repr_det.classification.datasets import ImageArrays, load_images, training_set
+from repr_det.classification.datasets import (
+    ImageArrays,
+    load_images,
+    training_images,
+    training_set,
+)
 from repr_det.classification.epochs import resolve_epochs
 from repr_det.classification.evaluator import AccuracyEvaluator
 from repr_det.classification.loader import (
@@ -61,7 +66,7 @@ class ClassificationTrainer(RePrTrainer):
                 "regard to the other: turn one of them off."
             )
         train = training_set(cfg)
-        classes = load_images(cfg, train).classes
+        classes = training_images(cfg).classes
         for name in cfg.DATASETS.TEST:
             found = load_images(cfg, name).classes
             if found != classes:
@@ -115,7 +120,7 @@ class ClassificationTrainer(RePrTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> ArrayTrainLoader | FileTrainLoader:
         """Endless training batches; ``set_iteration`` makes them start elsewhere."""
-        data = load_images(cfg, training_set(cfg))
+        data = training_images(cfg)
         common = {
             "batch_size": cfg.SOLVER.IMS_PER_BATCH,
             "seed": cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed(),

@@ -21,6 +21,7 @@ from repr_det.classification.datasets import (
     split_images,
     take_num_folders,
     use_image_folder,
+    with_random_labels,
 )
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.parts import held_out_name
@@ -209,6 +210,19 @@ def test_config_names_the_held_out_part():
     cfg.DATASETS.TRAIN_SHARE = 1.5
     with pytest.raises(ValueError, match="DATASETS.TRAIN_SHARE is 1.5; give a share above 0"):
         load_images(cfg, "corners_train")
+
+
+def test_random_labels_are_the_share_and_nested():
+    labels = torch.zeros(20_000, dtype=torch.int64)
+    some = with_random_labels(labels, 10, 0.4, seed=3)
+    # 8,000 are drawn, a tenth of them the true label; four standard deviations are 107.
+    assert abs(int((some != labels).sum()) - 7200) < 107
+    counts = some.bincount(minlength=10)[1:]
+    assert counts.min() > 680 and counts.max() < 920
+    more = with_random_labels(labels, 10, 0.7, seed=3)
+    assert (more[some != 0] == some[some != 0]).all()
+    assert (labels == 0).all()
+    assert torch.equal(with_random_labels(labels, 10, 0.0, seed=3), labels)
 
 
 @pytest.mark.parametrize("label", [-1, 4])

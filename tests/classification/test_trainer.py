@@ -71,6 +71,48 @@ def test_what_is_trained_on_is_the_order_of_the_seed(cfg):
     assert batch["label"].tolist() == expected
 
 
+def epoch_of_labels(cfg, start=0):
+    """The label of every training image, by its pixels, as an epoch of batches shows them."""
+    loader = ClassificationTrainer.build_train_loader(cfg)
+    loader.set_iteration(start)
+    batches = islice(loader, 6)
+    pairs = [zip(b["image"], b["label"].tolist(), strict=True) for b in batches]
+    return {image.numpy().tobytes(): label for pair in pairs for image, label in pair}
+
+
+def test_an_image_keeps_its_random_label(cfg):
+    clean = epoch_of_labels(cfg)
+    cfg.DATASETS.RANDOM_LABELS = 0.5
+    labels = epoch_of_labels(cfg)
+    assert len(labels) == 120
+    # 60 labels are drawn, of which one in four is the true one.
+    assert 30 <= sum(labels[image] != clean[image] for image in labels) <= 55
+    assert epoch_of_labels(cfg, start=600) == labels
+    cfg.SEED += 1
+    assert epoch_of_labels(cfg) == labels
+    cfg.DATASETS.RANDOM_LABELS_SEED += 1
+    assert epoch_of_labels(cfg) != labels
+
+
+def test_evaluation_has_no_random_labels(cfg):
+    cfg.DATASETS.HELD_OUT = 30
+    cfg.DATASETS.TEST = ("corners_heldout", "corners_test", "corners_train")
+    clean = [list(ClassificationTrainer.build_test_loader(cfg, n)) for n in cfg.DATASETS.TEST]
+    cfg.DATASETS.RANDOM_LABELS = 1.0
+    ClassificationTrainer.check_to_train(cfg)
+    for name, batches in zip(cfg.DATASETS.TEST, clean, strict=True):
+        found = list(ClassificationTrainer.build_test_loader(cfg, name))
+        assert [b["label"].tolist() for b in found] == [b["label"].tolist() for b in batches]
+
+
+@pytest.mark.parametrize("key, value", [("", 1.5), ("", -0.1), ("", float("nan")), ("_SEED", -1)])
+def test_random_labels_out_of_range(cfg, key, value, tmp_path):
+    cfg.DATASETS[f"RANDOM_LABELS{key}"] = value
+    with pytest.raises(UserError, match=rf"^DATASETS.RANDOM_LABELS{key} is {value}. Set [^.]*"):
+        ClassificationTrainer(cfg)
+    assert not list(tmp_path.iterdir())
+
+
 def write_folder(folder, image, count=6):
     """An image folder of four classes."""
     for label in "abcd":
