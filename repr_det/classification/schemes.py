@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from repr_det.errors import UserError
-from repr_det.method.pruning import SECOND_MOMENTS, state_tensors
+from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
 from repr_det.method.settings import check_same_settings
 
 

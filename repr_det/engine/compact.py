@@ -38,7 +38,7 @@ from repr_det.errors import UserError
 from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
-from repr_det.method.pruning import state_tensors
+from repr_det.method.optimizers import state_tensors
 from repr_det.method.removal import Removable, Removal
 from repr_det.method.tracing import trace
 

@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,17 +28,11 @@ from repr_det.method.criteria import (
     number_to_prune,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
+from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
 from repr_det.method.layers import FilterLayer, NormLink, Slot, extremes, row_lengths, unit_rows
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
-from repr_det.method.pruning import (
-    GradientMask,
-    check_optimizer,
-    moved,
-    put_back,
-    reset_state,
-    set_aside,
-    zero_filters,
-)
+from repr_det.method.optimizers import check_optimizer, reset_state
+from repr_det.method.ranks import distributed, from_first_rank, mean_over_ranks
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
@@ -473,7 +466,7 @@ class RePr:
             for norm in (norm for of_layer in values for norm in of_layer["norms"]):
                 # Where they train, every rank has its own.
                 norm["statistics"] = [
-                    [_from_first_rank({"": tensor})[""] for tensor in pair]
+                    [from_first_rank({"": tensor})[""] for tensor in pair]
                     for pair in norm["statistics"]
                 ]
         return {layer.name: v for layer, v in zip(losing, values, strict=True)}
@@ -637,7 +630,7 @@ class RePr:
             return list(filters.split(sizes))
 
         rows = over_batches(rows_of, returning)
-        return _from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
+        return from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
         """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""
@@ -669,7 +662,7 @@ class RePr:
             return
         if self._batches is not None and self._loss is not None:
             batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
-            calibrate(self._model, constant, batches, self._loss, _mean_over_ranks)
+            calibrate(self._model, constant, batches, self._loss, mean_over_ranks)
             return
         for layer in self.layers:
             if layer.name not in self._before:
@@ -697,13 +690,13 @@ class RePr:
                     f"{layer.num_filters} filters of {layer.name}; it returned "
                     f"{'none' if got is None else tuple(got.shape)}."
                 )
-        if not _distributed():
+        if not distributed():
             return {name: score.cpu() for name, score in scores.items()}
         device = self.layers[0].weight.device
         # Copies: a criterion may keep what it returns.
         form = {"copy": True, "memory_format": torch.contiguous_format}
         own = {n: s.to(device, torch.float64, **form) for n, s in scores.items()}
-        agreed = _from_first_rank({n: _mean_over_ranks(s) for n, s in own.items()})
+        agreed = from_first_rank({n: mean_over_ranks(s) for n, s in own.items()})
         return {name: score.cpu() for name, score in agreed.items()}
 
     # --- state
@@ -863,25 +856,3 @@ def _hand_over(
 def _finite_mean(scores: Tensor) -> float:
     scores = scores[scores.isfinite()]
     return float(scores.double().mean()) if len(scores) else float("nan")
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _mean_over_ranks(tensor: Tensor) -> Tensor:
-    if _distributed():
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
-    return tensor
-
-
-def _from_first_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The first rank's values of some tensors, on all ranks."""
-    if not _distributed():
-        return tensors
-    # What is broadcast is the memory, whatever its strides are on each rank.
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    for tensor in tensors.values():
-        dist.broadcast(tensor, 0)
-    return tensors

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.errors import UserError
+from repr_det.method.holding import zero_filters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import unchanged
-from repr_det.method.pruning import zero_filters
 
 if TYPE_CHECKING:
     from repr_det.method.criteria import Data, Scores

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from repr_det import Reinit, RePr, RePrSchedule
-from repr_det.method import controller
+from repr_det.method import controller, ranks
 from repr_det.method.criteria import chance_overlap
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.operations import Operations
@@ -923,10 +923,11 @@ def test_state_does_not_go_on_with_the_run():
 def test_what_goes_to_other_ranks_is_a_contiguous_copy(monkeypatch):
     """NCCL refuses other strides, gloo takes the memory as it is; and scores may be kept."""
     sent = []
-    monkeypatch.setattr(controller, "_distributed", lambda: True)
-    monkeypatch.setattr(controller.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(controller.dist, "all_reduce", lambda t: t.mul_(3))
-    monkeypatch.setattr(controller.dist, "broadcast", lambda t, source: sent.append(t))
+    for module in (controller, ranks):
+        monkeypatch.setattr(module, "distributed", lambda: True)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda t: t.mul_(3))
+    monkeypatch.setattr(ranks.dist, "broadcast", lambda t, source: sent.append(t))
     model = nn.Sequential(
         nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1), nn.Conv2d(16, 5, 1)
     )

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repr_det import RePr, RePrSchedule
+from repr_det.method.holding import GradientMask, moved
 from repr_det.method.layers import Slot
-from repr_det.method.pruning import GradientMask, moved
 from tests.method.nets import NETS, OPTIMIZERS, batch, chain, check_held, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
