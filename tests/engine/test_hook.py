@@ -23,7 +23,7 @@ from detectron2.utils.env import seed_all_rng
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repr_det import RePrHook, RePrSchedule
+from repr_det import Reinit, RePrHook, RePrSchedule
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
@@ -100,6 +100,98 @@ def test_plain_default_trainer(tmp_path):
     recorded = {key for line in lines for key in line}
     assert {"repr/phase", "repr/cycle", "repr/num_pruned", "repr/overlap"} <= recorded
     assert "repr/overlap/backbone.fpn_output3" in recorded
+
+
+class StoppedError(Exception):
+    """Ends a run before its first step."""
+
+
+class Stop(hooks.HookBase):
+    def before_train(self):
+        raise StoppedError
+
+
+@pytest.fixture
+def warned():
+    """Calls a function that is stopped before the first step; returns what RePrHook warned of."""
+    logger = logging.getLogger("detectron2.repr_det.engine.hook")
+
+    def run(train):
+        messages = []
+        handler = logging.Handler(logging.WARNING)
+        handler.emit = lambda record: messages.append(record.getMessage())
+        logger.addHandler(handler)
+        try:
+            with pytest.raises(StoppedError):
+                train()
+        finally:
+            logger.removeHandler(handler)
+        return messages
+
+    return run
+
+
+def start(cfg, resume=False, **arguments):
+    """A plain DefaultTrainer up to its first step."""
+    trainer = DefaultTrainer(cfg)
+    trainer.register_hooks([RePrHook(SCHEDULE, **arguments), Stop()])
+    trainer.resume_or_load(resume=resume)
+    trainer.train()
+
+
+def test_short_runs_from_loaded_weights_are_warned_of(tmp_path, warned):
+    cfg = plain_cfg(tmp_path / "run")
+    assert warned(lambda: start(cfg)) == []
+    weights = tmp_path / "weights.pth"
+    model = build_model(cfg)
+    DetectionCheckpointer(model, str(tmp_path)).save("weights")
+    cfg.MODEL.WEIGHTS = str(weights)
+    (message,) = warned(lambda: start(cfg))
+    assert "start from loaded weights" in message
+    assert "Set REPR.REINIT.DIRECTION to previous" in message
+    assert warned(lambda: start(cfg, reinit=Reinit(direction="previous"))) == []
+    # Heads alone were loaded: nothing that takes part is lost.
+    state = torch.load(weights, weights_only=True)
+    state["model"] = {k: v for k, v in state["model"].items() if not k.startswith("backbone.")}
+    torch.save(state, weights)
+    assert warned(lambda: start(cfg)) == []
+
+
+def test_long_and_resumed_runs_from_loaded_weights_are_not_warned_of(tmp_path, warned):
+    cfg = plain_cfg(tmp_path / "run")
+    DetectionCheckpointer(build_model(cfg), str(tmp_path)).save("weights")
+    cfg.MODEL.WEIGHTS = str(tmp_path / "weights.pth")
+    cfg.SOLVER.MAX_ITER = 20_000
+    assert warned(lambda: start(cfg)) == []
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 10, 9
+    trainer = DefaultTrainer(cfg)
+    trainer.register_hooks([RePrHook(SCHEDULE)])
+    trainer.resume_or_load(resume=False)
+    trainer.train()
+    (tmp_path / "run/last_checkpoint").write_text("model_0000008.pth")
+    assert warned(lambda: start(cfg, resume=True)) == []
+
+
+class Norms(nn.Sequential):
+    """Two convs whose norms have seen data."""
+
+    def __init__(self):
+        super().__init__(net("chain", torch.float32))
+
+    def forward(self, batch):
+        return {"loss": self[0](batch).square().mean()}
+
+
+def test_weights_loaded_before_the_hook_are_seen_by_their_norms(warned):
+    for pretrained in (False, True):
+        model = Norms()
+        if pretrained:
+            model(torch.randn(4, 3, 8, 8))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        trainer = SimpleTrainer(model, [torch.randn(4, 3, 8, 8)], optimizer)
+        trainer.register_hooks([RePrHook(SCHEDULE), Stop()])
+        found = warned(lambda one=trainer: one.train(0, 10))
+        assert ["start from loaded weights" in message for message in found] == [True] * pretrained
 
 
 class Sizes(hooks.HookBase):
