@@ -17,7 +17,7 @@ setup(
     package_dir={"repr_det.configs": "configs"},
     package_data={
         "repr_det.configs": ["*.yaml", "**/*.yaml"],
-        "repr_det.analysis": ["templates/*.html"],
+        "repr_det.report": ["templates/*.html"],
     },
     # Detectron2 is not listed: it has no release on the package index, so pip could not install it
     # from here. tools/install_detectron2.py does, and lists what Detectron2 itself depends on.

@@ -25,8 +25,8 @@ import ranking
 import speed
 from networks import NETWORKS
 
-from repr_det.analysis.environment import environment
-from repr_det.analysis.markdown import aligned_table
+from repr_det.engine.environment import environment
+from repr_det.report.markdown import aligned_table
 
 HERE = Path(__file__).resolve().parent
 RESULT, README = HERE / "speed.json", HERE / "README.md"

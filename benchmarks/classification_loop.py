@@ -29,13 +29,13 @@ from clock import seconds
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventStorage
 
-from repr_det.analysis.environment import environment
 from repr_det.classification import (
     ClassificationTrainer,
     add_classification_config,
     register_image_arrays,
 )
 from repr_det.engine.config import config_path, get_cfg
+from repr_det.engine.environment import environment
 
 BOUND = 1.1
 

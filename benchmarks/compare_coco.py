@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from repr_det.analysis.coco_bootstrap import match, paired_bootstrap
-from repr_det.analysis.environment import environment
+from repr_det.detection.bootstrap import match, paired_bootstrap
 from repr_det.detection.coco_results import BBOX
+from repr_det.engine.environment import environment
 
 BOUND = 120.0
 CLASSES, BOXES_AN_IMAGE, DETECTIONS_AN_IMAGE = 80, 7.2, 100

@@ -25,10 +25,10 @@ from detectron2.config import CfgNode
 from detectron2.engine import HookBase
 from detectron2.utils.env import seed_all_rng
 
-from repr_det.analysis.environment import environment
 from repr_det.classification import ClassificationTrainer, register_image_arrays
 from repr_det.classification.together import WINDOW, Together
 from repr_det.engine.config import config_path
+from repr_det.engine.environment import environment
 from repr_det.tasks import get_cfg
 
 RESULT = Path(__file__).with_suffix(".json")

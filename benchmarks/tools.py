@@ -28,9 +28,9 @@ import torch
 from compare_coco import make_results, make_truth
 from detectron2.modeling import build_model
 
-from repr_det.analysis.environment import environment
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
+from repr_det.engine.environment import environment
 from repr_det.tasks import get_cfg
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"

@@ -17,14 +17,14 @@ import json
 import sys
 from pathlib import Path
 
-from repr_det.analysis import figures
-from repr_det.analysis.comparison import check_comparable
-from repr_det.analysis.gallery import FIGURES, Material, class_names, compute_contributions
-from repr_det.analysis.run_folder import RunFolder, of_checkpoint, read_run
 from repr_det.detection.drawing import draw_detections
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.errors import UserError
+from repr_det.report import plots
+from repr_det.report.compare import check_comparable
+from repr_det.report.gallery import FIGURES, Material, class_names, compute_contributions
+from repr_det.report.run import RunFolder, of_checkpoint, read_run
 from repr_det.tasks import add_data_arguments, use_data
 
 DETECTIONS = "detections"
@@ -59,7 +59,7 @@ def _runs(args: argparse.Namespace) -> list[RunFolder]:
 
 
 def _draw(args: argparse.Namespace) -> None:
-    figures.check_suffix(args.output)
+    plots.check_suffix(args.output)
     for option, path in (("--output", args.output), ("--json", args.json)):
         check_folder_of(option, path)
     by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
@@ -90,7 +90,7 @@ def _draw(args: argparse.Namespace) -> None:
         # A layer may have no number, and JSON knows no NaN.
         values = json.loads(json.dumps(drawn.values), parse_constant=lambda _: None)
         write_text_whole(args.json, json.dumps(values, indent=1) + "\n")
-    figures.save(drawn.figure, args.output)
+    plots.save(drawn.figure, args.output)
     print(drawn.caption)
     print(args.output)
 

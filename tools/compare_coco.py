@@ -19,8 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from repr_det.analysis.coco_bootstrap import Comparison, Difference, match, paired_bootstrap
-from repr_det.analysis.markdown import aligned_table
+from repr_det.detection.bootstrap import Comparison, Difference, match, paired_bootstrap
 from repr_det.detection.coco_results import (
     TITLES,
     check_iou_type,
@@ -32,6 +31,7 @@ from repr_det.detection.coco_results import (
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.errors import UserError
+from repr_det.report.markdown import aligned_table
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -15,10 +15,6 @@ from tempfile import TemporaryDirectory
 
 from detectron2.engine import default_setup
 
-from repr_det.analysis import figures
-from repr_det.analysis.gallery import FIGURES, Material
-from repr_det.analysis.report import write_report
-from repr_det.analysis.run_folder import read_run
 from repr_det.detection.drawing import draw_dataset_detections
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.command_line import (
@@ -28,6 +24,10 @@ from repr_det.engine.command_line import (
     undone_on_error,
 )
 from repr_det.errors import UserError
+from repr_det.report import plots
+from repr_det.report.gallery import FIGURES, Material
+from repr_det.report.page import write_report
+from repr_det.report.run import read_run
 from repr_det.tasks import get_cfg
 
 LEFT_BY_A_RUN = (
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     run = read_run(args.output)
     curves = FIGURES["curves"].draw(Material([run])).figure
-    over_time = figures.save(curves, args.output / "run.png")
+    over_time = plots.save(curves, args.output / "run.png")
     detections = draw_dataset_detections(
         cfg, trainer.model, cfg.DATASETS.TEST[0], args.output / "detections.png"
     )

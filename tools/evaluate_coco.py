@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from repr_det.analysis.markdown import aligned_table
 from repr_det.detection.coco_results import METRICS, SEGM, TITLES, evaluable_types
 from repr_det.detection.datasets import add_coco_argument, take_num_classes, use_coco_data
 from repr_det.detection.evaluation import (
@@ -36,6 +35,7 @@ from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.command_line import check_folder_of, exit_status
 from repr_det.engine.trained import add_model_arguments
 from repr_det.errors import UserError
+from repr_det.report.markdown import aligned_table
 from repr_det.tasks import trained_detector_cfg
 
 OF_DETECTRON2 = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet", "FCOS")

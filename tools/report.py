@@ -14,9 +14,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from repr_det.analysis.report import write_report
-from repr_det.analysis.run_folder import read_run
 from repr_det.engine.command_line import exit_status
+from repr_det.report.page import write_report
+from repr_det.report.run import read_run
 from repr_det.tasks import add_data_arguments, use_data
 
 

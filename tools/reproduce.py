@@ -4,7 +4,7 @@
 tools/reproduce.py criteria --scale quick          minutes: everything runs, but no result
 tools/reproduce.py criteria --seeds 5              trains what is missing, records it, prints it
 tools/reproduce.py criteria --together 20          the same, up to 20 runs at once; for a GPU
-tools/reproduce.py criteria --show --output benchmarks/results      prints what is recorded there
+tools/reproduce.py criteria --show --output experiments/results      prints what is recorded there
 tools/reproduce.py criteria --show --plot curves.png                draws it over time, too
 tools/reproduce.py criteria --rows ortho --import-run output/mine   records a run of train_net.py
 
@@ -17,9 +17,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from repr_det.analysis import figures, studies, tables
-from repr_det.analysis.over_time import over_time
-from repr_det.analysis.runs import (
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # experiments/ is not part of the package
+
+from experiments import studies, tables  # noqa: E402
+from experiments.over_time import over_time  # noqa: E402
+from experiments.runs import (  # noqa: E402
     DEFAULT_OUTPUT,
     FULL,
     QUICK,
@@ -29,8 +32,9 @@ from repr_det.analysis.runs import (
     table_folder,
     write_table,
 )
-from repr_det.engine.command_line import check_folder_of, exit_status
-from repr_det.errors import UserError
+from repr_det.engine.command_line import check_folder_of, exit_status  # noqa: E402
+from repr_det.errors import UserError  # noqa: E402
+from repr_det.report import plots  # noqa: E402
 
 TABLES = tables.TABLES | studies.STUDIES
 SEEDS = {FULL: 3, QUICK: 1}
@@ -107,7 +111,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     if args.together < 1:
         raise UserError(f"--together is {args.together}; give at least 1.")
     if args.plot:
-        figures.check_suffix(args.plot)
+        plots.check_suffix(args.plot)
         check_folder_of("--plot", args.plot)
     table = TABLES[args.table]
     if args.import_run:
@@ -129,7 +133,7 @@ def _reproduce(args: argparse.Namespace) -> None:
     print(text)
     if args.plot:
         records = read_records(table, args.scale, args.output)
-        figures.save(over_time(table, records), args.plot)
+        plots.save(over_time(table, records), args.plot)
         print(args.plot)
 
 

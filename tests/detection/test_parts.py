@@ -15,8 +15,8 @@ from repr_det.detection.evaluation import annotations_of
 from repr_det.detection.parts import training_records
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.tasks import get_cfg
-from tests.analysis.folders import write_detection_data
 from tests.detectors import shrink
+from tests.report.folders import write_detection_data
 
 NAMES = ("pets_train", "pets_heldout")
 

@@ -9,8 +9,8 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from repr_det.tasks import argument_parser, configure, get_cfg, run, trainer_for
-from tests.analysis.folders import write_detection_data
 from tests.detectors import needs_coco, shrink
+from tests.report.folders import write_detection_data
 
 CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
 

@@ -8,15 +8,15 @@ import cv2
 import pytest
 import torch
 
-from repr_det.analysis.run_folder import read_run
 from repr_det.classification import ClassificationTrainer
-from tests.analysis.folders import (
+from repr_det.report.run import read_run
+from tests.classification.settings import register_corners, small_cfg
+from tests.report.folders import (
     detections,
     write_detection_data,
     write_detection_run,
     write_run,
 )
-from tests.classification.settings import register_corners, small_cfg
 from tests.tools.loading import load_tool
 
 

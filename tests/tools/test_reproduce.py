@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from repr_det.analysis import runs
-from tests.analysis.settings import small_table
+from experiments import runs
+from tests.experiments.settings import small_table
 
 ROOT = Path(__file__).parents[2]
 

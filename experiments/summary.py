@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from repr_det.analysis.correlation import EVERYWHERE
-from repr_det.analysis.measures import MEASURES, Record
-from repr_det.analysis.statistics import Estimate, estimate, paired_difference
-from repr_det.analysis.tables import ERROR, Row, Table
+from experiments.correlation import EVERYWHERE
+from experiments.measures import MEASURES, Record
+from experiments.tables import ERROR, Row, Table
+from repr_det.report.statistics import Estimate, estimate, paired_difference
 
 
 def table_in_markdown(table: Table, shortened: bool, records: Sequence[Record]) -> str:

@@ -6,7 +6,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repr_det.analysis.statistics import (
+from repr_det.report.statistics import (
     estimate,
     paired_difference,
     pearson,

@@ -7,7 +7,7 @@ Detectors are compared where there are many images and where there are few.
 
 from __future__ import annotations
 
-from repr_det.analysis.tables import AP, HELD_OUT, STANDARD, Overrides, Row, Table
+from experiments.tables import AP, HELD_OUT, STANDARD, Overrides, Row, Table
 
 _FEW: Overrides = (
     "DATASETS.HELD_OUT", 30000, "SOLVER.BASE_LR", 0.02, "SOLVER.WEIGHT_DECAY", 0.001,

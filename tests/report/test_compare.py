@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from repr_det.analysis.coco_bootstrap import match
-from repr_det.analysis.comparison import (
+from repr_det.detection.bootstrap import match
+from repr_det.detection.coco_results import read_results, read_truth
+from repr_det.report.compare import (
     by_side,
     check_comparable,
     duration,
@@ -18,12 +19,11 @@ from repr_det.analysis.comparison import (
     outcome,
     seconds_per_step,
 )
-from repr_det.analysis.differing_images import choose, mistakes
-from repr_det.analysis.figures import STANDARD
-from repr_det.analysis.run_folder import read_run
-from repr_det.detection.coco_results import read_results, read_truth
+from repr_det.report.examples import choose, mistakes
+from repr_det.report.plots import STANDARD
+from repr_det.report.run import read_run
 from repr_det.tasks import use_data
-from tests.analysis.folders import (
+from tests.report.folders import (
     detections,
     write_detection_data,
     write_detection_run,

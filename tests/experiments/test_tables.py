@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from experiments.runs import _differences, _settings, row_cfg
+from experiments.tables import ACCURACY, ERROR, TABLES, Row, only
 from repr_det import RePrSchedule
-from repr_det.analysis.runs import _differences, _settings, row_cfg
-from repr_det.analysis.tables import ACCURACY, ERROR, TABLES, Row, only
 from repr_det.classification import classifier_names, resolve_epochs
 from repr_det.errors import UserError
 from repr_det.method.criteria import CRITERIA

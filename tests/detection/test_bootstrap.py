@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from repr_det.analysis.coco_bootstrap import (
+from repr_det.detection.bootstrap import (
     ClassMatches,
     Matches,
     average_precision,
@@ -89,7 +89,7 @@ def test_blocks_do_not_matter(tmp_path, monkeypatch):
     found = match(read(tmp_path, content), make_results(content, 4), BBOX)
     counts = resample_counts(12, 40, seed=0)
     whole = average_precision(found, counts)
-    monkeypatch.setattr("repr_det.analysis.coco_bootstrap._BLOCK", 100)
+    monkeypatch.setattr("repr_det.detection.bootstrap._BLOCK", 100)
     np.testing.assert_array_equal(average_precision(found, counts), whole)
 
 

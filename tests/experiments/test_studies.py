@@ -6,12 +6,12 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from experiments.runs import QUICK, _differences, _settings, plan, row_cfg
+from experiments.studies import STUDIES
+from experiments.tables import AP
 from repr_det import RePr, RePrSchedule
-from repr_det.analysis.run_folder import DETECTION, task_of
-from repr_det.analysis.runs import QUICK, _differences, _settings, plan, row_cfg
-from repr_det.analysis.studies import STUDIES
-from repr_det.analysis.tables import AP
 from repr_det.classification import resolve_epochs
+from repr_det.report.run import DETECTION, task_of
 from tests.classification.settings import needs_cifar10
 
 ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]

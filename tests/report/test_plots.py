@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from repr_det.analysis import figures
-from repr_det.analysis.figures import BEFORE, REPR, SIDE_COLOURS, STANDARD, Line, Panel
+from repr_det.report import plots
+from repr_det.report.plots import BEFORE, REPR, SIDE_COLOURS, STANDARD, Line, Panel
 
 
 def two_runs():
@@ -22,7 +22,7 @@ def two_runs():
 
 
 def test_curves_shade_s2_mark_the_rate_and_tell_sides_by_colour():
-    figure = figures.curves(two_runs(), spans=[(40, 80)], rate_drops=[150])
+    figure = plots.curves(two_runs(), spans=[(40, 80)], rate_drops=[150])
     (axes,) = figure.axes  # a panel without lines is left out
     (shade,) = axes.patches
     assert (shade.get_x(), shade.get_width()) == (40, 40)
@@ -37,15 +37,15 @@ def test_curves_shade_s2_mark_the_rate_and_tell_sides_by_colour():
 
 def test_nothing_recorded_is_said():
     with pytest.raises(ValueError, match="Nothing was recorded"):
-        figures.curves([Panel("loss", [])])
+        plots.curves([Panel("loss", [])])
     with pytest.raises(ValueError, match="no drops"):
-        figures.map_of_layers([], [], np.zeros((0, 0)), "share", "cycle")
+        plots.map_of_layers([], [], np.zeros((0, 0)), "share", "cycle")
 
 
 def test_the_map_has_a_cell_for_each_layer_and_cycle():
     values = np.array([[0.5, 0.0], [0.1, 0.3], [0.0, 0.0]])
     names = ["net.a.conv", "net.b.conv", "net.c"]
-    figure = figures.map_of_layers(names, ["1", "2"], values, "dropped", "cycle", share=True)
+    figure = plots.map_of_layers(names, ["1", "2"], values, "dropped", "cycle", share=True)
     axes = figure.axes[0]
     assert np.array_equal(axes.images[0].get_array(), values)
     assert [label.get_text() for label in axes.get_yticklabels()] == ["a.conv", "b.conv", "c"]
@@ -53,7 +53,7 @@ def test_the_map_has_a_cell_for_each_layer_and_cycle():
 
 
 def test_names_are_short_but_no_mere_numbers():
-    short = figures.short_names
+    short = plots.short_names
     assert short(["net.features.3", "net.features.6"]) == ["features.3", "features.6"]
     assert short(["net.a.conv", "net.b.3"]) == ["a.conv", "b.3"]
     assert short(["backbone.stem.conv1"]) == ["backbone.stem.conv1"]
@@ -62,17 +62,17 @@ def test_names_are_short_but_no_mere_numbers():
 def test_heat_maps_leave_out_the_diagonal_and_give_the_mean_of_the_rest():
     table = np.array([[1.0, 0.2, 0.6], [0.2, 1.0, 0.4], [0.6, 0.4, 1.0]])
     constant = np.full((3, 3), np.nan)
-    figure = figures.heat_maps({"conv": {BEFORE: table, REPR: constant}}, "correlation")
+    figure = plots.heat_maps({"conv": {BEFORE: table, REPR: constant}}, "correlation")
     first = figure.axes[0]
     assert first.get_title() == BEFORE and first.get_xlabel() == "mean 0.40"
     assert np.ma.getmaskarray(first.images[0].get_array()).diagonal().all()
-    assert figures.mean_correlation(table) == pytest.approx(0.4)
-    assert np.isnan(figures.mean_correlation(constant))
+    assert plots.mean_correlation(table) == pytest.approx(0.4)
+    assert np.isnan(plots.mean_correlation(constant))
 
 
 def test_bars_are_means_over_runs():
     values = {STANDARD: [[10, 20]], REPR: [[30, 40], [50, 60]]}
-    figure = figures.bars(["cat", "dog"], values, "AP (%)")
+    figure = plots.bars(["cat", "dog"], values, "AP (%)")
     widths = [[bar.get_width() for bar in container] for container in figure.axes[0].containers]
     assert widths == [[10, 20], [40, 50]]
 
@@ -81,7 +81,7 @@ def test_filters_are_tiled_in_order_and_scaled_one_by_one():
     filters = np.zeros((3, 3, 2, 2))
     filters[0, 0, 0, 0] = 0.001  # red, however small
     filters[2, :, 0, 0] = [-4, -4, 2]
-    sheet = np.asarray(figures.filter_images({REPR: filters}).axes[0].images[0].get_array())
+    sheet = np.asarray(plots.filter_images({REPR: filters}).axes[0].images[0].get_array())
     assert sheet.shape == (5, 5, 4)
     assert sheet[0, 0, 0] == 1.0 and sheet[0, 0, 0] > sheet[0, 0, 1]
     assert (sheet[0:2, 3:5, :3] == 0.5).all()  # the second filter is zero
@@ -90,7 +90,7 @@ def test_filters_are_tiled_in_order_and_scaled_one_by_one():
 
 
 def test_svg_follows_the_readers_colours():
-    text = figures.as_svg(figures.curves(two_runs(), spans=[(40, 80)]))
+    text = plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)]))
     ET.fromstring(text)
     assert "prefers-color-scheme:dark" in text
     without_style = re.sub(r"<style>.*?</style>", "", text, flags=re.S)
@@ -98,19 +98,19 @@ def test_svg_follows_the_readers_colours():
         assert f"var({variable})" in without_style
     assert "#1a1a1a" not in without_style
     assert "#ffffff" not in without_style  # the ground is the reader's, too
-    assert figures.as_svg(figures.curves(two_runs(), spans=[(40, 80)])) == text
-    uri = figures.data_uri(text, "image/svg+xml")
+    assert plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)])) == text
+    uri = plots.data_uri(text, "image/svg+xml")
     assert base64.b64decode(uri.partition(",")[2]).decode() == text
 
 
 def test_saved_pictures_are_not_empty_and_other_kinds_are_refused(tmp_path):
     values = {STANDARD: [0.1, 0.4], REPR: [0.2, np.nan]}
-    figure = figures.dots_by_layer(["a", "b"], values, "overlap")
-    picture = cv2.imread(str(figures.save(figure, tmp_path / "a.png")))
+    figure = plots.dots_by_layer(["a", "b"], values, "overlap")
+    picture = cv2.imread(str(plots.save(figure, tmp_path / "a.png")))
     assert picture.std() > 5 and picture[0, 0].tolist() == [255, 255, 255]
-    ET.parse(figures.save(figure, tmp_path / "a.svg"))
+    ET.parse(plots.save(figure, tmp_path / "a.svg"))
     with pytest.raises(ValueError, match="neither in .png nor in .svg"):
-        figures.save(figure, tmp_path / "a.jpg")
+        plots.save(figure, tmp_path / "a.jpg")
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
@@ -122,5 +122,5 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monke
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        figures.save(figures.curves(two_runs()), path)
+        plots.save(plots.curves(two_runs()), path)
     assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]

@@ -8,11 +8,11 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from repr_det.analysis.runs import FULL, QUICK, batches, plan, read_evaluations, reproduce
-from repr_det.analysis.tables import AP, Row, Table
+from experiments.runs import FULL, QUICK, batches, plan, read_evaluations, reproduce
+from experiments.tables import AP, Row, Table
 from repr_det.tasks import get_cfg
-from tests.analysis.folders import write_detection_data
 from tests.detectors import shrink
+from tests.report.folders import write_detection_data
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from repr_det.analysis.tables import ACCURACY, AP, ERROR
+from experiments.tables import ACCURACY, AP, ERROR
 
 Record = dict[str, Any]
 
@@ -100,4 +100,4 @@ MEASURES: dict[str, Measure] = {
     ERROR: _CLASSIFICATION,
     AP: _DETECTION,
 }
-"""By :attr:`repr_det.analysis.tables.Table.metric`."""
+"""By :attr:`experiments.tables.Table.metric`."""

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
 
-from repr_det.analysis import network as network_module
-from repr_det.analysis.figures import BEFORE, REPR
-from repr_det.analysis.gallery import CONTRIBUTIONS, FIGURES, Material, compute_contributions
-from repr_det.analysis.network import (
+from repr_det.classification import ClassificationTrainer
+from repr_det.engine.batches import own_batches, training_loss
+from repr_det.report import probes as network_module
+from repr_det.report.gallery import CONTRIBUTIONS, FIGURES, Material, compute_contributions
+from repr_det.report.plots import BEFORE, REPR
+from repr_det.report.probes import (
     contributions,
     filter_correlations,
     first_filters,
@@ -25,9 +27,7 @@ from repr_det.analysis.network import (
     overlap,
     responses,
 )
-from repr_det.analysis.run_folder import FINAL, read_run
-from repr_det.classification import ClassificationTrainer
-from repr_det.engine.batches import own_batches, training_loss
+from repr_det.report.run import FINAL, read_run
 from tests.classification.settings import register_corners, small_cfg
 
 

@@ -15,13 +15,13 @@ from detectron2.engine import default_setup
 from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
-from repr_det.analysis import runs
-from repr_det.analysis.measures import MEASURES
-from repr_det.analysis.runs import FULL, QUICK, import_run, plan, read_records, reproduce
-from repr_det.analysis.tables import ACCURACY, only
+from experiments import runs
+from experiments.measures import MEASURES
+from experiments.runs import FULL, QUICK, import_run, plan, read_records, reproduce
+from experiments.tables import ACCURACY, only
 from repr_det.errors import UserError
 from repr_det.tasks import argument_parser, configure, trainer_for
-from tests.analysis.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
+from tests.experiments.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
 
 
 @pytest.fixture

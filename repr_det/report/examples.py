@@ -11,7 +11,7 @@ import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 
-from repr_det.analysis.coco_bootstrap import Matches
+from repr_det.detection.bootstrap import Matches
 from repr_det.detection.drawing import ground_truth
 
 MIN_SCORE = 0.5

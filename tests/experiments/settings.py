@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from repr_det.analysis.tables import Row, Table
+from experiments.tables import Row, Table
 from tests.classification.settings import make_arrays, register
 
 CONFIG = """

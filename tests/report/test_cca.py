@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from repr_det.analysis.cca import (
+from repr_det.report.cca import (
     canonical_correlations,
     filter_cca,
     mean_cca,

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.analysis.run_folder import (
+from repr_det.engine import history
+from repr_det.engine.history import Drop, History
+from repr_det.errors import UserError
+from repr_det.report.run import (
     CLASSIFICATION,
     learning_rate_drops,
     of_checkpoint,
@@ -19,10 +22,7 @@ from repr_det.analysis.run_folder import (
     sub_network_spans,
     training_seconds,
 )
-from repr_det.engine import history
-from repr_det.engine.history import Drop, History
-from repr_det.errors import UserError
-from tests.analysis.folders import write_detection_run, write_metrics, write_run
+from tests.report.folders import write_detection_run, write_metrics, write_run
 
 
 def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):

@@ -26,17 +26,17 @@ from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
-from repr_det.analysis.correlation import oracle_correlations
-from repr_det.analysis.environment import environment
-from repr_det.analysis.measures import MEASURES, Measure, Record
-from repr_det.analysis.run_folder import flat_settings, read_metrics, training_seconds
-from repr_det.analysis.summary import table_in_markdown
-from repr_det.analysis.tables import Row, Table
+from experiments.correlation import oracle_correlations
+from experiments.measures import MEASURES, Measure, Record
+from experiments.summary import table_in_markdown
+from experiments.tables import Row, Table
 from repr_det.classification.together import Together, common_settings, obstacle
 from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.config import config_path
+from repr_det.engine.environment import environment
 from repr_det.engine.trainer import has_run
 from repr_det.errors import UserError
+from repr_det.report.run import flat_settings, read_metrics, training_seconds
 from repr_det.tasks import get_cfg, trainer_for
 
 FULL, QUICK = "full", "quick"

@@ -10,10 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from repr_det.analysis.coco_bootstrap import Matches, average_precision, match, paired_bootstrap
-from repr_det.analysis.figures import REPR, STANDARD
-from repr_det.analysis.run_folder import CLASSIFICATION, RunFolder, training_seconds
-from repr_det.analysis.statistics import Estimate, estimate, paired_difference
+from repr_det.detection.bootstrap import Matches, average_precision, match, paired_bootstrap
 from repr_det.detection.coco_results import (
     BBOX,
     METRICS,
@@ -25,6 +22,9 @@ from repr_det.detection.coco_results import (
 )
 from repr_det.detection.evaluation import annotations_of
 from repr_det.errors import UserError, sentence
+from repr_det.report.plots import REPR, STANDARD
+from repr_det.report.run import CLASSIFICATION, RunFolder, training_seconds
+from repr_det.report.statistics import Estimate, estimate, paired_difference
 
 Sides = dict[str, list[RunFolder]]
 

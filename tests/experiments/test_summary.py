@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from repr_det.analysis.measures import MEASURES
-from repr_det.analysis.summary import table_in_markdown
-from repr_det.analysis.tables import ACCURACY, AP, ERROR, Row, Table
+from experiments.measures import MEASURES
+from experiments.summary import table_in_markdown
+from experiments.tables import ACCURACY, AP, ERROR, Row, Table
 
 ROWS = (
     Row("standard", "Standard", 72.1, "c.yaml"),

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from repr_det import RePr, RePrSchedule
-from repr_det.analysis.statistics import pearson, spearman
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.batches import training_loss
 from repr_det.engine.hook import filter_progress
 from repr_det.engine.parts import held_out_name
 from repr_det.method.criteria import CRITERIA, Data
 from repr_det.method.data_criteria import BATCHES
+from repr_det.report.statistics import pearson, spearman
 
 EVERYWHERE = "all layers"
 IMAGES = 5000

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from repr_det.analysis.figures import REPR, SIDE_COLOURS, STANDARD
-from repr_det.analysis.over_time import over_time
-from repr_det.analysis.tables import ACCURACY, AP, Row, Table
+from experiments.over_time import over_time
+from experiments.tables import ACCURACY, AP, Row, Table
+from repr_det.report.plots import REPR, SIDE_COLOURS, STANDARD
 
 ROWS = (
     Row("standard", "Standard", None, "c.yaml"),

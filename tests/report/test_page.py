@@ -9,20 +9,20 @@ import re
 import pytest
 import torch
 
-from repr_det.analysis.report import write_report
-from repr_det.analysis.run_folder import read_metrics, read_run
 from repr_det.classification import ClassificationTrainer
 from repr_det.engine import history
 from repr_det.errors import UserError
-from tests.analysis.folders import (
+from repr_det.report.page import write_report
+from repr_det.report.run import read_metrics, read_run
+from tests.browser import Browser, needs_chromium
+from tests.classification.settings import register_corners, small_cfg
+from tests.report.folders import (
     detections,
     write_detection_run,
     write_metrics,
     write_run,
 )
-from tests.analysis.test_comparison import HALF, squares
-from tests.browser import Browser, needs_chromium
-from tests.classification.settings import register_corners, small_cfg
+from tests.report.test_compare import HALF, squares
 from tests.tools.loading import load_tool
 
 

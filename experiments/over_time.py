@@ -7,14 +7,14 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from repr_det.analysis import figures
-from repr_det.analysis.figures import REPR, STANDARD, Line, Panel
-from repr_det.analysis.measures import MEASURES, Record
-from repr_det.analysis.run_folder import rate_steps
-from repr_det.analysis.statistics import estimate
-from repr_det.analysis.tables import AP, Table
+from experiments.measures import MEASURES, Record
+from experiments.tables import AP, Table
 from repr_det.errors import UserError
 from repr_det.method.schedule import RePrSchedule
+from repr_det.report import plots
+from repr_det.report.plots import REPR, STANDARD, Line, Panel
+from repr_det.report.run import rate_steps
+from repr_det.report.statistics import estimate
 
 Curve = dict[int, float]
 """A number by the iterations done."""
@@ -70,7 +70,7 @@ def over_time(table: Table, records: Sequence[Record]) -> Figure:
     counts = sorted({min(counts), max(counts)})
     seeds = "one seed" if counts == [1] else f"means over {' to '.join(map(str, counts))} seeds"
     xlabel = f"{'iteration' if table.metric == AP else 'epoch'}; {seeds}"
-    return figures.curves(panels, xlabel=xlabel, spread="± standard deviation")
+    return plots.curves(panels, xlabel=xlabel, spread="± standard deviation")
 
 
 def _iterations_an_epoch(record: Record) -> float:

@@ -12,8 +12,12 @@ import jinja2
 import numpy as np
 from tqdm import tqdm
 
-from repr_det.analysis import figures
-from repr_det.analysis.comparison import (
+from repr_det.detection.drawing import draw_instances
+from repr_det.engine.checkpoint import write_text_whole
+from repr_det.engine.command_line import check_folder_of
+from repr_det.errors import UserError, sentence
+from repr_det.report import plots
+from repr_det.report.compare import (
     MAIN,
     Outcome,
     Row,
@@ -22,10 +26,10 @@ from repr_det.analysis.comparison import (
     outcome,
     seconds_per_step,
 )
-from repr_det.analysis.differing_images import MIN_SCORE
-from repr_det.analysis.figures import REPR, STANDARD
-from repr_det.analysis.gallery import FIGURES, Material, class_names
-from repr_det.analysis.run_folder import (
+from repr_det.report.examples import MIN_SCORE
+from repr_det.report.gallery import FIGURES, Material, class_names
+from repr_det.report.plots import REPR, STANDARD
+from repr_det.report.run import (
     CLASSIFICATION,
     DETECTION,
     RunFolder,
@@ -33,10 +37,6 @@ from repr_det.analysis.run_folder import (
     settings_that_differ,
     short_names,
 )
-from repr_det.detection.drawing import draw_instances
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of
-from repr_det.errors import UserError, sentence
 
 _TILE, _LARGEST_TILE = 480, 1440
 """Pixels of the longer side of a held-out image: smaller ones are enlarged, larger ones shrunk."""
@@ -129,7 +129,7 @@ def write_report(
 
 
 def _template() -> jinja2.Template:
-    loader = jinja2.PackageLoader("repr_det.analysis")
+    loader = jinja2.PackageLoader("repr_det.report")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     return environment.get_template("report.html")
 
@@ -195,7 +195,7 @@ def _drawn(
         drawn = _tried(entry.title, lambda entry=entry: entry.draw(material), missing)
         bar.update()
         if drawn is not None:
-            source = figures.data_uri(figures.as_svg(drawn.figure), "image/svg+xml")
+            source = plots.data_uri(plots.as_svg(drawn.figure), "image/svg+xml")
             found.append(
                 {"name": name, "title": entry.title, "caption": drawn.caption, "source": source}
             )
@@ -240,7 +240,7 @@ def _jpeg(picture: np.ndarray) -> str:
     if shrink < 1:
         picture = cv2.resize(picture, None, fx=shrink, fy=shrink, interpolation=cv2.INTER_AREA)
     _, encoded = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
-    return figures.data_uri(encoded.tobytes(), "image/jpeg")
+    return plots.data_uri(encoded.tobytes(), "image/jpeg")
 
 
 # --- words and numbers

@@ -17,18 +17,24 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from repr_det.analysis import differing_images, figures
-from repr_det.analysis.cca import svcca
-from repr_det.analysis.comparison import (
+from repr_det.detection.coco_results import BBOX, read_results, read_truth
+from repr_det.detection.evaluation import annotations_of
+from repr_det.engine import history
+from repr_det.engine.checkpoint import write_text_whole
+from repr_det.engine.history import History
+from repr_det.errors import UserError, sentence
+from repr_det.report import examples, plots
+from repr_det.report.cca import svcca
+from repr_det.report.compare import (
     Sides,
     by_side,
     last_common_evaluation,
     matches_of,
     value_at,
 )
-from repr_det.analysis.differing_images import Example
-from repr_det.analysis.figures import BEFORE, REPR, STANDARD, Line, Panel
-from repr_det.analysis.network import (
+from repr_det.report.examples import Example
+from repr_det.report.plots import BEFORE, REPR, STANDARD, Line, Panel
+from repr_det.report.probes import (
     Network,
     Responses,
     contributions,
@@ -41,13 +47,7 @@ from repr_det.analysis.network import (
     overlap,
     responses,
 )
-from repr_det.analysis.run_folder import CLASSIFICATION, DETECTION, FINAL, RunFolder, Series
-from repr_det.detection.coco_results import BBOX, read_results, read_truth
-from repr_det.detection.evaluation import annotations_of
-from repr_det.engine import history
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.history import History
-from repr_det.errors import UserError, sentence
+from repr_det.report.run import CLASSIFICATION, DETECTION, FINAL, RunFolder, Series
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -193,16 +193,12 @@ class Material:
         results = [read_results(run.folder, truth) for run in firsts]
         counts, ids = [], sorted(truth.getImgIds())
         for run in firsts:
-            counts.append(differing_images.mistakes(matches_of(run, BBOX)))
-        chosen = (
-            differing_images.choose(*counts, 6) if len(firsts) == 2 else range(min(4, len(ids)))
-        )
+            counts.append(examples.mistakes(matches_of(run, BBOX)))
+        chosen = examples.choose(*counts, 6) if len(firsts) == 2 else range(min(4, len(ids)))
         records = {record["image_id"]: record for record in DatasetCatalog.get(firsts[0].test_set)}
         classes = MetadataCatalog.get(firsts[0].test_set).thing_dataset_id_to_contiguous_id
         return [
-            differing_images.example(
-                records[ids[i]], classes, results, [int(count[i]) for count in counts]
-            )
+            examples.example(records[ids[i]], classes, results, [int(count[i]) for count in counts])
             for i in chosen
         ]
 
@@ -278,7 +274,7 @@ def _curves(material: Material) -> Drawn:
             panels.append(Panel(f"held-out {word} AP (%)", lines, 0))
         what = "The loss is of training batches; AP is of the held-out images."
     spans = material.sides[REPR][0].spans if REPR in sides else []
-    drawn = figures.curves(panels, spans, material.runs[0].rate_drops)
+    drawn = plots.curves(panels, spans, material.runs[0].rate_drops)
     several = any(len(group) > 1 for group in sides.values())
     return Drawn(drawn, what + (" A line is a run." if several else ""))
 
@@ -342,7 +338,7 @@ def _overlap(material: Material) -> Drawn:
                 sums.append(Line(*total, side, side, **style))
     spans = material.sides[REPR][0].spans if REPR in material.sides else []
     panels = [Panel("sum over filters", sums), Panel("mean over filters", means)]
-    drawn = figures.curves(panels, spans, material.runs[0].rate_drops)
+    drawn = plots.curves(panels, spans, material.runs[0].rate_drops)
     note = " Without RePr it is not recorded: squares are of checkpoints." if looked_at else ""
     return Drawn(
         drawn,
@@ -366,7 +362,7 @@ def _overlap_over_time(material: Material) -> Drawn:
     names = in_depth(list(run.history.layers if run.history else recorded))
     values = np.array([[points[i].get(name, math.nan) for i in sorted(points)] for name in names])
     columns = [f"{moment:.0f}" for moment in sorted(points)]
-    drawn = figures.map_of_layers(names, columns, values, "mean filter overlap", "iteration")
+    drawn = plots.map_of_layers(names, columns, values, "mean filter overlap", "iteration")
     return Drawn(
         drawn,
         f"{REPR}, layers from the image (top) on. Recorded before each drop, after each return and "
@@ -393,7 +389,7 @@ def _drops(material: Material) -> Drawn:
     order = in_depth(list(dropped.layers))
     shares = dict(zip(dropped.layers, history.shares(dropped), strict=True))
     columns = [f"{drop.cycle + 1}" for drop in dropped.drops]
-    drawn = figures.map_of_layers(
+    drawn = plots.map_of_layers(
         order,
         columns,
         np.array([shares[name] for name in order]),
@@ -434,7 +430,7 @@ def _times(material: Material) -> Drawn:
     counts = np.bincount(times, minlength=len(dropped.drops) + 1)
     chance = expected_by_chance(dropped)
     return Drawn(
-        figures.times_dropped(counts, chance),
+        plots.times_dropped(counts, chance),
         f"{counts[2:].sum():,} of {counts.sum():,} filters were dropped more than once; "
         f"{chance[2:].sum():,.0f} would have been by chance, had each drop taken as many of each "
         f"layer at random. {counts[0]:,} were never dropped.",
@@ -446,18 +442,18 @@ def _times(material: Material) -> Drawn:
 
 def _dots(names: Sequence[str], values: dict[str, dict[str, float]], xlabel: str) -> Figure:
     listed = {side: [by_layer[name] for name in names] for side, by_layer in values.items()}
-    return figures.dots_by_layer(names, listed, xlabel)
+    return plots.dots_by_layer(names, listed, xlabel)
 
 
 def _maps(
     material: Material, compare: Callable[[Responses, str], np.ndarray | None], label: str
 ) -> Figure:
-    short = dict(zip(material.layers, figures.short_names(material.layers), strict=True))
+    short = dict(zip(material.layers, plots.short_names(material.layers), strict=True))
     tables = {
         short[layer]: {name: compare(found, layer) for name, found in material.responses.items()}
         for layer in material.shown_layers
     }
-    return figures.heat_maps(tables, label)
+    return plots.heat_maps(tables, label)
 
 
 def _cca(material: Material) -> Drawn:
@@ -486,7 +482,7 @@ def _cca_by_layer(material: Material) -> Drawn:
     for side, found in material.responses.items():
         tables = {name: filter_correlations(found, name) for name in names}
         values[side] = {
-            name: math.nan if table is None else figures.mean_correlation(table)
+            name: math.nan if table is None else plots.mean_correlation(table)
             for name, table in tables.items()
         }
     return Drawn(
@@ -534,7 +530,7 @@ def _contributions(material: Material) -> Drawn:
     share = {s: 100 * float((v <= 0).mean()) for s, v in values.items()}
     words = ", ".join(f"{value:.0f} % of {side}" for side, value in share.items())
     return Drawn(
-        figures.contributions(values, "training loss gained by zeroing the filter"),
+        plots.contributions(values, "training loss gained by zeroing the filter"),
         f"The greedy oracle: one filter at a time. Zeroing does not raise the loss for {words}.",
     )
 
@@ -577,7 +573,7 @@ def _filters(material: Material) -> Drawn:
     if not found:
         raise UserError("The networks have no convolution over two dimensions that reads images.")
     return Drawn(
-        figures.filter_images(found),
+        plots.filter_images(found),
         "Each filter by itself: grey is its mean. RePr does not rank this layer by default, so it "
         "differs only through the others.",
     )
@@ -605,7 +601,7 @@ def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
         caption += f" Of {len(names)} classes the {_MOST_CLASSES} that {which}."
         values = {s: [[run[i] for i in order] for run in runs] for s, runs in values.items()}
     labels = [list(names.values())[i] for i in order]
-    return Drawn(figures.bars(labels, values, "AP (%)"), caption)
+    return Drawn(plots.bars(labels, values, "AP (%)"), caption)
 
 
 def _detection_only(material: Material) -> None:

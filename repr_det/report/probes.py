@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from repr_det.analysis.cca import IMAGES, filter_cca
 from repr_det.engine import solver
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.checkpoint import SafeCheckpointer
@@ -32,6 +31,7 @@ from repr_det.method.data_criteria import BATCHES, oracle
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import named_modules, unchanged
 from repr_det.method.schedule import RePrSchedule
+from repr_det.report.cca import IMAGES, filter_cca
 from repr_det.tasks import trainer_for
 
 OBSERVATIONS = 2048
