@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from repr_det.method import data_criteria
 from repr_det.method.layers import FilterLayer, unit_rows
-from repr_det.method.products import lower_products
-from repr_det.method.threads import over_batches
+from repr_det.method.threads import over_layers
 
 
 class Data(NamedTuple):
@@ -53,18 +52,17 @@ def chance_overlap(dimension: int) -> float:
     )
 
 
-def _units(layers: Sequence[FilterLayer]) -> tuple[Tensor, Tensor]:
-    """Unit filters of layers of one shape, and which are of zero norm.
+def _units(layer: FilterLayer) -> tuple[Tensor, Tensor]:
+    """Unit filters of a layer, and which are of zero norm.
 
     Returns:
-        shape (layers * groups, J / groups, d), zero filters as they are, and bool without the last
+        shape (groups, J / groups, d), zero filters as they are, and bool without the last
         dimension.
     """
-    rows = layers[0].matrix() if len(layers) == 1 else torch.cat([x.matrix() for x in layers])
+    rows = layer.matrix()
     # float32 may mean less on a GPU (TF32), and is twice as fast as float64 on a CPU.
     rows = rows.double() if rows.is_cuda or rows.dtype == torch.float64 else rows.float()
-    rows = rows.reshape(len(layers) * layers[0].groups, -1, layers[0].dimension)
-    units, lengths = unit_rows(rows)
+    units, lengths = unit_rows(rows.reshape(layer.groups, -1, layer.dimension))
     return units, lengths == 0
 
 
@@ -77,26 +75,15 @@ def overlap_sums(units: Tensor) -> Tensor:
     Returns:
         float64 of shape (groups, J); the diagonal is left out, rounding and all.
     """
-    sums = units.new_zeros(units.shape[:2], dtype=torch.float64)
-    for columns, block in lower_products(units):
-        block.abs_().diagonal(dim1=1, dim2=2).zero_()
-        sums[:, columns.start :] += block.sum(dim=2)
-        # What lies below this block of the diagonal also lies right of it.
-        sums[:, columns] += block[:, block.shape[2] :].sum(dim=1)
-    return sums
+    overlap = (units @ units.mT).abs_()
+    overlap.diagonal(dim1=1, dim2=2).zero_()
+    return overlap.sum(dim=2, dtype=torch.float64)
 
 
-def _by_name(
-    layers: Sequence[FilterLayer], of: Callable[[Sequence[FilterLayer]], Tensor]
-) -> Scores:
-    """Scores by layer name.
-
-    Args:
-        layers: the filter layers.
-        of: scores of some layers of one shape, shape (layers * groups, J / groups).
-    """
-    scores = over_batches(lambda alike: of(alike).reshape(len(alike), -1).unbind(), layers)
-    return {layer.name: score for layer, score in zip(layers, scores, strict=True)}
+def _by_name(layers: Sequence[FilterLayer], score: Callable[[FilterLayer], Tensor]) -> Scores:
+    """Scores by layer name; ``score`` returns those of one layer, shape (groups, J / groups)."""
+    scores = over_layers(lambda layer: score(layer).flatten(), layers)
+    return {layer.name: found for layer, found in zip(layers, scores, strict=True)}
 
 
 def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
@@ -107,11 +94,11 @@ def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scor
     norm scores infinity.
     """
 
-    def of(alike: Sequence[FilterLayer]) -> Tensor:
-        units, zero = _units(alike)
+    def score(layer: FilterLayer) -> Tensor:
+        units, zero = _units(layer)
         return (overlap_sums(units) / units.shape[1]).masked_fill(zero, math.inf)
 
-    return _by_name(layers, of)
+    return _by_name(layers, score)
 
 
 def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
@@ -123,13 +110,13 @@ def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
     the division is ours.
     """
 
-    def of(alike: Sequence[FilterLayer]) -> Tensor:
-        units, zero = _units(alike)
+    def score(layer: FilterLayer) -> Tensor:
+        units, zero = _units(layer)
         others = (~zero).sum(dim=1, keepdim=True) - 1
-        score = overlap_sums(units) / others.clamp(min=1) / chance_overlap(alike[0].dimension)
-        return score.masked_fill(zero, math.inf)
+        mean = overlap_sums(units) / others.clamp(min=1)
+        return (mean / chance_overlap(layer.dimension)).masked_fill(zero, math.inf)
 
-    return _by_name(layers, of)
+    return _by_name(layers, score)
 
 
 def ortho_authors(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
@@ -192,15 +179,14 @@ def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> 
         float64 (J,) by layer name, NaN for filters that are pruned or of zero norm.
     """
 
-    def of(alike: Sequence[FilterLayer]) -> Tensor:
-        units, zero = _units(alike)
-        gone = torch.cat([pruned[layer.name] for layer in alike]).reshape(zero.shape)
-        kept = ~(gone.to(zero.device) | zero)
+    def score(layer: FilterLayer) -> Tensor:
+        units, zero = _units(layer)
+        kept = ~(pruned[layer.name].reshape(zero.shape).to(zero.device) | zero)
         per_group = kept.sum(dim=1, keepdim=True).clamp(min=1)
-        score = overlap_sums(units * kept[..., None]) / per_group
-        return score.masked_fill(~kept, math.nan)
+        mean = overlap_sums(units * kept[..., None]) / per_group
+        return mean.masked_fill(~kept, math.nan)
 
-    return _by_name(layers, of)
+    return _by_name(layers, score)
 
 
 def mean_overlap(overlap: Scores) -> dict[str, float]:

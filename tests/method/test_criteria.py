@@ -73,9 +73,8 @@ def test_score_is_the_mean_cosine_over_chance():
     )
 
 
-@pytest.mark.parametrize("filters", [100, 128, 129, 300])
-def test_many_filters_against_the_formula(filters):
-    """More filters than one block of the blockwise product holds."""
+@pytest.mark.parametrize("filters", [2, 19, 300])
+def test_ortho_against_the_formula(filters):
     rows = torch.randn(filters, 20, generator=torch.Generator().manual_seed(filters))
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
         units = F.normalize(rows.double(), dim=1)
