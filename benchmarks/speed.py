@@ -22,8 +22,8 @@ from torch.cuda import max_memory_allocated, max_memory_reserved
 from torch.profiler import profile
 
 import repr_det.engine.trainer
-from repr_det.engine.compact import Compact
 from repr_det.engine.config import config_path
+from repr_det.method.compact import Compact
 from repr_det.method.holding import GradientMask
 from repr_det.method.layers import column_slots
 from repr_det.tasks import get_cfg, trainer_for

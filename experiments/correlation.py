@@ -11,8 +11,8 @@ from torch import Tensor
 from repr_det import RePr, RePrSchedule
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.batches import training_loss
+from repr_det.engine.data import held_out_name
 from repr_det.engine.hook import filter_progress
-from repr_det.engine.parts import held_out_name
 from repr_det.method.criteria import CRITERIA, Data
 from repr_det.method.data_criteria import BATCHES
 from repr_det.report.statistics import pearson, spearman

@@ -31,9 +31,9 @@ from experiments.measures import MEASURES, Measure, Record
 from experiments.summary import table_in_markdown
 from experiments.tables import Row, Table
 from repr_det.classification.together import Together, common_settings, obstacle
-from repr_det.engine.checkpoint import write_text_whole
 from repr_det.engine.config import config_path
 from repr_det.engine.environment import environment
+from repr_det.engine.files import write_text_whole
 from repr_det.engine.trainer import has_run
 from repr_det.errors import UserError
 from repr_det.report.run import flat_settings, read_metrics, training_seconds

@@ -18,8 +18,8 @@ import sys
 from pathlib import Path
 
 from repr_det.detection.drawing import draw_detections
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.engine.command_line import exit_status
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError
 from repr_det.report import plots
 from repr_det.report.compare import check_comparable

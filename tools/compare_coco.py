@@ -28,8 +28,8 @@ from repr_det.detection.coco_results import (
     read_truth,
     results_path,
 )
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.engine.command_line import exit_status
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError
 from repr_det.report.markdown import aligned_table
 

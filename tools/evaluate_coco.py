@@ -31,8 +31,8 @@ from repr_det.detection.evaluation import (
     evaluate,
     read_detections,
 )
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.engine.command_line import exit_status
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.engine.trained import add_model_arguments
 from repr_det.errors import UserError
 from repr_det.report.markdown import aligned_table

@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 
 from repr_det.classification.export import export_backbone
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.engine.command_line import exit_status
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError
 
 # What torchvision's weights were trained with, times 255.

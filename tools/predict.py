@@ -21,8 +21,8 @@ import sys
 from pathlib import Path
 
 from repr_det.detection.prediction import Detector, find_sources, labels_for, predict
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of, exit_status
+from repr_det.engine.command_line import exit_status
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.engine.trained import add_model_arguments
 from repr_det.errors import UserError
 from repr_det.tasks import trained_detector_cfg

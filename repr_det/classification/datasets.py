@@ -30,7 +30,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
-from repr_det.engine.parts import datasets_root, held_out_name, part_indices
+from repr_det.engine.data import datasets_root, held_out_name, part_indices
 from repr_det.errors import UserError
 
 DOWNLOAD_TIMEOUT_S = 15
@@ -315,7 +315,7 @@ def _cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
 def split_images(
     data: ImageData, held_out: int = 0, share: float = 1.0
 ) -> tuple[ImageData, ImageData]:
-    """Images to train on and held-out ones; see :func:`repr_det.engine.parts.part_indices`."""
+    """Images to train on and held-out ones; see :func:`repr_det.engine.data.part_indices`."""
     training, rest = part_indices(len(data), held_out, share)
     return data.select(training), data.select(rest)
 
@@ -376,7 +376,7 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     """A dataset that the config names, checked against the config.
 
     With ``DATASETS.HELD_OUT`` set, the training set comes without its held-out part, and
-    :func:`repr_det.engine.parts.held_out_name` of it is that part. Of what is left,
+    :func:`repr_det.engine.data.held_out_name` of it is that part. Of what is left,
     ``DATASETS.TRAIN_SHARE`` is taken.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
 _PREFIX = "network."

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
-from repr_det.engine.images import check_depth
+from repr_det.engine.data import check_depth
 from repr_det.errors import UserError
 
 Batch = dict[str, Tensor]

@@ -6,7 +6,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from repr_det.detection.shapes import register_shapes
-from repr_det.engine.parts import datasets_root
+from repr_det.engine.data import datasets_root
 
 NEU_DET = {"neu_det_train": "instances_train.json", "neu_det_test": "instances_val.json"}
 """Annotation files of NEU-DET below ``neu_det/annotations/``, the images being in

@@ -17,8 +17,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
-from repr_det.engine.images import check_depth
-from repr_det.engine.parts import datasets_root
+from repr_det.engine.data import check_depth, datasets_root
 from repr_det.errors import UserError
 
 logger = logging.getLogger(f"detectron2.{__name__}")

@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 
-from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
 COLOURS: tuple[tuple[int, int, int], ...] = (

@@ -34,7 +34,7 @@ from repr_det.detection.coco_results import (
 from repr_det.detection.datasets import check_classes, check_dataset
 from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
-from repr_det.engine.parts import held_out_name
+from repr_det.engine.data import held_out_name
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
 

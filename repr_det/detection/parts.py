@@ -8,7 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
-from repr_det.engine.parts import held_out_name, part_indices
+from repr_det.engine.data import held_out_name, part_indices
 from repr_det.errors import UserError
 
 _OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
@@ -56,7 +56,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
 def register_held_out(cfg: CfgNode) -> None:
     """Register the held-out part of the training set, if the config asks for one.
 
-    Its name is :func:`repr_det.engine.parts.held_out_name`'s. What another config registered
+    Its name is :func:`repr_det.engine.data.held_out_name`'s. What another config registered
     under it is replaced.
 
     Raises:

@@ -27,7 +27,7 @@ from repr_det.detection.builtin import register_builtin
 from repr_det.detection.datasets import category_names, num_classes, num_classes_key, read_coco
 from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
-from repr_det.engine.images import check_depth
+from repr_det.engine.data import check_depth
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
 

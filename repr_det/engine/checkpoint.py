@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -150,24 +150,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
     return content
-
-
-def write_whole(target: Path, write: Any) -> None:
-    """Write a file aside and rename it, so that it is there whole or not at all."""
-    aside = target.with_name(f".{target.name}.writing")
-    try:
-        with open(aside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, target)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def write_text_whole(target: Path, text: str) -> None:
-    """Write a text file by :func:`write_whole`; a pipe, device or link is written to and stays."""
-    if target.is_symlink() or (target.exists() and not target.is_file()):  # /dev/stdout, say
-        target.write_text(text, encoding="utf-8")
-    else:
-        write_whole(target, lambda file: file.write(text.encode()))

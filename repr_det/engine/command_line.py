@@ -160,20 +160,6 @@ def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
     checkpointer.load_whole(cfg.MODEL.WEIGHTS)
 
 
-def check_folder_of(option: str, path: Path | None) -> None:
-    """Refuse a file to be written where there is no folder for it, or a folder; None is no file.
-
-    Raises:
-        UserError: no such folder, or the path is that of a folder.
-    """
-    if path is None:
-        return
-    if not path.parent.is_dir():
-        raise UserError(f"Folder {path.parent} of {option} does not exist: create it.")
-    if path.is_dir():
-        raise UserError(f"Target {path} of {option} is a folder: give the name of a file.")
-
-
 def tell(program: str, error: UserError) -> int:
     """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
 

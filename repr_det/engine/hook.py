@@ -19,13 +19,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from repr_det.engine import history
+from repr_det.engine import recording
 from repr_det.engine.amp import MixedPrecisionTrainer
 from repr_det.engine.averages import unknown_averages
 from repr_det.engine.batches import can_be_opened_again, own_batches, training_loss
-from repr_det.engine.compact import MODES, Compact, Shrunk, rewrapped
 from repr_det.engine.randomness import RandomStream
 from repr_det.errors import UserError
+from repr_det.method.compact import MODES, Compact, Shrunk, rewrapped
 from repr_det.method.controller import PhaseChange, RePr
 from repr_det.method.criteria import mean_overlap
 from repr_det.method.layers import FilterLayer
@@ -69,7 +69,7 @@ class RePrHook(HookBase):
             ``"on"``, ``"off"``, or ``"auto"``: where a measurement at the first drop shows that it
             is faster. Which it is may differ from run to run and then so do the last digits;
             hence ``"auto"`` means off where torch's deterministic algorithms are on, and where S2
-            is too short for the measurement to pay. See :mod:`repr_det.engine.compact`.
+            is too short for the measurement to pay. See :mod:`repr_det.method.compact`.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
             ``batches`` and ``loss`` default to the trainer's data (where its loader can be opened a
             second time) and the model's losses, ``progress`` to a bar on the main process.
@@ -99,7 +99,7 @@ class RePrHook(HookBase):
         self._has_state = False
         self._eval_period = 0
         self._after_writers = False
-        self._overlaps: list[history.Overlap] = []
+        self._overlaps: list[recording.Overlap] = []
         self._num_pruned = 0  # kept, since counting costs more than the rest of a step
         self._sums_at_start: dict[str, float] = {}  # of weights, to see what is loaded afterwards
 
@@ -281,7 +281,7 @@ class RePrHook(HookBase):
                 self._record_overlap(detailed=True)
             self._write_history()
             if change.kind == "drop":
-                picture = history.picture(self._history())
+                picture = recording.picture(self._history())
                 self.trainer.storage.put_image("repr/dropped", picture)
         if self.method.phase == SUB and self._takes_out() and not self._compact.active:
             self._shrink()
@@ -386,8 +386,8 @@ class RePrHook(HookBase):
 
     # --- the history of the run
 
-    def _history(self) -> history.History:
-        return history.of_state(self.method.state_dict(), self._overlaps)
+    def _history(self) -> recording.History:
+        return recording.of_state(self.method.state_dict(), self._overlaps)
 
     @property
     def _folder(self) -> Path | None:
@@ -401,7 +401,7 @@ class RePrHook(HookBase):
         self._overlaps = []
         if folder is not None and start > 0:
             try:
-                found = history.read(folder)
+                found = recording.read(folder)
             except ValueError as error:
                 logger.warning(f"RePr: {error}")
                 found = None
@@ -414,15 +414,15 @@ class RePrHook(HookBase):
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            history.write(folder, self._history())
+            recording.write(folder, self._history())
         except OSError as error:  # the checkpoints hold it, too
-            logger.warning(f"RePr: {history.FILE} could not be written ({error}).")
+            logger.warning(f"RePr: {recording.FILE} could not be written ({error}).")
 
     def _record_overlap(self, detailed: bool = False) -> None:
         by_filter = self.method.filter_overlap()
         overlap = mean_overlap(by_filter)
         if detailed:
-            self._overlaps.append(history.Overlap(self.trainer.iter, overlap))
+            self._overlaps.append(recording.Overlap(self.trainer.iter, overlap))
         if detailed and comm.is_main_process():
             for name, values in by_filter.items():
                 values = values[~values.isnan()].cpu()

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from detectron2.engine import HookBase
-from detectron2.utils import comm
 
 
 def mixed_seed(*parts: int) -> int:
@@ -60,24 +58,6 @@ class RandomStream:
                 yield
             finally:
                 self._state = self._current()
-
-
-class SeedEveryStep(HookBase):
-    """Makes every random draw of a step a function of seed, iteration and rank.
-
-    Args:
-        seed: of the run.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-
-    def before_step(self) -> None:
-        """Seed Python, NumPy and torch, GPUs included."""
-        seed = mixed_seed(self._seed, self.trainer.iter, comm.get_rank())
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
 
 
 def use_deterministic_algorithms() -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_ddp_model, hooks
 from detectron2.engine.train_loop import TrainerBase
@@ -24,8 +23,8 @@ from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
-from repr_det.engine.randomness import SeedEveryStep, use_deterministic_algorithms
-from repr_det.engine.resume import LossNormalizer, RecordKeeper
+from repr_det.engine.hooks import LossNormalizer, RecordKeeper, SeedEveryStep, SharedStatistics
+from repr_det.engine.randomness import use_deterministic_algorithms
 from repr_det.errors import UserError
 from repr_det.method.schedule import SUB
 
@@ -214,24 +213,6 @@ class RePrTrainer(DefaultTrainer):
                 "MODEL.WEIGHTS."
             )
         super().load_state_dict(state_dict)
-
-
-class SharedStatistics(HookBase):
-    """Gives every process the first one's buffers before an evaluation and before a checkpoint.
-
-    Norms count the batches of their own process, and a checkpoint holds those of the first one:
-    it would evaluate, and resume, to something else than what was reported.
-    """
-
-    def __init__(self, cfg: CfgNode) -> None:
-        self._periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
-
-    def after_step(self) -> None:
-        """Share them where one of the hooks behind this one evaluates or saves."""
-        done = self.trainer.iter + 1
-        if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
-            for buffer in self.trainer.model.buffers():
-                dist.broadcast(buffer, 0)
 
 
 def check_weights_given(weights: str) -> None:

@@ -19,9 +19,9 @@ from tqdm import tqdm
 
 from repr_det.detection.coco_results import BBOX, read_results, read_truth
 from repr_det.detection.evaluation import annotations_of
-from repr_det.engine import history
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.history import History
+from repr_det.engine import recording
+from repr_det.engine.files import write_text_whole
+from repr_det.engine.recording import History
 from repr_det.errors import UserError, sentence
 from repr_det.report import examples, plots
 from repr_det.report.cca import svcca
@@ -387,7 +387,7 @@ def _overlap_by_layer(material: Material) -> Drawn:
 def _drops(material: Material) -> Drawn:
     dropped = material.dropped
     order = in_depth(list(dropped.layers))
-    shares = dict(zip(dropped.layers, history.shares(dropped), strict=True))
+    shares = dict(zip(dropped.layers, recording.shares(dropped), strict=True))
     columns = [f"{drop.cycle + 1}" for drop in dropped.drops]
     drawn = plots.map_of_layers(
         order,
@@ -414,7 +414,7 @@ def expected_by_chance(dropped: History) -> np.ndarray:
     """
     expected = np.zeros(len(dropped.drops) + 1)
     filters = dropped.layers.values()
-    for number, row in zip(filters, history.shares(dropped), strict=True):
+    for number, row in zip(filters, recording.shares(dropped), strict=True):
         times = np.ones(1)
         for share in row:
             times = np.convolve(times, [1 - share, share])
@@ -426,7 +426,7 @@ def _times(material: Material) -> Drawn:
     dropped = material.dropped
     if len(dropped.drops) < 2:
         raise UserError("Fewer than two drops so far, so no filter can have been dropped twice.")
-    times = np.concatenate(list(history.times_dropped(dropped).values()))
+    times = np.concatenate(list(recording.times_dropped(dropped).values()))
     counts = np.bincount(times, minlength=len(dropped.drops) + 1)
     chance = expected_by_chance(dropped)
     return Drawn(

@@ -13,8 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from repr_det.detection.drawing import draw_instances
-from repr_det.engine.checkpoint import write_text_whole
-from repr_det.engine.command_line import check_folder_of
+from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError, sentence
 from repr_det.report import plots
 from repr_det.report.compare import (

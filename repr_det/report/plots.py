@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from repr_det.detection.drawing import COLOURS
-from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
 STANDARD, REPR, BEFORE = "standard", "RePr", "before training"

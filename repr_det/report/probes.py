@@ -22,7 +22,7 @@ from tqdm import tqdm
 from repr_det.engine import solver
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.checkpoint import SafeCheckpointer
-from repr_det.engine.parts import held_out_name
+from repr_det.engine.data import held_out_name
 from repr_det.engine.trainer import check_weights
 from repr_det.errors import UserError
 from repr_det.method.controller import RePr

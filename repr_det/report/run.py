@@ -15,12 +15,12 @@ from detectron2.config import CfgNode
 from numpy.typing import NDArray
 
 from repr_det.detection.coco_results import BBOX, SEGM
-from repr_det.engine import history
+from repr_det.engine import recording
 from repr_det.engine.checkpoint import NUMBERED, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path
+from repr_det.engine.data import held_out_name
 from repr_det.engine.hook import STATE_KEY
-from repr_det.engine.parts import held_out_name
 from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 
@@ -266,7 +266,7 @@ class RunFolder:
         return self.checkpoints[-1]
 
     @cached_property
-    def history(self) -> history.History | None:
+    def history(self) -> recording.History | None:
         """What each drop took; None for a run without RePr, or one that left no word of it.
 
         Raises:
@@ -274,10 +274,10 @@ class RunFolder:
         """
         if not self.uses_repr:
             return None
-        if (found := history.read(self.folder)) is not None or not self.checkpoints:
+        if (found := recording.read(self.folder)) is not None or not self.checkpoints:
             return found
         state = read_checkpoint(self.weights).get("trainer", {}).get("hooks", {}).get(STATE_KEY)
-        return None if state is None else history.of_state(state)
+        return None if state is None else recording.of_state(state)
 
 
 def task_of(cfg: CfgNode) -> str:

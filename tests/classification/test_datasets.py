@@ -24,7 +24,7 @@ from repr_det.classification.datasets import (
     with_random_labels,
 )
 from repr_det.classification.trainer import ClassificationTrainer
-from repr_det.engine.parts import held_out_name
+from repr_det.engine.data import held_out_name
 from repr_det.errors import UserError
 from repr_det.tasks import add_data_arguments, use_data
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg

@@ -15,7 +15,7 @@ from repr_det.classification import ClassificationTrainer
 from repr_det.classification.datasets import ImageArrays
 from repr_det.classification.loader import ArrayTrainLoader, StackedTrainLoader
 from repr_det.classification.together import Together, common_settings, obstacle
-from repr_det.engine import history
+from repr_det.engine import recording
 from tests.classification.settings import make_arrays, register_corners, small_cfg
 
 
@@ -99,8 +99,8 @@ def test_ends_as_trained_alone(tmp_path, changes):
         assert {name for name, _ in mine} == {name for name, _ in theirs}
         assert {key: mine[key] for key in theirs} == pytest.approx(theirs, rel=1e-6, abs=1e-6)
         if cfg.REPR.ENABLED:
-            assert history.read(folder).drops == history.read(alone_folder).drops
-            assert len(history.read(folder).drops) == 2
+            assert recording.read(folder).drops == recording.read(alone_folder).drops
+            assert len(recording.read(folder).drops) == 2
 
 
 def test_a_checkpoint_holds_one_network_and_can_be_resumed(tmp_path):

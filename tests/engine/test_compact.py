@@ -13,7 +13,7 @@ from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.batches import training_loss
-from repr_det.engine.compact import Compact, _Cut
+from repr_det.method.compact import Compact, _Cut
 from repr_det.method.modules import unchanged
 from tests.detectors import plain_cfg
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
@@ -282,7 +282,7 @@ def test_processes_agree_once_whatever_fails_in_one_of_them(monkeypatch):
 
     run = Run(net("residual"), "sgd", True, agree=agree).until(S1)
     run.method.step(S1)
-    monkeypatch.setattr("repr_det.engine.compact._cost", fail)
+    monkeypatch.setattr("repr_det.method.compact._cost", fail)
     with pytest.raises(RuntimeError, match="could not be run .MemoryError: made up"):
         run.compact.shrink(run.method)
     assert len(asked) == 1

@@ -11,7 +11,7 @@ import pytest
 from detectron2.config import CfgNode
 
 from repr_det import Reinit, RePr, RePrHook, RePrSchedule
-from repr_det.engine.compact import MODES
+from repr_det.method.compact import MODES
 from repr_det.method.criteria import CRITERIA
 from repr_det.tasks import get_cfg
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from repr_det import Reinit, RePr, RePrSchedule
-from repr_det.engine import compact
-from repr_det.engine.compact import Compact
+from repr_det.method import compact
+from repr_det.method.compact import Compact
 from repr_det.method.criteria import CRITERIA
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
 from tests.pretended_gpu import OnGpu, moved_to_gpu, pretended_gpu

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from repr_det import Reinit, RePr, RePrSchedule
-from repr_det.engine.compact import Compact
+from repr_det.method.compact import Compact
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
 
 SCHEDULE = RePrSchedule(s1=3, s2=4, cycles=1)

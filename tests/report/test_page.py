@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repr_det.classification import ClassificationTrainer
-from repr_det.engine import history
+from repr_det.engine import recording
 from repr_det.errors import UserError
 from repr_det.report.page import write_report
 from repr_det.report.run import read_metrics, read_run
@@ -71,7 +71,7 @@ def test_a_pair_of_runs_has_every_figure_and_says_what_is_missing(page, pair):
     assert "One run each has no interval" in text
     assert "What each filter contributes : It was not computed" in text
     assert "REPR.ENABLED" in text  # among the settings that differ
-    dropped = history.read(pair[1])
+    dropped = recording.read(pair[1])
     number = sum(map(len, dropped.drops[0].pruned.values()))
     assert f"Dropped {number}, {number} of {sum(dropped.layers.values())} filters" in text
     assert list(page.parent.iterdir()) == [page]

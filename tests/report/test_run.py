@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from repr_det.engine import history
-from repr_det.engine.history import Drop, History
+from repr_det.engine import recording
+from repr_det.engine.recording import Drop, History
 from repr_det.errors import UserError
 from repr_det.report.run import (
     CLASSIFICATION,
@@ -125,9 +125,9 @@ def test_a_run_that_was_killed_is_read(tmp_path):
 def test_spans_are_exact_where_the_drops_are_known_and_end_where_the_run_does(tmp_path):
     settings = {"REPR.ENABLED": True, "REPR.UNIT": "epoch", "REPR.S1": 2, "REPR.S2": 1}
     folder = write_run(tmp_path / "run", settings, length=100)
-    history.write(folder, History({"conv": 4}, [Drop(0, 44, {"conv": [1]}), Drop(1, 88, {})], []))
+    recording.write(folder, History({"conv": 4}, [Drop(0, 44, {"conv": [1]}), Drop(1, 88, {})], []))
     assert read_run(folder).spans == [(44, 66), (88, 100)]
-    (folder / history.FILE).write_text("{")
+    (folder / recording.FILE).write_text("{")
     run = read_run(folder)
     assert run.spans == [(40, 60), (80, 100)]
     with pytest.raises(ValueError, match="damaged"):

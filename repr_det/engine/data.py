@@ -1,4 +1,4 @@
-"""Where datasets lie, and which part of one is trained on: the same for every task."""
+"""Where datasets are, which part is trained on, which images are refused: for every task."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from repr_det.errors import UserError
@@ -50,3 +51,20 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     count = max(1, round(share * (size - held_out)))
     return order[held_out : held_out + count].sort().values, order[:held_out].sort().values
+
+
+def check_depth(image: Image.Image, path: str) -> None:
+    """Refuse an image of more than 8 bits a channel: Pillow would cut all bright values to white.
+
+    Args:
+        image: opened, and decoded or not.
+        path: of its file, to be named.
+
+    Raises:
+        UserError: too many bits.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise UserError(
+            f"Image {path} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it "
+            f"to 8."
+        )

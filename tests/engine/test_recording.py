@@ -13,8 +13,8 @@ from detectron2.utils.events import EventStorage
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from repr_det.classification import ClassificationTrainer
-from repr_det.engine import history
-from repr_det.engine.history import Drop, History, Overlap
+from repr_det.engine import recording
+from repr_det.engine.recording import Drop, History, Overlap
 from repr_det.method.criteria import ortho_paper
 from tests.classification.settings import register_corners, small_cfg
 
@@ -42,14 +42,14 @@ def train(cfg, resume=False):
 
 
 def test_shares_and_counts():
-    assert history.shares(EXAMPLE).tolist() == [[0.5, 0.25], [0, 0.5]]
-    counts = {name: list(times) for name, times in history.times_dropped(EXAMPLE).items()}
+    assert recording.shares(EXAMPLE).tolist() == [[0.5, 0.25], [0, 0.5]]
+    counts = {name: list(times) for name, times in recording.times_dropped(EXAMPLE).items()}
     assert counts == {"a": [0, 1, 0, 2], "b": [1, 0]}
-    assert history.shares(History({"a": 4}, [], [])).shape == (1, 0)
+    assert recording.shares(History({"a": 4}, [], [])).shape == (1, 0)
 
 
 def test_the_picture_is_darker_where_more_was_dropped():
-    image = history.picture(EXAMPLE)
+    image = recording.picture(EXAMPLE)
     assert image.shape[0] == 3 and image.min() >= 0 and image.max() == 1
     half = image.shape[1] // 2
     brightness = image.mean(axis=0)
@@ -58,19 +58,19 @@ def test_the_picture_is_darker_where_more_was_dropped():
 
 
 def test_written_and_read(tmp_path):
-    assert history.read(tmp_path) is None
-    history.write(tmp_path, EXAMPLE)
-    assert history.read(tmp_path) == EXAMPLE
-    path = tmp_path / history.FILE
+    assert recording.read(tmp_path) is None
+    recording.write(tmp_path, EXAMPLE)
+    assert recording.read(tmp_path) == EXAMPLE
+    path = tmp_path / recording.FILE
     path.write_text(path.read_text()[:-20])
     with pytest.raises(ValueError, match="damaged"):
-        history.read(tmp_path)
+        recording.read(tmp_path)
 
 
 def test_a_run_records_what_it_dropped_and_a_resumed_one_forgets_what_came_after(tmp_path):
     trainer = train(repr_cfg(tmp_path))
-    written = history.read(tmp_path)
-    assert written == history.of_state(trainer._repr_hook.state_dict(), written.overlaps)
+    written = recording.read(tmp_path)
+    assert written == recording.of_state(trainer._repr_hook.state_dict(), written.overlaps)
     assert [drop.iteration for drop in written.drops] == [2, 6]
     assert [overlap.iteration for overlap in written.overlaps] == [2, 4, 6, 8]
     assert written.overlaps[0].layers.keys() == written.layers.keys()
@@ -83,7 +83,7 @@ def test_a_run_records_what_it_dropped_and_a_resumed_one_forgets_what_came_after
     trainer.resume_or_load(resume=True)
     with EventStorage(trainer.start_iter) as trainer.storage:
         trainer._repr_hook.before_train()
-    kept = history.read(tmp_path)
+    kept = recording.read(tmp_path)
     assert kept.drops == written.drops[:1] and kept.overlaps == written.overlaps[:2]
     assert (tmp_path / "metrics.json").read_text() == metrics
 

@@ -9,7 +9,7 @@ from detectron2.engine import TrainerBase, hooks
 from detectron2.utils.events import JSONWriter, get_event_storage
 from torch import nn
 
-from repr_det.engine.resume import LossNormalizer, RecordKeeper, _drop_lines_after
+from repr_det.engine.hooks import LossNormalizer, RecordKeeper, _drop_lines_after
 
 
 def write(path, *runs):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from repr_det.engine.parts import part_indices
+from repr_det.engine.data import part_indices
 
 
 def test_parts_share_no_image_and_are_nested():

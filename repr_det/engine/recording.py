@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from repr_det.engine.checkpoint import write_whole
+from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
 FILE = "repr_history.json"

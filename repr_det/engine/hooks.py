@@ -1,17 +1,23 @@
-"""What a resumed run records is what the run would have recorded that was never stopped."""
+"""Small hooks that every training run of this package has, one class each."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
+from repr_det.engine.randomness import mixed_seed
 from repr_det.method.modules import named_modules
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -21,6 +27,42 @@ _NOT_RESULTS = {"iteration", "eta_seconds"}
 
 _WINDOW = 20
 """Iterations over which Detectron2's writers smooth."""
+
+
+class SeedEveryStep(HookBase):
+    """Makes every random draw of a step a function of seed, iteration and rank.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def before_step(self) -> None:
+        """Seed Python, NumPy and torch, GPUs included."""
+        seed = mixed_seed(self._seed, self.trainer.iter, comm.get_rank())
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+
+class SharedStatistics(HookBase):
+    """Gives every process the first one's buffers before an evaluation and before a checkpoint.
+
+    Norms count the batches of their own process, and a checkpoint holds those of the first one:
+    it would evaluate, and resume, to something else than what was reported.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        self._periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
+
+    def after_step(self) -> None:
+        """Share them where one of the hooks behind this one evaluates or saves."""
+        done = self.trainer.iter + 1
+        if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
+            for buffer in self.trainer.model.buffers():
+                dist.broadcast(buffer, 0)
 
 
 class RecordKeeper(HookBase):
