@@ -32,8 +32,8 @@ from experiments.runs import (  # noqa: E402
     table_folder,
     write_table,
 )
-from repr_det.engine.files import (check_folder_of)
-from repr_det.engine.command_line import (exit_status  # noqa: E402)
+from repr_det.engine.command_line import exit_status  # noqa: E402
+from repr_det.engine.files import check_folder_of  # noqa: E402
 from repr_det.errors import UserError  # noqa: E402
 from repr_det.report import plots  # noqa: E402
 
