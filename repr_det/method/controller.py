@@ -38,7 +38,7 @@ from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import select_layers, separable
 from repr_det.method.settings import check_same_settings, check_whole
-from repr_det.method.threads import over_batches, over_layers
+from repr_det.method.threads import over_layers
 from repr_det.method.tracing import ChannelGraph, Reader, trace
 from repr_det.method.warmup import RateWarmup
 
@@ -606,30 +606,25 @@ class RePr:
 
     def _new_rows(self, generator: torch.Generator) -> dict[str, Tensor]:
         returning = [layer for layer in self.layers if layer.name in self._before]
-        # One for each layer: which is worked on first is chance.
+        # Threads finish in any order, so each layer has its own seed.
         seeds = torch.randint(2**62, (len(returning),), generator=generator).tolist()
-        by_layer = dict(zip((layer.name for layer in returning), seeds, strict=True))
+        seed_of = {layer.name: seed for layer, seed in zip(returning, seeds, strict=True)}
 
-        def rows_of(alike: Sequence[FilterLayer]) -> list[Tensor]:
-            current = [layer.matrix() for layer in alike]
-            rows = torch.stack(current).to(torch.promote_types(current[0].dtype, torch.float32))
-            for layer, own in zip(alike, rows, strict=True):
-                chosen = self._pruned[layer.name].nonzero().flatten().to(own.device)
-                own.index_copy_(0, chosen, self._before[layer.name]["weight"].to(own))
-            sets = rows.reshape(len(alike) * alike[0].groups, -1, alike[0].dimension)
-            dropped = torch.stack([self._pruned[layer.name] for layer in alike])
-            dropped = dropped.reshape(sets.shape[:2])
-            sources = [torch.Generator().manual_seed(by_layer[layer.name]) for layer in alike]
-            generators = [one for one in sources for _ in range(alike[0].groups)]
-            units, lengths = unit_rows(sets, out=sets)
-            new = orthogonal_directions(units, dropped, generators)
-            there = dropped.to(units.device)
-            lengths = lengths_of(self.reinit, lengths, there)[there].to(units.dtype)
-            sizes = dropped.reshape(len(alike), -1).sum(dim=1).tolist()
-            filters = torch.cat(new).mul_(lengths[:, None]).to(current[0].dtype)
-            return list(filters.split(sizes))
+        def rows_of(layer: FilterLayer) -> Tensor:
+            chosen, rows = self._pruned[layer.name].to(layer.weight.device), layer.matrix()
+            # A copy, at least in float32.
+            sets = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+            sets[chosen] = self._before[layer.name]["weight"].to(sets)
+            units, lengths = unit_rows(sets.reshape(layer.groups, -1, layer.dimension))
+            dropped = chosen.reshape(lengths.shape)
+            source = torch.Generator().manual_seed(seed_of[layer.name])
+            new = torch.cat(
+                [orthogonal_directions(*one, source) for one in zip(units, dropped, strict=True)]
+            )
+            new *= lengths_of(self.reinit, lengths, dropped)[dropped].to(new.dtype)[:, None]
+            return new.to(rows.dtype)
 
-        rows = over_batches(rows_of, returning)
+        rows = over_layers(rows_of, returning)
         return from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
