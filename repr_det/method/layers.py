@@ -142,11 +142,6 @@ class FilterLayer:
         """Length d of a flattened filter: c_in / groups * kernel elements."""
         return self.weight.numel() // self.num_filters
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """How many filters there are, their dimension, and groups."""
-        return self.num_filters, self.dimension, self.groups
-
     def matrix(self, tensor: Tensor | None = None) -> Tensor:
         """Filters as rows, shape (J, d), of the weight or of a tensor of its shape.
 
@@ -208,19 +203,18 @@ def row_lengths(rows: Tensor) -> Tensor:
     return lengths
 
 
-def unit_rows(rows: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of length one, zero ones as they are, and their lengths.
 
     Args:
         rows: shape (..., J, d), float32 or float64.
-        out: where to write the former; ``rows`` itself, say.
 
     Returns:
         (..., J, d), and float64 of shape (..., J).
     """
     lengths = row_lengths(rows)
     scales = lengths.masked_fill(lengths == 0, 1.0).reciprocal().to(rows.dtype)
-    return torch.mul(rows, scales, out=out), lengths.squeeze(-1)
+    return rows * scales, lengths.squeeze(-1)
 
 
 class SharedIndices:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 
 from repr_det.method.layers import FilterLayer
-from repr_det.method.threads import over_batches, over_layers
-from tests.pretended_gpu import moved_to_gpu, pretended_gpu
+from repr_det.method.threads import over_layers
 
 
 @pytest.fixture(params=[1, 2])
@@ -62,32 +60,3 @@ def test_an_error_reaches_the_caller(threads):
     with pytest.raises(ValueError, match="8"):
         over_layers(fail, LAYERS)
     assert torch.get_num_threads() == threads
-
-
-@pytest.mark.parametrize(
-    ("on_gpu", "at_most", "calls"),
-    [
-        (False, 10**9, [["a"], ["b"], ["c"], ["d"], ["e"]]),
-        (True, 10**9, [["a", "c", "e"], ["b", "d"]]),
-        (True, 2 * 4 * 8 * 9, [["a", "c"], ["b"], ["d"], ["e"]]),
-    ],
-)
-def test_batches_are_of_one_kind_and_size_on_a_gpu_and_single_on_a_cpu(
-    monkeypatch, on_gpu, at_most, calls
-):
-    monkeypatch.setattr("repr_det.method.threads._BATCH", at_most)
-    widths = {"a": 8, "b": 16, "c": 8, "d": 16, "e": 8}
-    made = []
-
-    def work(layers):
-        made.append([layer.name for layer in layers])
-        return [(layer.name, layer.num_filters) for layer in layers]
-
-    with pretended_gpu() if on_gpu else nullcontext():
-        convs = {name: nn.Conv2d(4, width, 3) for name, width in widths.items()}
-        layers = [
-            FilterLayer(n, moved_to_gpu(conv) if on_gpu else conv) for n, conv in convs.items()
-        ]
-        found = over_batches(work, layers)
-    assert found == list(widths.items())
-    assert sorted(made) == calls
