@@ -95,9 +95,7 @@ def growth(widths: tuple[int, ...]) -> dict[str, Any]:
         for _ in range(ROUNDS + 1):
             rank = seconds(lambda layer=layer: ortho([layer]))
             back = seconds(
-                lambda rows=rows, dropped=dropped: orthogonal_directions(
-                    rows[None], dropped[None], [generator]
-                )
+                lambda rows=rows, dropped=dropped: orthogonal_directions(rows, dropped, generator)
             )
             values.append((rank, back))
         rank, back = (statistics.median(v) for v in zip(*values[1:], strict=True))
