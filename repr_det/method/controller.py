@@ -15,17 +15,15 @@ from torch.optim import Optimizer
 
 from repr_det.errors import UserError
 from repr_det.method.calibration import calibrate
+from repr_det.method.choice import choose, layer_limits, number_to_prune
 from repr_det.method.criteria import (
     CRITERIA,
     NEEDS_DATA,
     Criterion,
     Data,
     Scores,
-    choose,
     filter_overlap,
-    layer_limits,
     mean_overlap,
-    number_to_prune,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
