@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,20 +11,44 @@ from torch import Tensor, nn
 
 from repr_det.method.layers import NormLink
 from repr_det.method.modules import eager, unchanged
+from repr_det.method.ranks import Group, sum_over_ranks
+
+
+class _Sums:
+    """Sums over some channels of a norm's input, on this rank.
+
+    Every call of the norm sets the running statistics of these channels before they are applied,
+    so what comes after the norm already sees the corrected channels.
+    """
+
+    def __init__(self, link: NormLink, channels: Tensor) -> None:
+        self.link, self.channels = link, channels
+        mean, _ = next(link.running_statistics())
+        # Sum, sum of squares, and number of values.
+        self.sums = torch.zeros(3, len(channels), dtype=torch.float64, device=mean.device)
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        x = (args or tuple(kwargs.values()))[0].detach()
+        channels = self.channels.to(x.device)
+        x = x.index_select(1, channels).double().transpose(0, 1).flatten(1)
+        counts = torch.full_like(channels, x.shape[1], dtype=torch.float64)
+        self.sums += torch.stack([x.sum(dim=1), x.square().sum(dim=1), counts])
+        self.set(self.sums)
+
+    def set(self, sums: Tensor) -> None:
+        """Set the running statistics; they stay as they are where nothing was seen."""
+        if not len(self.channels) or not sums[2, 0]:  # a box head without boxes
+            return
+        mean, square = sums[:2] / sums[2]
+        for running_mean, running_var in self.link.running_statistics():
+            channels = self.channels.to(running_mean.device)
+            running_mean[channels] = mean.to(running_mean.dtype)
+            running_var[channels] = (square - mean.square()).clamp(min=0).to(running_var.dtype)
 
 
 @contextmanager
-def _measuring(
-    links: Iterable[tuple[NormLink, Tensor]], average: Callable[[Tensor], Tensor]
-) -> Any:
-    """While inside, every run sets the running statistics of the given channels on its way.
-
-    A norm is corrected before it is applied, so what lies deeper already sees the corrected
-    channel; further batches average into the same statistics.
-    """
-    handles = []
-    for link, channels in links:
-        handles.append(link.module.register_forward_pre_hook(_Measure(link, channels, average)))
+def _measuring(found: Iterable[_Sums]) -> Iterator[None]:
+    handles = [sums.link.module.register_forward_pre_hook(sums, with_kwargs=True) for sums in found]
     try:
         yield
     finally:
@@ -32,58 +56,33 @@ def _measuring(
             handle.remove()
 
 
-class _Measure:
-    """Pools mean and variance of some channels of a norm's input over calls and processes."""
-
-    def __init__(
-        self, link: NormLink, channels: Tensor, average: Callable[[Tensor], Tensor]
-    ) -> None:
-        self._link = link
-        self._channels = channels
-        self._average = average
-        self._sums: Tensor | float = 0.0
-
-    def __call__(self, module: nn.Module, args: Any) -> None:
-        channels = self._channels.to(args[0].device)
-        x = args[0].detach().index_select(1, channels).double().transpose(0, 1).flatten(1)
-        counts = torch.full_like(channels, x.shape[1], dtype=torch.float64)
-        sums = torch.stack([x.sum(dim=1), x.square().sum(dim=1), counts])
-        self._sums = self._sums + self._average(sums)
-        # A call may see nothing: a box head without boxes.
-        mean, square = self._sums[:2] / self._sums[2].clamp(min=1)
-        for running_mean, running_var in self._link.running_statistics():
-            running_mean[channels] = mean.to(running_mean.dtype)
-            running_var[channels] = (square - mean.square()).clamp(min=0).to(running_var.dtype)
-
-
+@torch.no_grad()
 def calibrate(
     model: nn.Module,
     links: Iterable[tuple[NormLink, Tensor]],
     batches: Iterable[Any],
     loss: Callable[[nn.Module, Any], Tensor],
-    average: Callable[[Tensor], Tensor] = lambda sums: sums,
+    group: Group = None,
 ) -> None:
     """Set running mean and variance of some channels to what real batches show.
 
+    Each rank runs its own batches, and a norm that comes after another one sees what the other one
+    makes of the statistics of this rank so far. The sums of all ranks are added once, after all
+    batches, so ranks may have other numbers of batches and may use other norms for them. Channels
+    that no rank saw keep their statistics.
+
     Args:
         model: run by ``loss(model, batch)``; all else about it stays as it was.
-        links: norms, each with the channels to set (int64).
+        links: norms, each with the channels to set (int64); the same ones on every rank.
         batches: the batches to measure.
         loss: runs the model on a batch.
-        average: averages a tensor over processes.
+        group: the ranks.
     """
-    links = list(links)
-    with unchanged(model), torch.no_grad(), eager(), _measuring(links, average):
+    found = [_Sums(link, channels) for link, channels in links]
+    with unchanged(model), eager(), _measuring(found):
         for batch in batches:
             loss(model, batch)
-        measured = [
-            [(mean[c].clone(), var[c].clone()) for mean, var in link.running_statistics()]
-            for link, c in links
-        ]
     # `unchanged` has put the old buffers back, the measured channels with them.
-    with torch.no_grad():
-        for (link, c), values in zip(links, measured, strict=True):
-            for (mean, var), (new_mean, new_var) in zip(
-                link.running_statistics(), values, strict=True
-            ):
-                mean[c], var[c] = new_mean, new_var
+    total = sum_over_ranks({i: one.sums for i, one in enumerate(found)}, group)
+    for i, one in enumerate(found):
+        one.set(total[i])

@@ -30,7 +30,7 @@ from repr_det.method.holding import GradientMask, moved, put_back, set_aside, ze
 from repr_det.method.layers import FilterLayer, NormLink, Slot, extremes, row_lengths, unit_rows
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
-from repr_det.method.ranks import distributed, from_first_rank, mean_over_ranks
+from repr_det.method.ranks import distributed, from_first_rank, group_of, mean_over_ranks
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
@@ -157,7 +157,7 @@ class RePr:
             else getattr(criterion, "__name__", type(criterion).__name__)
         )
         self._include, self._exclude = list(include or ()), list(exclude or ())
-        self._model = unwrap(model)
+        self._model, self._group = unwrap(model), group_of(model)
         self._batches, self._loss, self._progress = batches, loss, progress
 
         self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
@@ -430,7 +430,12 @@ class RePr:
 
     def _data(self, cycle: int) -> Data:
         return Data(
-            self._model, self._batches, self._loss, self._generator(cycle, 0), self._progress
+            self._model,
+            self._batches,
+            self._loss,
+            self._generator(cycle, 0),
+            self._progress,
+            self._group,
         )
 
     def _scores(self, cycle: int) -> Scores:
@@ -464,7 +469,7 @@ class RePr:
             for norm in (norm for of_layer in values for norm in of_layer["norms"]):
                 # Where they train, every rank has its own.
                 norm["statistics"] = [
-                    [from_first_rank({"": tensor})[""] for tensor in pair]
+                    [from_first_rank({"": tensor}, self._group)[""] for tensor in pair]
                     for pair in norm["statistics"]
                 ]
         return {layer.name: v for layer, v in zip(losing, values, strict=True)}
@@ -623,7 +628,8 @@ class RePr:
             return new.to(rows.dtype)
 
         rows = over_layers(rows_of, returning)
-        return from_first_rank({x.name: r for x, r in zip(returning, rows, strict=True)})
+        rows = {layer.name: new for layer, new in zip(returning, rows, strict=True)}
+        return from_first_rank(rows, self._group)
 
     def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
         """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""
@@ -653,10 +659,7 @@ class RePr:
                 mean[channels], var[channels] = 0.0, 1.0
         if not constant:
             return
-        if self._batches is not None and self._loss is not None:
-            batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
-            calibrate(self._model, constant, batches, self._loss, mean_over_ranks)
-            return
+        # Measured below; those that no batch reaches keep what they had before the drop.
         for layer in self.layers:
             if layer.name not in self._before:
                 continue
@@ -667,6 +670,9 @@ class RePr:
                 ):  # none were kept of statistics that train
                     mean[channels] = old_mean.to(mean.device)
                     var[channels] = old_var.to(var.device)
+        if self._batches is not None and self._loss is not None:
+            batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
+            calibrate(self._model, constant, batches, self._loss, self._group)
 
     def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
         """The scores averaged over ranks, the first rank's bits on all of them; on the CPU."""
@@ -683,13 +689,14 @@ class RePr:
                     f"{layer.num_filters} filters of {layer.name}; it returned "
                     f"{'none' if got is None else tuple(got.shape)}."
                 )
-        if not distributed():
+        if not distributed(self._group):
             return {name: score.cpu() for name, score in scores.items()}
         device = self.layers[0].weight.device
         # Copies: a criterion may keep what it returns.
         form = {"copy": True, "memory_format": torch.contiguous_format}
         own = {n: s.to(device, torch.float64, **form) for n, s in scores.items()}
-        agreed = from_first_rank({n: mean_over_ranks(s) for n, s in own.items()})
+        mean = {n: mean_over_ranks(s, self._group) for n, s in own.items()}
+        agreed = from_first_rank(mean, self._group)
         return {name: score.cpu() for name, score in agreed.items()}
 
     # --- state

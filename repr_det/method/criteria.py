@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repr_det.method import data_criteria
 from repr_det.method.layers import FilterLayer, unit_rows
+from repr_det.method.ranks import Group
 from repr_det.method.threads import over_layers
 
 
@@ -28,6 +29,7 @@ class Data(NamedTuple):
         loss: ``loss(model, batch)`` returns a scalar, or None.
         generator: CPU source of random numbers, a function of seed and cycle.
         progress: passes on what a criterion takes long to go through, and may show how far it is.
+        group: the ranks that rank together, each on batches of its own.
     """
 
     model: nn.Module
@@ -35,6 +37,7 @@ class Data(NamedTuple):
     loss: Callable[[nn.Module, Any], Tensor] | None
     generator: torch.Generator
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter
+    group: Group = None
 
 
 Scores = dict[str, Tensor]

@@ -6,6 +6,9 @@ and behind a ReLU, which is where most networks have one: channels of the norm's
 values counted as zero. Without a norm it is the conv module's own output. Where several norms read
 a filter (dense blocks) their mean is taken.
 
+Every rank looks at batches of its own, as many as it has. Its sums and counts are added to those of
+the other ranks once, at the end. No reduction happens while the model runs.
+
 Feature maps and gradients differ in scale from layer to layer. Molchanov et al. (Pruning
 Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017, section 2.2) divide a
 layer's scores by their l2 norm before layers are ranked together; where that is done here, the
@@ -26,6 +29,7 @@ from repr_det.errors import UserError
 from repr_det.method.holding import zero_filters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import unchanged
+from repr_det.method.ranks import sum_over_ranks
 
 if TYPE_CHECKING:
     from repr_det.method.criteria import Data, Scores
@@ -62,10 +66,12 @@ def gradients(layers: Sequence[FilterLayer], data: Data) -> Scores:
 
     Named but not defined in the paper; this is our reading. Divided by the layer's l2 norm.
     """
-    totals = _zeros(layers)
+    totals, batches = _zeros(layers), 0
     for batch in _batches(data):
         for layer, gradient in zip(layers, _weight_gradients(layers, data, batch), strict=True):
             totals[layer.name] += layer.matrix(gradient).double().abs().mean(dim=1)
+        batches += 1
+    totals, _, _ = _over_ranks(data, batches, totals)
     return _negative(_per_layer_norm(totals))
 
 
@@ -76,8 +82,9 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
     and divided by the layer's l2 norm (Molchanov et al., ICLR 2017, equations 6 to 9). Behind a
     ReLU and right before it the product is the same.
     """
-    totals, counts = _zeros(layers), _zeros(layers)
+    totals, counts, batches = _zeros(layers), _zeros(layers), 0
     for batch in _batches(data):
+        batches += 1
         gates: list[tuple[_Site, Tensor, int]] = []
 
         def multiply(site: _Site, out: Tensor, gates: list = gates) -> Tensor:
@@ -97,8 +104,8 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
                 per_image = gradient.transpose(1, site.dim).flatten(1).double() / positions
                 site.add(totals, per_image.abs().mean(dim=0))
                 site.add(counts, torch.ones_like(per_image[0]))
-    means = {name: total / counts[name].clamp(min=1) for name, total in totals.items()}
-    return _negative(_per_layer_norm(means))
+    totals, counts, _ = _over_ranks(data, batches, totals, counts)
+    return _negative(_per_layer_norm(_means(totals, counts)))
 
 
 def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
@@ -118,6 +125,7 @@ def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
         for name, saliency in _saliencies(layers, data, batch, HESSIAN_PROBES).items():
             totals[name] += saliency
         batches += 1
+    totals, _, batches = _over_ranks(data, batches, totals)
     return _negative({name: total / batches for name, total in totals.items()})
 
 
@@ -129,8 +137,11 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
             ``torch.autograd.grad`` does not reach; or, for :func:`hessian`, an operation of the
             model has no second derivative (RoIAlign has none).
     """
+    batch = next(_batches(data), None)
+    if batch is None:  # this rank has none
+        return
     with torch.enable_grad():
-        loss = data.loss(data.model, next(_batches(data)))
+        loss = data.loss(data.model, batch)
     if "CheckpointFunctionBackward" in _names_behind(loss):
         raise UserError(
             f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing: "
@@ -139,7 +150,7 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
     if criterion != "hessian":
         return
     try:
-        _saliencies(layers, data, next(_batches(data)), probes=1)
+        _saliencies(layers, data, batch, probes=1)
     except RuntimeError as error:
         raise UserError(
             f"RePr: criterion 'hessian' needs second derivatives, which this model's loss does not "
@@ -172,23 +183,42 @@ def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:
     for layer, i in data.progress(filters):
         with _zeroed(layer, i):
             scores[layer.name][i] = zero_at_all - _total_loss(data, batches)
+    scores, _, _ = _over_ranks(data, len(batches), scores)
     return scores
 
 
 def _batches(data: Data) -> Iterator[Any]:
-    """The first batches.
+    """The first batches of this rank.
 
     Raises:
-        UserError: there are none.
+        UserError: ``batches`` or ``loss`` was not passed.
     """
     if data.batches is None or data.loss is None:
         raise UserError("RePr: this criterion looks at training batches; pass batches= and loss=.")
-    empty = True
-    for batch in itertools.islice(data.batches(), BATCHES):
-        empty = False
-        yield batch
-    if empty:
+    yield from itertools.islice(data.batches(), BATCHES)
+
+
+def _over_ranks(
+    data: Data, batches: int, totals: Scores, counts: Scores | None = None
+) -> tuple[Scores, Scores, int]:
+    """Totals, counts and the number of batches of all ranks together, by one reduction.
+
+    Raises:
+        UserError: no rank had a batch.
+    """
+    counts = counts or {}
+    own = {(0, name): total for name, total in totals.items()}
+    own |= {(1, name): count for name, count in counts.items()}
+    own[2, ""] = torch.tensor([batches], dtype=torch.float64)
+    found = sum_over_ranks(own, data.group)
+    seen = round(float(found[2, ""]))
+    if not seen:
         raise UserError("RePr: batches() gave no batch to rank filters on.")
+    return {n: found[0, n] for n in totals}, {n: found[1, n] for n in counts}, seen
+
+
+def _means(totals: Scores, counts: Scores) -> Scores:
+    return {name: total / counts[name].clamp(min=1) for name, total in totals.items()}
 
 
 def _zeros(layers: Sequence[FilterLayer]) -> Scores:
@@ -263,7 +293,7 @@ def _feature_means(
     layers: Sequence[FilterLayer], data: Data, statistic: Callable[[Tensor], Tensor]
 ) -> Scores:
     """Mean of a statistic of the features over images and positions, by filter."""
-    totals, counts = _zeros(layers), _zeros(layers)
+    totals, counts, batches = _zeros(layers), _zeros(layers), 0
 
     def look(site: _Site, out: Tensor) -> None:
         values = statistic(out.detach()).transpose(0, site.dim).flatten(1)
@@ -274,7 +304,9 @@ def _feature_means(
     with torch.no_grad(), _hooked(layers, look):
         for batch in _batches(data):
             data.loss(data.model, batch)
-    return {name: total / counts[name].clamp(min=1) for name, total in totals.items()}
+            batches += 1
+    totals, counts, _ = _over_ranks(data, batches, totals, counts)
+    return _means(totals, counts)
 
 
 def _weight_gradients(

@@ -924,10 +924,10 @@ def test_what_goes_to_other_ranks_is_a_contiguous_copy(monkeypatch):
     """NCCL refuses other strides, gloo takes the memory as it is; and scores may be kept."""
     sent = []
     for module in (controller, ranks):
-        monkeypatch.setattr(module, "distributed", lambda: True)
-    monkeypatch.setattr(ranks.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(ranks.dist, "all_reduce", lambda t: t.mul_(3))
-    monkeypatch.setattr(ranks.dist, "broadcast", lambda t, source: sent.append(t))
+        monkeypatch.setattr(module, "distributed", lambda group: True)
+    monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 2)
+    monkeypatch.setattr(ranks.dist, "all_reduce", lambda t, group: t.mul_(3))
+    monkeypatch.setattr(ranks.dist, "broadcast", lambda t, source, group: sent.append(t))
     model = nn.Sequential(
         nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1), nn.Conv2d(16, 5, 1)
     )
