@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from experiments.protocol import CHOICE_SEED, STANDARD, STUDIES, all_cells, choice_cells
+from experiments.run_studies import (
+    failure_path,
+    read_values,
+    record_path,
+    run_all,
+    train_cell,
+    tries,
+    value_of,
+    what_is_left,
+)
+from repr_det.errors import UserError
+
+SHORT = {
+    "finetune": (
+        *("DATASETS.HELD_OUT", 16, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6, 7)"),
+        *("REPR.N", 1, "REPR.S1", 2, "REPR.S2", 2),
+    ),
+    "noise": (
+        *("DATASETS.HELD_OUT", 200, "DATASETS.TRAIN_SHARE", 0.01, "SOLVER.MAX_EPOCHS", 4),
+        *("SOLVER.STEPS_EPOCHS", "(3,)", "REPR.N", 1, "REPR.S1", 1, "REPR.S2", 1),
+    ),
+}
+
+
+FIRST = {name: next(iter(study.settings)) for name, study in STUDIES.items()}
+ARMS = [(name, arm) for name, study in STUDIES.items() for arm in study.settings[FIRST[name]].arms]
+
+
+def record_with(cell, value):
+    study = STUDIES[cell.study]
+    entries = [{study.metric: 1.0}, {study.metric: value}]
+    return {"wall_seconds": 1.0, "evaluations": {study.datasets[cell.stage]: entries}}
+
+
+class Recorder:
+    """Makes records in place of training, and fails at the cells that it is given."""
+
+    def __init__(self, fails=lambda cell, times: False, stop_after=10**6):
+        self.cells = []
+        self.fails = fails
+        self.stop_after = stop_after
+
+    def __call__(self, cell):
+        if len(self.cells) == self.stop_after:
+            raise KeyboardInterrupt
+        self.cells.append(cell)
+        if self.fails(cell, self.cells.count(cell)):
+            raise RuntimeError("no luck")
+        return record_with(cell, 40.0 + 100 * cell.value if cell.seed == CHOICE_SEED else 1.0)
+
+
+def test_every_cell_is_run_once_over_stops(tmp_path):
+    seen = []
+    for stop in (7, 60, 10**6):
+        recorder = Recorder(stop_after=stop)
+        if stop < 10**6:
+            with pytest.raises(KeyboardInterrupt):
+                run_all(tmp_path, recorder)
+        else:
+            run_all(tmp_path, recorder)
+        seen += recorder.cells
+    assert len(seen) == len(set(seen)) == 262
+    values = read_values(tmp_path)
+    assert seen == all_cells(values)
+    # The largest value of the grid was best, and the first arm of those that are equal.
+    primary = {(c.arm, c.value) for c in values if c.seed == 10 and c.study == "finetune"}
+    assert primary == {(STANDARD, 0.002), ("repr", 0.002)}
+    assert "noise-test: 118 of 118 runs done, 0 of them failed" in what_is_left(values)
+
+
+def test_a_failed_run_stops_no_other_and_is_tried_twice(tmp_path):
+    fails_once, fails_always = (
+        choice_cells("noise", "40")[1],
+        choice_cells("finetune", "252-600")[0],
+    )
+    recorder = Recorder(lambda c, times: c == fails_always or (c == fails_once and times == 1))
+    run_all(tmp_path, recorder)
+    assert recorder.cells.count(fails_always) == recorder.cells.count(fails_once) == 2
+    values = read_values(tmp_path)
+    assert values[fails_always] is None and values[fails_once] == 40.0 + 100 * fails_once.value
+    failure = json.loads(failure_path(fails_always, tmp_path).read_text())
+    assert failure["tries"] == 2 and failure["error"] == "RuntimeError: no luck"
+    assert "finetune-choice: 45 of 45 runs done, 1 of them failed" in what_is_left(values)
+
+
+def test_failures_in_a_row_end_the_command(tmp_path):
+    recorder = Recorder(lambda cell, times: True)
+    with pytest.raises(UserError, match="3 runs failed one after the other.*no luck"):
+        run_all(tmp_path, recorder)
+    assert [tries(cell, tmp_path) for cell in recorder.cells] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_the_last_evaluation_counts_and_divergence_is_chance(study):
+    cell = choice_cells(study, FIRST[study])[0]
+    record = record_with(cell, 33.3)
+    assert value_of(record, cell) == 33.3
+    assert value_of(record | {"diverged": "NaN"}, cell) == (10.0 if study == "noise" else 0.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study, arm", ARMS)
+def test_every_arm_trains_and_is_recorded(study, arm, tmp_path, needed):
+    cell = next(c for c in choice_cells(study, FIRST[study]) if c.arm == arm)
+    record = train_cell(cell, tmp_path, SHORT[study])
+    assert 0 <= value_of(record, cell) <= 100
+    assert record["cell"]["arm"] == arm and len(record["commit"].rstrip("+")) == 40
+    run = record_path(cell, tmp_path).with_suffix("")
+    assert run.is_dir() and not list(run.glob("*.pth"))
+    assert record["overrides"] and record["cpu_seconds"] > 0
