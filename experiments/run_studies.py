@@ -148,7 +148,10 @@ def run_all(output: Path, train: Train) -> None:
                 ) from error
         else:
             failures = 0
-            write_record(record_path(cell, output), record)
+            path = record_path(cell, output)
+            write_record(path, record)
+            for checkpoint in path.with_suffix("").glob("*.pth"):
+                checkpoint.unlink()  # only now: a run without them would start again
             print(f"{cell}: {record['wall_seconds']:.0f} s", flush=True)
 
 
@@ -161,8 +164,6 @@ def train_cell(cell: Cell, output: Path, changed: Overrides = ()) -> dict[str, A
     with tqdm(total=run.max_iter, unit="it", disable=None, leave=False, desc=str(cell)) as bar:
         record = execute(run, bar)
     del record["command"]  # train_net.py does not know the backbone
-    for path in run.folder.glob("*.pth"):
-        path.unlink()
     gc.collect()
     if cell.study == "finetune":
         record["versions"] |= {name: importlib.metadata.version(name) for name in _PACKAGES}

@@ -15,6 +15,7 @@ from experiments.run_studies import (
     value_of,
     what_is_left,
 )
+from experiments.runs import write_record
 from repr_det.errors import UserError
 
 SHORT = {
@@ -97,6 +98,25 @@ def test_failures_in_a_row_end_the_command(tmp_path):
     assert [tries(cell, tmp_path) for cell in recorder.cells] == [1, 1, 1]
 
 
+def test_checkpoints_go_when_the_record_is_there(tmp_path):
+    cell = choice_cells("noise", "40")[0]
+    folder = record_path(cell, tmp_path).with_suffix("")
+
+    def train(found):
+        if found != cell:
+            raise KeyboardInterrupt
+        folder.mkdir(parents=True)
+        for name in ("model_final.pth", "metrics.json"):
+            (folder / name).touch()
+        return record_with(cell, 1.0)
+
+    first = choice_cells("finetune", "252-600")[0]
+    write_record(record_path(first, tmp_path), record_with(first, 1.0))
+    with pytest.raises(KeyboardInterrupt):
+        run_all(tmp_path, train)
+    assert [path.name for path in folder.iterdir()] == ["metrics.json"]
+
+
 @pytest.mark.parametrize("study", STUDIES)
 def test_the_last_evaluation_counts_and_divergence_is_chance(study):
     cell = choice_cells(study, FIRST[study])[0]
@@ -112,6 +132,5 @@ def test_every_arm_trains_and_is_recorded(study, arm, tmp_path, needed):
     record = train_cell(cell, tmp_path, SHORT[study])
     assert 0 <= value_of(record, cell) <= 100
     assert record["cell"]["arm"] == arm and len(record["commit"].rstrip("+")) == 40
-    run = record_path(cell, tmp_path).with_suffix("")
-    assert run.is_dir() and not list(run.glob("*.pth"))
+    assert (record_path(cell, tmp_path).with_suffix("") / "model_final.pth").is_file()
     assert record["overrides"] and record["cpu_seconds"] > 0
