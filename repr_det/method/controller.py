@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -231,7 +231,7 @@ class RePr:
             FilterLayer(name, conv, tuple(self.graph.norms.get(name, ())))
             for name, conv in self.graph.convs.items()
         ]
-        return separable(layers, set(names))
+        return separable(layers, set(names) - self.graph.unsuitable)
 
     def _factors_on_readers(self) -> dict[str, float]:
         """The factor on what reads a returned filter, by reader name."""
@@ -273,7 +273,7 @@ class RePr:
             )
             for layer in self.layers
         ]
-        return layers, [Reader(r.name, modules[r.name], r.sources) for r in self._readers]
+        return layers, [replace(r, module=modules[r.name]) for r in self._readers]
 
     def _check_reachable(self) -> None:
         wanted = number_to_prune(self.layers, self.prune_ratio)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -70,12 +70,12 @@ class NormLink:
     @property
     def gamma(self) -> Tensor | None:
         """The norm's scale: a parameter, a buffer where it is frozen, None where it has none."""
-        return self.module.weight
+        return getattr(self.module, "weight", None)
 
     @property
     def beta(self) -> Tensor | None:
         """The norm's shift, likewise."""
-        return self.module.bias
+        return getattr(self.module, "bias", None)
 
     @property
     def trains(self) -> bool:
@@ -215,21 +215,6 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
     lengths = row_lengths(rows)
     scales = lengths.masked_fill(lengths == 0, 1.0).reciprocal().to(rows.dtype)
     return rows * scales, lengths.squeeze(-1)
-
-
-class SharedIndices:
-    """Index tensors, one for all that are equal, as those of many layers are."""
-
-    def __init__(self, dtype: torch.dtype = torch.int64) -> None:
-        self._dtype = dtype
-        self._made: dict[tuple[int, ...], Tensor] = {}
-
-    def __call__(self, values: Iterable[int]) -> Tensor:
-        """A tensor of shape (n,) that must not be changed."""
-        key = tuple(values)
-        if key not in self._made:
-            self._made[key] = torch.tensor(key, dtype=self._dtype)
-        return self._made[key]
 
 
 def _indices(chosen: Tensor, tensor: Tensor) -> Tensor:

@@ -6,10 +6,9 @@ Where channels are brought together (a sum, a shared layer, a batch of several i
 together or not at all. All of this was seen by following the channels through real runs
 (:mod:`repr_det.method.tracing`); nothing depends on names or types of architectures.
 
-The dependency graph of Torch-Pruning was not taken for this: it reads the graph of autograd, in
-which Detectron2's FrozenBatchNorm2d is a sum and a product, its box pooler an indexed assignment
-and a norm in evaluation mode another operation, whereas the channels followed here are those that
-the method itself already relies on.
+Torch-Pruning (1.6.1) was not taken for this. It treats operations that it does not know as entry by
+entry, so a flip of the channels silently pairs the wrong ones. And it replaces parameters by new
+ones, so nothing could come back to the optimizer that trains them.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from repr_det.method.layers import SharedIndices
 from repr_det.method.modules import norm_channels
-from repr_det.method.tracing import ChannelGraph, Filter
+from repr_det.method.tracing import ChannelGraph
 
 
 class Removal(NamedTuple):
@@ -47,53 +45,25 @@ class Removable:
 
     def __init__(self, graph: ChannelGraph) -> None:
         self._graph = graph
-        parents: dict[Filter, Filter] = {}
-
-        def root(one: Filter) -> Filter:
-            path = []
-            while one in parents:
-                path.append(one)
-                one = parents[one]
-            for passed in path:
-                parents[passed] = one
-            return one
-
-        fixed: set[Filter] = set()
-        for pair in graph.tied:
-            for a, b in zip(*pair, strict=True):
-                # Filters of one channel were tied when they came together: any stands for all.
-                known = [next(iter(sources)) for sources in (a, b) if sources]
-                if len(known) == 1:
-                    fixed.add(known[0])
-                elif known and (first := root(known[0])) != (second := root(known[1])):
-                    parents[second] = first
-        for channels in graph.fixed:
-            fixed.update(next(iter(sources)) for sources in channels if sources)
-
-        numbers: dict[Filter, int] = {}
-        indices = SharedIndices(torch.int32)
-        self._filters = {
-            name: indices(
-                numbers.setdefault(root((name, i)), len(numbers)) for i in range(c.out_channels)
-            )
-            for name, c in graph.convs.items()
-        }
-        # By kind of channel.
-        self._inputs = {
-            name: indices(numbers[root(next(iter(s)))] if s else -1 for s in reader.kinds)
-            for name, reader in graph.readers.items()
-        }
+        self._groups = graph.groups
+        # By reader, the group of each input channel; -1 where it is not known. Filters of one
+        # channel are in one group already, so any stands for all.
+        self._inputs: dict[str, Tensor] = {}
+        for name, reader in graph.readers.items():
+            self._inputs[name] = torch.full(reader.unknown.shape, -1, dtype=torch.int32)
+            for conv, (channels, filters) in reader.filters.items():
+                self._inputs[name][channels] = graph.groups[conv][filters]
         self._widths = {
             link.name: norm_channels(link.module) or 0
             for links in graph.norms.values()
             for link in links
         }
-        self._size = torch.zeros(len(numbers), dtype=torch.int32)
-        for members in self._filters.values():
-            self._size.index_add_(0, members, torch.ones_like(members))
-        self._fixed = torch.zeros(len(numbers), dtype=torch.bool)
-        for one in fixed:
-            self._fixed[numbers[root(one)]] = True
+        count = max((int(numbers.max()) + 1 for numbers in graph.groups.values()), default=0)
+        self._size = torch.zeros(count, dtype=torch.int32)
+        self._fixed = torch.zeros(count, dtype=torch.bool)
+        for name, numbers in graph.groups.items():
+            self._size.index_add_(0, numbers, torch.ones_like(numbers))
+            self._fixed[numbers[graph.fixed[name]]] = True
 
     def choose(self, pruned: dict[str, Tensor], multiple: int = 1) -> Removal:
         """The pruned filters that go.
@@ -109,11 +79,8 @@ class Removable:
         going = self._going(pruned)
         while self._keep_some(going, multiple):
             pass
-        filters = {name: going[members] for name, members in self._filters.items()}
-        inputs = {
-            name: self._graph.readers[name].by_channel(going[members])
-            for name, members in self._inputs.items()
-        }
+        filters = {name: going[members] for name, members in self._groups.items()}
+        inputs = {name: going[members] for name, members in self._inputs.items()}
         norms: dict[str, Tensor] = {}
         for name, links in self._graph.norms.items():
             for link in links:
@@ -133,13 +100,13 @@ class Removable:
             likewise.
         """
         going = self._going(pruned)
-        return {name: going[self._filters[name]] for name in pruned}
+        return {name: going[self._groups[name]] for name in pruned}
 
     def _going(self, pruned: dict[str, Tensor]) -> Tensor:
         """Which groups are pruned whole and may go; one more entry for what index -1 stands for."""
         count = torch.zeros_like(self._size)
         for name, mask in pruned.items():
-            gone = self._filters[name][mask.cpu()]
+            gone = self._groups[name][mask.cpu()]
             count.index_add_(0, gone, torch.ones_like(gone))
         return torch.cat([(count == self._size) & ~self._fixed, torch.tensor([False])])
 
@@ -147,12 +114,11 @@ class Removable:
         """Keep what would break up a grouped conv or a multiple, in place; whether any was."""
         before = int(going.sum())
         for name, conv in self._graph.convs.items():
-            members = self._filters[name]
+            members = self._groups[name]
             if conv.groups > 1:
                 _equalize(going, members.reshape(conv.groups, -1))
                 if name in self._inputs:
-                    inputs = self._graph.readers[name].by_channel(self._inputs[name])
-                    _equalize(going, inputs.reshape(conv.groups, -1))
+                    _equalize(going, self._inputs[name].reshape(conv.groups, -1))
             gone = going[members].nonzero().flatten()
             if len(gone):
                 odd = (len(members) - len(gone)) % multiple

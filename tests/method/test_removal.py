@@ -91,15 +91,14 @@ def test_dense_block():
 
 
 class Between(nn.Module):
-    """Two convs with something between them."""
+    """Two convs with something between them, which may have parts of its own."""
 
-    def __init__(self, operation=lambda self, x: x):
+    def __init__(self, operation=lambda self, x: x, **parts):
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
         self.last = nn.Conv2d(4, 2, 1)
-        self.scale = nn.Parameter(torch.ones(4, 1, 1))
-        self.group_norm = nn.GroupNorm(2, 4)
-        self.depthwise = nn.Conv2d(4, 4, 3, padding=1, groups=4)
+        for name, part in parts.items():
+            setattr(self, name, part)
         self.operation = operation
 
     def forward(self, x):
@@ -120,11 +119,7 @@ def test_plain_operations_let_filters_go():
     "operation",
     [
         lambda m, x: x * torch.sigmoid(x),  # not known to keep zeros
-        lambda m, x: x * m.scale,
-        lambda m, x: x / m.scale,
         lambda m, x: x + torch.zeros_like(x),
-        lambda m, x: m.group_norm(x),
-        lambda m, x: m.depthwise(x),
         lambda m, x: F.dropout(x, 0.5, training=m.training),
         lambda m, x: F.dropout2d(x, 0.5, training=m.training),
         lambda m, x: x.flip(1),
@@ -139,6 +134,19 @@ def test_plain_operations_let_filters_go():
 )
 def test_operations_that_are_not_known_keep_filters(operation):
     assert chosen(Between(operation), {"a": [1]}) == ({}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("operation", "part"),
+    [
+        (lambda m, x: x * m.part, lambda: nn.Parameter(torch.ones(4, 1, 1))),
+        (lambda m, x: x / m.part, lambda: nn.Parameter(torch.ones(4, 1, 1))),
+        (lambda m, x: m.part(x), lambda: nn.GroupNorm(2, 4)),
+        (lambda m, x: m.part(x), lambda: nn.Conv2d(4, 4, 3, padding=1, groups=4)),
+    ],
+)
+def test_parts_that_know_the_number_of_channels_keep_filters(operation, part):
+    assert chosen(Between(operation, part=part()), {"a": [1]}) == ({}, {}, {})
 
 
 class Branches(nn.Module):
@@ -201,7 +209,7 @@ def test_run_on_a_batch_shows_what_no_example_reaches():
         model(torch.randn(2, 3, 8, 8))
         return features[0].square().mean()
 
-    graph = trace(model, also=run)
+    graph = trace(model, run)
     pruned = {"0": torch.arange(8) == 1, "3": torch.arange(8) == 2}
     removal = Removable(graph).choose(pruned)
     assert list(removal.filters) == ["3"]

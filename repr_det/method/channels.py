@@ -1,0 +1,525 @@
+"""What each operation does with channels: a table of small rules.
+
+While a filter is pruned, its channel is exactly zero. Two questions are asked of every operation
+that the channel then meets. Is the channel still zero in the result, and where is it? Would the
+operation do the same to all other channels if this one were not there? A :class:`Tag` answers the
+first: it says in which dimension a tensor counts its channels and which filters each of them is
+made of. Pinning answers the second with no: a pinned channel is held at zero but never removed.
+
+**An operation without a rule is unknown**: its result has no tag, and the channels of all its
+arguments are pinned. This is always safe, so a rule is only needed where an operation is common.
+
+To add a rule, find the operation's name and the names of its arguments
+(``torch.ops.aten.mean.dim._schema`` prints both), and write a function that takes a :class:`Call`::
+
+    @rule("aten::mean")
+    def _mean(call: Call) -> Tag | None:
+        tag = call.tag("self")  # where the channels of the argument called "self" are, or None
+        ...
+        return Tag(dim, sources)  # where they are in the result; None if that is not known
+
+A rule is called after the operation, and only if one of the arguments has a tag. In it,
+
+- ``call.tag(name)`` is the tag that an argument had before the operation. To ask for it promises
+  that the rule takes care of these channels. Tags of arguments that it does not ask for are pinned.
+- ``call["dim"]`` is the value of an argument, its default included, ``call.shape(name)`` the shape
+  of a tensor before the operation, and ``call.out`` the result.
+- ``call.pin(tag)`` pins channels: for operations that keep zero channels zero, but do something
+  else to the others if there are fewer (dropout draws other numbers).
+- ``call.tie(a, b)`` says that two lists of channels became one, and returns what it is made of.
+- To return None pins the channels of all arguments. An operation that returns several tensors may
+  return a list with one tag (or None) for each. A single tag is for the first of them.
+- **Every rule must refuse the dimensions in which the operation mixes entries.** A 2-d pooling
+  mixes the last two, so a tag whose dimension is one of these must become None.
+
+Then add an example of the operation to ``EXAMPLES`` in ``tests/method/test_channels.py``. The test
+runs it with the channels in every dimension, and compares the rule with what really happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Filter = tuple[str, int]
+"""A filter: the dotted name of its conv and its index."""
+
+Sources = frozenset[Filter] | None
+"""The filters that a channel is computed from. It is exactly zero while all of them are pruned.
+Empty: always zero (padding). None: unknown, so never assumed to be zero."""
+
+Channels = tuple[Sources, ...]
+"""The sources of each channel of a tensor."""
+
+
+class Tag(NamedTuple):
+    """What is known of the channels of a tensor.
+
+    Attributes:
+        dim: the dimension that counts channels.
+        sources: the sources of each, as many as the dimension is long.
+    """
+
+    dim: int
+    sources: Channels
+
+
+class Call:
+    """One operation on tensors: its arguments, what was known of them, and its result.
+
+    Args:
+        func: the operation, an overload such as ``torch.ops.aten.mean.dim``.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        tag_of: returns the tag of a tensor, or None.
+
+    Attributes:
+        op: name of the operation without its overload, such as ``aten::mean``.
+        out: the result, once :meth:`run` was called.
+        pinned: tags whose channels must not be removed.
+        tied: pairs of lists of channels that became one.
+    """
+
+    def __init__(
+        self, func: Any, args: tuple, kwargs: dict[str, Any], tag_of: Callable[[Any], Tag | None]
+    ) -> None:
+        self._run = lambda: func(*args, **kwargs)
+        self._schema = func._schema
+        self.op: str = func._schema.name
+        self.out: Any = None
+        self.pinned: list[Tag] = []
+        self.tied: list[tuple[Channels, Channels]] = []
+        self._arguments: dict[str, Any] = {}
+        for place, argument in enumerate(func._schema.arguments):
+            default = argument.default_value if argument.has_default_value() else None
+            given = kwargs.get(argument.name, default)
+            self._arguments[argument.name] = args[place] if place < len(args) else given
+        # Noted before the operation: it may write into its arguments.
+        self._tags: dict[str, list[Tag | None]] = {}
+        self._shapes: dict[str, list[torch.Size]] = {}
+        for name, value in self._arguments.items():
+            tensors = _tensors(value)
+            if tensors:
+                self._tags[name] = [tag_of(tensor) for tensor in tensors]
+                self._shapes[name] = [tensor.shape for tensor in tensors]
+        self._asked: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of an argument; None where this overload does not have it."""
+        return self._arguments.get(name)
+
+    def tags(self, name: str) -> list[Tag | None]:
+        """The tags of an argument that is a list of tensors."""
+        self._asked.add(name)
+        return self._tags.get(name, [])
+
+    def tag(self, name: str) -> Tag | None:
+        """The tag that an argument had before the operation."""
+        tags = self.tags(name)
+        return tags[0] if len(tags) == 1 else None
+
+    def shapes(self, name: str) -> list[torch.Size]:
+        """The shapes of an argument that is a list of tensors."""
+        return self._shapes.get(name, [])
+
+    def shape(self, name: str) -> torch.Size:
+        """The shape of an argument before the operation."""
+        return self._shapes[name][0]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the arguments that are tensors or lists of some."""
+        return list(self._tags)
+
+    def written(self) -> list[Tensor]:
+        """Tensors that the operation writes into."""
+        return [
+            tensor
+            for argument in self._schema.arguments
+            if argument.alias_info is not None and argument.alias_info.is_write
+            for tensor in _tensors(self._arguments[argument.name])
+        ]
+
+    def axis(self, dim: int, name: str = "self") -> int:
+        """A dimension of an argument, counted from the front."""
+        return dim % max(1, len(self.shape(name)))
+
+    def pin(self, *tags: Tag | None) -> None:
+        """Channels that must not be removed."""
+        self.pinned += [tag for tag in tags if tag is not None]
+
+    def tie(self, a: Channels, b: Channels) -> Channels:
+        """Channels that became one, and what each is made of."""
+        if a != b:
+            self.tied.append((a, b))
+        return merged(a, b)
+
+    def run(self) -> list[Tag | None]:
+        """Run the operation; returns what is known of each tensor in its result."""
+        self.out = self._run()
+        outputs = [value for value in _tensors(self.out)]
+        known = any(tag is not None for tags in self._tags.values() for tag in tags)
+        found = RULES[self.op](self) if self.op in RULES and (known or self.op in _ZEROS) else None
+        for name, tags in self._tags.items():
+            if (found is None or name not in self._asked) and self.op not in _SHAPE_ONLY:
+                self.pin(*tags)
+        listed = found if isinstance(found, list) else [found]
+        listed = [*listed, *[None] * len(outputs)][: len(outputs)]
+        return [self._checked(tag, out) for tag, out in zip(listed, outputs, strict=True)]
+
+    def _checked(self, tag: Tag | None, out: Tensor) -> Tag | None:
+        """A tag that fits its tensor; one that does not is not known."""
+        if tag is None or (tag.dim < out.dim() and out.shape[tag.dim] == len(tag.sources)):
+            return tag
+        self.pin(tag)
+        return None
+
+
+Rule = Callable[[Call], "Tag | list[Tag | None] | None"]
+"""Decides after an operation what is known of its result."""
+
+RULES: dict[str, Rule] = {}
+"""By name of the operation."""
+
+
+def rule(*operations: str) -> Callable[[Rule], Rule]:
+    """Enter a function into :data:`RULES` for some operations."""
+
+    def enter(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(operations, function))
+        return function
+
+    return enter
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [v for v in value if isinstance(v, Tensor)] if isinstance(value, (list, tuple)) else []
+
+
+def merged(a: Channels, b: Channels) -> Channels:
+    """What channels are made of that are made of two others each."""
+    if a == b:
+        return a
+    pairs = zip(a, b, strict=True)
+    return tuple(None if x is None or y is None else x | y for x, y in pairs)
+
+
+# --- what more is known of operations
+
+CONVOLUTIONS = {
+    "aten::convolution", "aten::_convolution", "aten::mkldnn_convolution",
+    "aten::miopen_convolution", "aten::cudnn_convolution", "torchvision::deform_conv2d",
+}  # fmt: skip
+"""Operations that a conv layer runs. Inside the layer, its filters begin here."""
+
+CONTRACTIONS = CONVOLUTIONS | {
+    "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::matmul",
+    "aten::linear", "aten::mv", "aten::dot", "aten::mkldnn_rnn_layer", "aten::lstm", "aten::gru",
+}  # fmt: skip
+"""Operations that sum over products of entries. With weights in them they are what a layer does."""
+
+GATES = {
+    "aten::sigmoid", "aten::sigmoid_", "aten::hardsigmoid", "aten::hardsigmoid_", "aten::_softmax",
+    "aten::softplus", "aten::exp", "aten::log_sigmoid_forward",
+}  # fmt: skip
+"""Operations that turn zero into a constant, mostly for other channels to be multiplied by."""
+
+SHIFTS = {"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub"}
+"""Operations that may add a constant to a channel: ``1 + scale``."""
+
+PRODUCTS = {"aten::mul", "aten::mul_"}
+
+READS = {
+    "aten::index": ("self",), "aten::index_select": ("self",), "aten::gather": ("self",),
+    "aten::index_put": ("self", "values"), "aten::index_put_": ("self", "values"),
+    "aten::_index_put_impl_": ("self", "values"), "torchvision::roi_align": ("input",),
+    "torchvision::roi_pool": ("input",),
+}  # fmt: skip
+"""Arguments whose values are in the result, where others only say which values to take. RoIAlign
+gets its boxes from the RPN. That does not make the RPN's prediction convs inner layers."""
+
+_SHAPE_ONLY = {
+    "aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::full_like", "aten::rand_like",
+    "aten::randn_like", "aten::randint_like", "aten::new_zeros", "aten::new_ones", "aten::new_full",
+    "aten::new_empty", "aten::new_empty_strided",
+}  # fmt: skip
+"""Operations that look at no value of their first argument."""
+
+_ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
+
+
+# --- entry by entry
+
+
+@rule(
+    "aten::relu", "aten::relu_", "aten::leaky_relu", "aten::leaky_relu_", "aten::elu", "aten::elu_",
+    "aten::gelu", "aten::gelu_", "aten::silu", "aten::silu_", "aten::mish", "aten::mish_",
+    "aten::tanh", "aten::tanh_", "aten::hardswish", "aten::hardswish_", "aten::neg", "aten::neg_",
+    "aten::abs", "aten::abs_", "aten::clone", "aten::contiguous", "aten::detach", "aten::alias",
+    "aten::lift_fresh", "aten::_to_copy",
+)  # fmt: skip
+def _entrywise(call: Call) -> Tag | None:
+    return call.tag("self")
+
+
+@rule("aten::hardtanh", "aten::hardtanh_")
+def _clamped(call: Call) -> Tag | None:
+    # Otherwise zero becomes a limit.
+    return call.tag("self") if call["min_val"] <= 0 <= call["max_val"] else None
+
+
+def keeps_places(op: str) -> bool:
+    """Whether an operation may be done in place on a part of a tensor without a word."""
+    return RULES.get(op) in (_entrywise, _clamped)
+
+
+@rule("aten::prelu", "aten::_prelu_kernel")
+def _prelu(call: Call) -> Tag | None:
+    if call["weight"].numel() > 1:
+        call.pin(call.tag("self"))  # a slope for each channel
+    return call.tag("self")
+
+
+@rule("aten::native_dropout", "aten::rrelu_with_noise")
+def _random(call: Call) -> Tag | None:
+    tag = call.tag("input" if "dropout" in call.op else "self")
+    call.pin(tag)  # a number is drawn for every entry: fewer entries, other draws
+    return tag
+
+
+# --- places in the last dimensions
+
+
+def _spatial(dims: int) -> Rule:
+    """The rule of an operation that mixes entries of the last ``dims`` dimensions alone."""
+
+    def follow(call: Call) -> Tag | None:
+        tag = call.tag("self")
+        return tag if tag is not None and tag.dim < len(call.shape("self")) - dims else None
+
+    return follow
+
+
+rule(
+    "aten::upsample_nearest1d", "aten::_upsample_nearest_exact1d", "aten::upsample_linear1d",
+    "aten::reflection_pad1d", "aten::replication_pad1d",
+)(_spatial(1))  # fmt: skip
+rule(
+    "aten::max_pool2d_with_indices", "aten::avg_pool2d", "aten::adaptive_max_pool2d",
+    "aten::_adaptive_avg_pool2d", "aten::mkldnn_adaptive_avg_pool2d", "aten::upsample_nearest2d",
+    "aten::_upsample_nearest_exact2d", "aten::upsample_bilinear2d", "aten::upsample_bicubic2d",
+    "aten::reflection_pad2d", "aten::replication_pad2d",
+)(_spatial(2))  # fmt: skip
+rule(
+    "aten::max_pool3d_with_indices", "aten::avg_pool3d", "aten::adaptive_max_pool3d",
+    "aten::_adaptive_avg_pool3d", "aten::upsample_nearest3d", "aten::_upsample_nearest_exact3d",
+    "aten::upsample_trilinear3d", "aten::reflection_pad3d", "aten::replication_pad3d",
+)(_spatial(3))  # fmt: skip
+
+
+@rule("aten::grid_sampler_2d", "torchvision::roi_align", "torchvision::roi_pool")
+def _sampled(call: Call) -> Tag | None:
+    # One result per box, or per place of the grid: only dimension 1 stays what it was.
+    tag = call.tag("input")
+    return tag if tag is not None and tag.dim == 1 else None
+
+
+@rule("aten::constant_pad_nd")
+def _padded(call: Call) -> Tag | None:
+    tag, pad = call.tag("self"), call["pad"]
+    if tag is None or call["value"]:
+        return None
+    position = 2 * (len(call.shape("self")) - 1 - tag.dim)
+    if position >= len(pad):
+        return tag
+    before, after = pad[position], pad[position + 1]
+    if before < 0 or after < 0:
+        return None
+    zero: tuple[Sources, ...] = (frozenset(),)
+    return Tag(tag.dim, zero * before + tag.sources + zero * after)
+
+
+@rule("aten::mean")
+def _mean(call: Call) -> Tag | None:
+    tag = call.tag("self")
+    if tag is None or not call["dim"]:
+        return None  # over everything
+    dims = {call.axis(d) for d in call["dim"]}
+    if tag.dim in dims:
+        return None
+    gone = 0 if call["keepdim"] else sum(d < tag.dim for d in dims)
+    return Tag(tag.dim - gone, tag.sources)
+
+
+# --- shapes
+
+
+@rule(
+    "aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", "aten::squeeze",
+    "aten::squeeze_", "aten::unsqueeze", "aten::unsqueeze_",
+)  # fmt: skip
+def _reshaped(call: Call) -> Tag | None:
+    """A view that keeps the channels or flattens them together with what follows them."""
+    tag, before, after = call.tag("self"), call.shape("self"), call.out.shape
+    if tag is None:
+        return None
+    lead, inner = math.prod(before[: tag.dim]), math.prod(before[tag.dim + 1 :])
+    dims = [d for d in range(len(after)) if math.prod(after[:d]) == lead]
+    for dim in reversed(dims):
+        if after[dim] == before[tag.dim] and math.prod(after[dim + 1 :]) == inner:
+            return Tag(dim, tag.sources)
+    last = len(after) - 1
+    if last in dims and after[last] == before[tag.dim] * inner:
+        return Tag(last, tuple(s for s in tag.sources for _ in range(inner)))
+    return None
+
+
+@rule("aten::expand")
+def _expanded(call: Call) -> Tag | None:
+    tag = call.tag("self")
+    if tag is None:
+        return None
+    # Dimensions are counted from the back; a channel that is repeated has another length.
+    return Tag(tag.dim + call.out.dim() - len(call.shape("self")), tag.sources)
+
+
+@rule("aten::permute", "aten::transpose", "aten::transpose_", "aten::t", "aten::t_")
+def _permuted(call: Call) -> Tag | None:
+    tag, order = call.tag("self"), list(range(len(call.shape("self"))))
+    if tag is None:
+        return None
+    if call.op == "aten::permute":
+        order = [call.axis(d) for d in call["dims"]]
+    elif len(order) > 1:
+        is_t = call.op in ("aten::t", "aten::t_")
+        a, b = (0, 1) if is_t else (call.axis(call["dim0"]), call.axis(call["dim1"]))
+        order[a], order[b] = order[b], order[a]
+    return Tag(order.index(tag.dim), tag.sources)
+
+
+# --- parts
+
+
+@rule("aten::slice")
+def _sliced(call: Call) -> Tag | None:
+    tag = call.tag("self")
+    if tag is None or call.axis(call["dim"]) != tag.dim:
+        return tag
+    call.pin(tag)
+    return Tag(tag.dim, tag.sources[slice(call["start"], call["end"], call["step"])])
+
+
+@rule("aten::split", "aten::split_with_sizes", "aten::chunk")
+def _split(call: Call) -> list[Tag | None] | None:
+    tag = call.tag("self")
+    if tag is None:
+        return None
+    if call.axis(call["dim"]) != tag.dim:
+        return [tag] * len(call.out)
+    call.pin(tag)
+    parts: list[Tag | None] = []
+    start = 0
+    for part in call.out:
+        end = start + part.shape[tag.dim]
+        parts.append(Tag(tag.dim, tag.sources[start:end]))
+        start = end
+    return parts
+
+
+@rule("aten::index")
+def _indexed(call: Call) -> Tag | None:
+    tag, indices = call.tag("self"), call["indices"]
+    used = [place for place, index in enumerate(indices) if index is not None]
+    only_rows = used == [0] and indices[0].dim() == 1
+    return tag if tag is not None and only_rows and tag.dim > 0 else None
+
+
+@rule("aten::index_select")
+def _selected(call: Call) -> Tag | None:
+    tag = call.tag("self")
+    return tag if tag is not None and call.axis(call["dim"]) != tag.dim else None
+
+
+# --- several tensors
+
+
+@rule("aten::cat")
+def _concatenated(call: Call) -> Tag | None:
+    given = list(zip(call.tags("tensors"), call.shapes("tensors"), strict=True))
+    parts = [(tag, shape) for tag, shape in given if math.prod(shape)] or given
+    dim = call["dim"] % call.out.dim()
+    tags = [tag for tag, _ in parts]
+    if all(tag is None or tag.dim == dim for tag in tags):
+        sources: list[Sources] = []
+        for tag, shape in parts:
+            sources += (None,) * shape[dim] if tag is None else tag.sources
+        return Tag(dim, tuple(sources))
+    first = tags[0]
+    if any(tag is None or tag.dim == dim or tag.dim != first.dim for tag in tags):
+        return None
+    merge = first.sources
+    for tag in tags[1:]:
+        merge = call.tie(merge, tag.sources)
+    return Tag(first.dim, merge)
+
+
+@rule("aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::maximum", "aten::minimum")
+def _sum(call: Call) -> Tag | None:
+    a, b = call.tag("self"), call.tag("other")
+    if a is None or b is None or a.dim != b.dim:
+        return None
+    if call.shape("self")[a.dim :] != call.shape("other")[b.dim :]:
+        return None
+    return Tag(a.dim, call.tie(a.sources, b.sources))
+
+
+@rule("aten::mul", "aten::mul_", "aten::div", "aten::div_")
+def _product(call: Call) -> Tag | None:
+    a, b = call.tag("self"), call.tag("other")
+    factors = [("self", a, "other"), ("other", b, "self")]
+    for mine, tag, other in factors[:1] if call.op.startswith("aten::div") else factors:
+        if tag is None:
+            continue
+        shape = call.shapes(other)
+        if not shape:
+            return tag  # a number
+        before = len(call.shape(mine)) - len(shape[0])
+        if before >= 0:
+            call.pin(b if tag is a else a)
+            if tag.dim >= before and shape[0][tag.dim - before] > 1:
+                call.pin(tag)  # a factor for each channel
+            return tag
+    return None
+
+
+@rule("aten::copy", "aten::copy_")
+def _copied(call: Call) -> Tag | None:
+    tag, old = call.tag("src"), call.tag("self")
+    if call.out._is_view() or (old is not None and any(old.sources)):
+        call.pin(tag, old)
+    return tag if call.shape("src") == call.shape("self") else None
+
+
+@rule("aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
+def _put(call: Call) -> Tag | None:
+    a, b, indices = call.tag("self"), call.tag("values"), call["indices"]
+    only_rows = sum(i is not None for i in indices) == 1 and indices[0] is not None
+    if a is None or b is None or not only_rows or a.dim != b.dim or a.dim == 0:
+        return None
+    if indices[0].dim() != 1 or len(a.sources) != len(b.sources):
+        return None
+    # Zeros that are written into have the shape of what is written.
+    return Tag(a.dim, call.tie(a.sources, b.sources) if any(a.sources) else b.sources)
+
+
+@rule(*_ZEROS)
+def _zeros(call: Call) -> Tag | None:
+    if call.out.dim() < 2:
+        return None
+    return Tag(1, (frozenset(),) * call.out.shape[1])
