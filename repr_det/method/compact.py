@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -39,8 +40,7 @@ from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.optimizers import state_tensors
-from repr_det.method.removal import Removable, Removal
-from repr_det.method.tracing import trace
+from repr_det.method.removal import Removal
 
 MODES = ("auto", "on", "off")
 
@@ -132,7 +132,7 @@ class Compact:
         agree: given what each process found, returns what the first one did: one batch may lead
             through other parts of the network than the next.
 
-    Without ``batches`` and ``loss`` only what an example image reaches is looked at.
+    Without ``batches`` and ``loss`` the network is run on the example that the method followed.
     """
 
     def __init__(
@@ -151,8 +151,7 @@ class Compact:
         self._copies = [unwrap(copy) for copy in copies]
         self._batches, self._loss = batches, loss
         self._precision, self._agree = precision, agree
-        self._removable: Removable | None = None
-        self._example: Callable[[], Any] | None = None
+        self._warned = False
         self._whole: Cost | None = None
         self._bodies: list[_Body] = []
         self._method: RePr | None = None
@@ -174,7 +173,7 @@ class Compact:
         """
         removal = self._choose(method)
         try:
-            run = self._runner()
+            run = self._runner(method)
             if self._whole is None:
                 self._whole = _cost(self._model, run)
             self._take_out(method, removal)
@@ -188,18 +187,21 @@ class Compact:
         removed = sum(int(mask.sum()) for mask in gone)
         return Shrunk(self._whole, after, removed, method.num_pruned - removed)
 
-    def _prepare(self) -> None:
-        if self._removable is None:
-            graph = trace(self._model, also=self._run_on_a_batch if self._batches else None)
-            self._removable, self._example = Removable(graph), graph.example
-
     def _choose(self, method: RePr) -> Removal:
         """What can go. Every process must come here, and fails here if the first one does."""
         removal: Removal | str
+        if method.graph.not_run and not self._warned:
+            self._warned = True
+            names = method.graph.not_run
+            warnings.warn(
+                f"RePr: {', '.join(names[:3])}{' ...' * (len(names) > 3)} did not run when the "
+                f"model was followed and may read any filter, so none is removed physically. "
+                f"Delete what is never used, or set compact to off.",
+                stacklevel=3,
+            )
         try:
-            self._prepare()
             multiple = _multiple(method.layers[0].weight.device, self._precision)
-            removal = self._removable.choose(method.pruned, multiple)
+            removal = method.removable.choose(method.pruned, multiple)
         except Exception as error:  # what running an unknown model raises
             removal = f"the network could not be followed ({type(error).__name__}: {error})"
         removal = self._agree(removal)
@@ -226,14 +228,10 @@ class Compact:
             self._method.full_size()
             self._method = None
 
-    def _run_on_a_batch(self) -> None:
-        self._loss(self._model, next(self._batches()))
-
-    def _runner(self) -> Callable[[], Any]:
+    def _runner(self, method: RePr) -> Callable[[], Any]:
         """Runs the network forward, always on the same input."""
         if self._batches is None:
-            self._prepare()
-            return self._example
+            return method.graph.example
         batch = next(self._batches())
         return lambda: self._loss(self._model, batch)
 

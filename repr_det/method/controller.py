@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,24 @@ from repr_det.method.criteria import (
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
-from repr_det.method.layers import FilterLayer, NormLink, Slot, extremes, row_lengths, unit_rows
+from repr_det.method.layers import (
+    FilterLayer,
+    NormLink,
+    Slot,
+    column_slots,
+    extremes,
+    row_lengths,
+    unit_rows,
+)
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
-from repr_det.method.ranks import distributed, from_first_rank, group_of, mean_over_ranks
+from repr_det.method.ranks import (
+    distributed,
+    from_first_rank,
+    group_of,
+    mean_over_ranks,
+    object_of_first_rank,
+)
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
@@ -160,12 +174,9 @@ class RePr:
         self._model, self._group = unwrap(model), group_of(model)
         self._batches, self._loss, self._progress = batches, loss, progress
 
-        self.graph: ChannelGraph = trace(self._model, self._run_on_real_images)
+        self._copied_models = list(copies)
+        self._build(self._traced())
         self._hooks_followed = _forward_hooks(self._model)
-        self.layers: list[FilterLayer] = self._find_layers()
-        self._readers = list(self.graph.readers.values())
-        self._outgoing = self._factors_on_readers()
-        self._copies = [self._rebound(copy) for copy in copies]
         self._check_reachable()
         constant = not self.reinit.as_it_was and any(
             link.constant_statistics for link, _ in self._norms(None)
@@ -192,15 +203,32 @@ class RePr:
         self._mask: GradientMask | None = None
         self._stand_in: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
 
-    @cached_property
-    def _removable(self) -> Removable:
-        return Removable(self.graph)
-
     # --- what takes part
 
-    def _run_on_real_images(self) -> None:
-        if self._batches is None or self._loss is None:
-            raise UserError("no zero image fits, and no batches= and loss= were given")
+    def _traced(self) -> ChannelGraph:
+        """How channels go through the model. What the first rank found counts on all of them."""
+        has_data = None not in (self._batches, self._loss)
+        found, failure = None, None
+        try:
+            found = trace(self._model, self._run_on_a_batch if has_data else None)
+        except UserError as error:
+            failure = error
+        # Ranks see different batches, which may lead through different parts of the model.
+        state = object_of_first_rank(found.state_dict() if found else None, self._group)
+        if state is None:
+            raise failure or UserError("RePr could not run the model in the first process.")
+        return ChannelGraph.from_state(state, self._model, found.example if found else None)
+
+    def _build(self, graph: ChannelGraph) -> None:
+        """Find everything that follows from how channels go through the model."""
+        self.graph = graph
+        self.removable = Removable(graph)
+        self.layers: list[FilterLayer] = self._find_layers()
+        self._readers = list(graph.readers.values())
+        self._outgoing = self._factors_on_readers()
+        self._copies = [self._rebound(copy) for copy in self._copied_models]
+
+    def _run_on_a_batch(self) -> None:
         self._loss(self._model, next(self._batches()))
 
     def _check_loss(self) -> None:
@@ -555,7 +583,7 @@ class RePr:
         # The columns that read them are zero, so nothing flows back into filters that could go;
         # unless a hook set since the model was followed gives features to a loss.
         as_followed = layers is self.layers and _forward_hooks(self._model) <= self._hooks_followed
-        silent = self._removable.unread(pruned) if as_followed else {}
+        silent = self.removable.unread(pruned) if as_followed else {}
         for layer in layers:
             chosen = pruned[layer.name]
             if chosen.any():
@@ -726,6 +754,7 @@ class RePr:
         return {
             "version": _STATE_VERSION,
             "settings": self.settings(),
+            "graph": self.graph.state_dict(),
             "layers": {name: len(mask) for name, mask in self._pruned.items()},
             "phase": self._phase,
             "cycle": self._cycle,
@@ -751,12 +780,7 @@ class RePr:
                 f"resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
-        if state["layers"] != {layer.name: layer.num_filters for layer in self.layers}:
-            changed = set(state["layers"].items()) ^ {(x.name, x.num_filters) for x in self.layers}
-            raise UserError(
-                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
-                f"resume with the same model and frozen layers, or start a new run."
-            )
+        self._build_as_written(state)
         if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._copies):
             raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
@@ -771,6 +795,36 @@ class RePr:
         if self._phase == SUB:
             self._pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
             self._hold(self.layers, self._pruned)
+
+    def _build_as_written(self, state: dict[str, Any]) -> None:
+        """Take over how channels go through the model: another batch may lead another way."""
+        mine = self.graph
+        if "graph" in state:  # not in checkpoints of version 0.1.0
+            with suppress(KeyError):  # of another model, so its layers differ
+                self._build(ChannelGraph.from_state(state["graph"], self._model, mine.example))
+        found = {layer.name: layer.num_filters for layer in self.layers}
+        if state["layers"] != found:
+            self._build(mine)
+            changed = set(state["layers"].items()) ^ set(found.items())
+            raise UserError(
+                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
+                f"resume with the same model and frozen layers, or start a new run."
+            )
+        if "graph" not in state and state["phase"] == SUB and not _fits(self._readers, state):
+            raise UserError(
+                "RePr finds other readers of the dropped filters than the version that wrote the "
+                "checkpoint. Resume with that version until the filters have come back."
+            )
+
+
+def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
+    """Whether the weights that were set aside are those that read the pruned filters."""
+    pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
+    return all(
+        len(column_slots(reader.module, reader.dead(pruned))) == len(entries.get(reader.name, []))
+        for entries in state["aside"]
+        for reader in readers
+    )
 
 
 def _forward_hooks(model: nn.Module) -> set[int]:

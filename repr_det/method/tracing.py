@@ -169,18 +169,22 @@ class ChannelGraph:
             KeyError: the model lacks one of the modules.
         """
         modules = dict(named_modules(model))
+
+        def on_cpu(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+
         return cls(
             convs={name: modules[name] for name in state["convs"]},
             norms={
-                conv: [NormLink(module=modules[link["name"]], **link) for link in links]
+                conv: [NormLink(module=modules[link["name"]], **on_cpu(link)) for link in links]
                 for conv, links in state["norms"].items()
             },
             readers={
                 name: Reader(
                     name,
                     modules[name],
-                    reader["unknown"],
-                    {conv: tuple(pair) for conv, pair in reader["filters"].items()},
+                    reader["unknown"].cpu(),
+                    {c: tuple(i.cpu() for i in pair) for c, pair in reader["filters"].items()},
                 )
                 for name, reader in state["readers"].items()
             },
@@ -188,8 +192,8 @@ class ChannelGraph:
             heads=set(state["heads"]),
             gates=set(state["gates"]),
             unsuitable=set(state["unsuitable"]),
-            groups=dict(state["groups"]),
-            fixed=dict(state["fixed"]),
+            groups=on_cpu(state["groups"]),
+            fixed=on_cpu(state["fixed"]),
             not_run=list(state["not_run"]),
             example=example,
         )

@@ -928,6 +928,7 @@ def test_what_goes_to_other_ranks_is_a_contiguous_copy(monkeypatch):
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda t, group: t.mul_(3))
     monkeypatch.setattr(ranks.dist, "broadcast", lambda t, source, group: sent.append(t))
+    monkeypatch.setattr(ranks.dist, "broadcast_object_list", lambda *_, **__: None)
     model = nn.Sequential(
         nn.Conv2d(3, 16, 1), nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1), nn.Conv2d(16, 5, 1)
     )
