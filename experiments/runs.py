@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -355,14 +354,8 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 
 def _prepare_folder(run: Run) -> None:
-    """Make a run's folder, empty unless it holds a checkpoint to go on from.
-
-    The folder itself stays: it is what :func:`_lock` holds.
-    """
+    """Make a run's folder; what is in it stays."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    if not has_run(str(run.folder)):
-        for path in run.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     (run.folder / "config.yaml").write_text(run.cfg.dump())
 
 

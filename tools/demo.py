@@ -8,12 +8,8 @@ tools/demo.py --output output/standard REPR.ENABLED False
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
-
-from detectron2.engine import default_setup
 
 from repr_det.detection.drawing import draw_dataset_detections
 from repr_det.detection.trainer import DetectionTrainer
@@ -21,8 +17,8 @@ from repr_det.engine.command_line import (
     merge_config_file,
     merge_overrides,
     told_in_one_sentence,
-    undone_on_error,
 )
+from repr_det.engine.run_folder import open_run_folder, set_up_process
 from repr_det.errors import UserError
 from repr_det.report import plots
 from repr_det.report.gallery import FIGURES, Material
@@ -31,6 +27,8 @@ from repr_det.report.run import read_run
 from repr_det.tasks import get_cfg
 
 LEFT_BY_A_RUN = (
+    "config.yaml",
+    "log.txt",
     "model_final.pth",
     "model_[0-9][0-9][0-9][0-9][0-9][0-9][0-9].pth",
     "last_checkpoint",
@@ -44,29 +42,25 @@ LEFT_BY_A_RUN = (
 )
 
 
-@contextmanager
-def replaced(folder: Path) -> Iterator[None]:
-    """Take an earlier run out of a folder; put it back if the new one cannot be set up."""
-    earlier = [path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)]
-    if not earlier:
-        yield
+def set_aside(folder: Path) -> None:
+    """Move an earlier run in a folder into a new folder in it: ``earlier-1`` and so on."""
+    found = [path for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)]
+    if not found:
         return
-    with TemporaryDirectory(prefix=".earlier-", dir=folder) as aside:
-        for path in earlier:
-            path.rename(Path(aside) / path.name)
-        try:
-            yield
-        except BaseException:
-            for path in earlier:
-                (Path(aside) / path.name).replace(path)
-            raise
+    target = next(p for n in count(1) if not (p := folder / f"earlier-{n}").exists())
+    target.mkdir()
+    for path in found:
+        path.rename(target / path.name)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, default=Path("output/demo"), help="an earlier run in it is replaced"
+        "--output",
+        type=Path,
+        default=Path("output/demo"),
+        help="an earlier run in it is moved to earlier-1 in it",
     )
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
     args = parser.parse_args(arguments)
@@ -81,10 +75,11 @@ def main(arguments: list[str] | None = None) -> None:
                 f"DATASETS.TEST names {len(cfg.DATASETS.TEST)} test sets: give the one to show."
             )
         DetectionTrainer.check(cfg)
-        with replaced(args.output), undone_on_error(args.output):
-            default_setup(cfg, args)
-            trainer = DetectionTrainer(cfg)
-            trainer.resume_or_load(resume=False)
+        lines = set_up_process(cfg, args)
+        trainer = DetectionTrainer(cfg)
+        trainer.resume_or_load(resume=False)
+        set_aside(args.output)
+        open_run_folder(cfg, lines)
     trainer.train()
 
     run = read_run(args.output)

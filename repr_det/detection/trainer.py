@@ -25,6 +25,15 @@ from repr_det.detection.datasets import (
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.parts import register_held_out, training_records
 from repr_det.engine.trainer import RePrTrainer
+from repr_det.errors import UserError
+
+_SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
 
 
 class DetectionTrainer(RePrTrainer):
@@ -66,6 +75,11 @@ class DetectionTrainer(RePrTrainer):
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader, or with ``cfg.DETERMINISTIC`` its counterpart."""
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=cfg.INPUT.SKIP_BAD_IMAGES)
+        if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:
+            raise UserError(
+                f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}. Set it to one of "
+                f"{', '.join(_SAMPLERS)}."
+            )
         records = training_records(cfg)
         if cfg.DETERMINISTIC:
             loader = build_deterministic_loader(cfg, records, mapper)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -64,10 +65,11 @@ class SafeCheckpointer(DetectionCheckpointer):
             lambda file: file.write(last_filename_basename.encode()),
         )
 
-    def forget_last_checkpoint(self) -> None:
-        """Have nothing to resume from; the checkpoints themselves stay."""
-        if self.save_dir:
-            (Path(self.save_dir) / "last_checkpoint").unlink(missing_ok=True)
+    def set_aside_last_checkpoint(self) -> None:
+        """Have nothing to resume from: ``last_checkpoint`` becomes ``last_checkpoint.earlier``."""
+        if self.save_dir and self.has_checkpoint():
+            path = Path(self.save_dir) / "last_checkpoint"
+            os.replace(path, path.with_suffix(".earlier"))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest checkpoint that can be read, or load weights alone.

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup
+from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
@@ -22,6 +20,7 @@ from torch.multiprocessing import ProcessExitedException
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.engine.processes import launch
+from repr_det.engine.run_folder import open_run_folder, set_up_process
 from repr_det.engine.trainer import RePrTrainer, check_weights_given
 from repr_det.errors import UserError, sentence
 
@@ -127,16 +126,15 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         cfg.freeze()
         trainer_class = trainer_for(cfg)
         trainer_class.check(cfg)
-        with undone_on_error(Path(cfg.OUTPUT_DIR)):
-            with kept(Path(cfg.OUTPUT_DIR) / "config.yaml") if args.eval_only else nullcontext():
-                default_setup(cfg, args)
-            if not args.eval_only:
-                trainer = trainer_class(cfg)
-                trainer.resume_or_load(resume=args.resume)
-            else:
-                trainer_class.check_to_evaluate(cfg)
-                model = trainer_class.build_model(cfg)
-                load_to_evaluate(model, cfg, args.resume)
+        lines = set_up_process(cfg, args)
+        if args.eval_only:
+            trainer_class.check_to_evaluate(cfg)
+            model = trainer_class.build_model(cfg)
+            load_to_evaluate(model, cfg, args.resume)
+        else:
+            trainer = trainer_class(cfg)
+            trainer.resume_or_load(resume=args.resume)
+        open_run_folder(cfg, lines, keep_config=args.eval_only)
     if args.eval_only:
         results = trainer_class.test(cfg, model)
         if comm.is_main_process():
@@ -200,42 +198,3 @@ def told_in_one_sentence() -> Iterator[None]:
             time.sleep(GRACE_S)
         tell(Path(sys.argv[0]).name, error)
         sys.exit(2)
-
-
-@contextmanager
-def kept(file: Path) -> Iterator[None]:
-    """Put a file back as it was, if it was there; the main process does.
-
-    Detectron2 writes its config into ``OUTPUT_DIR`` even to evaluate: the run that lies there was
-    trained with another one.
-    """
-    before = file.read_bytes() if comm.is_main_process() and file.is_file() else None
-    yield
-    if before is not None:
-        file.write_bytes(before)
-
-
-@contextmanager
-def undone_on_error(folder: Path) -> Iterator[None]:
-    """Leave an output folder as it was if setting up fails; only the main process writes there."""
-    if not comm.is_main_process():
-        yield
-        return
-    config = folder / "config.yaml"
-    before = {path: None for path in folder.glob("*")}
-    if config.is_file():
-        before[config] = config.read_bytes()
-    existed = folder.exists()
-    try:
-        yield
-    except UserError:
-        logging.shutdown()
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            for path in folder.glob("*"):
-                if path not in before and path.is_file():
-                    path.unlink()
-            if before.get(config) is not None:
-                config.write_bytes(before[config])
-        raise

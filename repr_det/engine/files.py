@@ -11,15 +11,17 @@ from repr_det.errors import UserError
 
 def write_whole(target: Path, write: Any) -> None:
     """Write a file aside and rename it, so that it is there whole or not at all."""
-    aside = target.with_name(f".{target.name}.writing")
+    # Of a name of its own: another process may write the same file.
+    aside = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
         with open(aside, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, target)
-    finally:
+    except BaseException:
         aside.unlink(missing_ok=True)
+        raise
 
 
 def write_text_whole(target: Path, text: str) -> None:

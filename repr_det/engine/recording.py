@@ -1,13 +1,15 @@
-"""Which filters each drop took: what a run leaves behind beside its scalars."""
+"""What a run leaves behind: which filters each drop took, and its scalars."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
+from detectron2.utils.events import JSONWriter
 from numpy.typing import NDArray
 
 from repr_det.engine.files import write_whole
@@ -62,6 +64,26 @@ class History(NamedTuple):
     layers: dict[str, int]
     drops: list[Drop]
     overlaps: list[Overlap]
+
+
+class LateJSONWriter(JSONWriter):
+    """Detectron2's writer of scalars, which makes its file when it first has something to write.
+
+    Args:
+        json_file: path of ``metrics.json``; new lines are appended.
+    """
+
+    def __init__(self, json_file: str, window_size: int = 20) -> None:
+        self._json_file, self._window_size, self._last_write = json_file, window_size, -1
+
+    @cached_property
+    def _file_handle(self) -> IO[str]:
+        return open(self._json_file, "a")
+
+    def close(self) -> None:
+        """Close the file, if there is one."""
+        if "_file_handle" in vars(self):
+            super().close()
 
 
 def of_state(state: dict[str, Any], overlaps: Sequence[Overlap] = ()) -> History:

@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from repr_det.errors import UserError
 
 TRIANGULAR = "Triangular"
+_DETECTRON2S = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
 
@@ -110,11 +111,16 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     warm-up in front of it.
 
     Raises:
-        UserError: a triangular schedule without a period.
+        UserError: an unknown name, or a triangular schedule without a period.
     """
     solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != TRIANGULAR:
+    if solver.LR_SCHEDULER_NAME in _DETECTRON2S:
         return detectron2.solver.build_lr_scheduler(cfg, optimizer)
+    if solver.LR_SCHEDULER_NAME != TRIANGULAR:
+        raise UserError(
+            f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}. Set it to one of "
+            f"{', '.join((*_DETECTRON2S, TRIANGULAR))}."
+        )
     if solver.CYCLE_ITERS < 1:
         raise UserError(
             f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}; give the length of a period of the "

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from torch import nn
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.command_line import merge_config_file, merge_overrides
-from repr_det.engine.trainer import check_weights_given, has_run
+from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
 from repr_det.errors import UserError
 
 
@@ -76,6 +75,6 @@ def load_trained(cfg: CfgNode) -> nn.Module:
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: give MODEL.DEVICE cpu."
         )
     check_weights_given(cfg.MODEL.WEIGHTS)
-    model = build_model(cfg)
+    model = RePrTrainer.build_model(cfg)
     SafeCheckpointer(model).load_whole(cfg.MODEL.WEIGHTS)
     return model.eval()

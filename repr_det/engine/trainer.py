@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import weakref
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from detectron2.engine import DefaultTrainer, HookBase, SimpleTrainer, create_dd
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.solver import LRMultiplier
 from detectron2.utils import comm
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from torch.optim import Optimizer
@@ -25,6 +27,7 @@ from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.engine.hooks import LossNormalizer, RecordKeeper, SeedEveryStep, SharedStatistics
 from repr_det.engine.randomness import use_deterministic_algorithms
+from repr_det.engine.recording import LateJSONWriter
 from repr_det.errors import UserError
 from repr_det.method.schedule import SUB
 
@@ -157,11 +160,22 @@ class RePrTrainer(DefaultTrainer):
         built.append(RecordKeeper(Path(self.cfg.OUTPUT_DIR) / "metrics.json"))
         return built
 
+    def build_writers(self) -> list[EventWriter]:
+        """Detectron2's writers, which make their files when they first write."""
+        folder = Path(self.cfg.OUTPUT_DIR)
+        return [
+            CommonMetricPrinter(self.max_iter),
+            LateJSONWriter(str(folder / "metrics.json")),
+            TensorboardXWriter(str(folder)),
+        ]
+
     def train(self) -> Any:
         """Train as Detectron2 does; a run from its first iteration is none of an earlier folder."""
-        if self.start_iter == 0 and comm.is_main_process():
-            # What it says would be resumed, and reported, until there is a checkpoint of this run.
-            self.checkpointer.forget_last_checkpoint()
+        if comm.is_main_process():
+            Path(self.cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+            if self.start_iter == 0:
+                # What it names would be resumed, and reported, until this run has a checkpoint.
+                self.checkpointer.set_aside_last_checkpoint()
         # TorchScript compiles a function anew once it has seen it run, which changes the rounding
         # (RetinaNet's focal loss is scripted): how far it is would depend on when a run resumed.
         with torch.jit.optimized_execution(not self.cfg.DETERMINISTIC):
@@ -172,6 +186,23 @@ class RePrTrainer(DefaultTrainer):
         # A run that is resumed when all iterations are done has counted one too many.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> torch.nn.Module:
+        """Detectron2's model of a config, on ``MODEL.DEVICE``.
+
+        Raises:
+            UserError: a name in the config that no code has registered.
+        """
+        try:
+            return super().build_model(cfg)
+        except KeyError as error:
+            if not re.fullmatch(r"No object named '.*' found in '.*' registry!", error.args[0]):
+                raise
+            raise UserError(
+                f"{error.args[0]} Correct MODEL.META_ARCHITECTURE or another name under MODEL, or "
+                f"import what registers it."
+            ) from error
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: torch.nn.Module) -> Optimizer:

@@ -232,14 +232,14 @@ class RePr:
         self._loss(self._model, next(self._batches()))
 
     def _check_loss(self) -> None:
-        """Refuse batches and a loss that would fail at the first phase change, an hour from now."""
+        """Fail now where batches and a loss would fail at the first phase change, an hour later."""
         try:
             with unchanged(self._model), torch.no_grad(), eager():
                 self._model.train()
                 for batch in itertools.islice(self._batches(), 1):
                     self._loss(self._model, batch)
         except Exception as error:  # foreign loaders and models may raise anything
-            raise UserError(
+            raise RuntimeError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
                 f"{error}), which it needs at phase changes; pass batches= and loss= that fit."
             ) from error

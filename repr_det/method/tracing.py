@@ -782,19 +782,20 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
         zeros at zero has unknown sources from there on.
 
     Raises:
-        UserError: the model has no conv, or could not be run.
+        UserError: the model has no conv, or could not be run on an example image.
+        RuntimeError: it could not be run on the batch, either.
     """
     model = unwrap(model)
     tracer = _Tracer(model)
     if not tracer.convs:
         raise UserError(f"RePr needs convolutions, but {type(model).__name__} has none.")
-    reasons: list[str] = []
+    failures: list[Exception] = []
 
     def worked(run: Callable[[], Any], training: bool) -> bool:
         try:
             tracer.run(model, run, training)
         except Exception as error:  # an unknown model may raise anything
-            reasons.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            failures.append(error)
             return False
         return True
 
@@ -811,9 +812,12 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
         if trained and (found is not None or batch is not None):
             break
     if not trained and found is None:
-        given = "on an example image" if batch is None else "on a training batch or an example"
+        name = type(model).__name__
+        if batch is not None:  # a bug, as far as can be seen: its traceback says where
+            raise RuntimeError(f"RePr could not run {name} on a training batch.") from failures[0]
+        reason = f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0]
         raise UserError(
-            f"RePr could not run {type(model).__name__} {given} ({reasons[0]}); "
+            f"RePr could not run {name} on an example image ({reason}); "
             f"pass batches= and loss= so that it can use real ones."
         )
     graph = _graph(tracer)

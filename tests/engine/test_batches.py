@@ -125,5 +125,7 @@ def test_batches_that_fail_do_so_on_registration():
         def __getitem__(self, index):
             return {"image": torch.zeros(3, 8, 8)}
 
-    with pytest.raises(ValueError, match=r"could not run the model on a training batch .*batches="):
+    with pytest.raises(
+        RuntimeError, match=r"could not run the model on a training batch .*batches="
+    ):
         trainer_over(DataLoader(Broken(), 4))

@@ -7,7 +7,11 @@ import json
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY
+from torch import nn
 
+from repr_det.engine.trainer import RePrTrainer
+from repr_det.errors import UserError
 from repr_det.tasks import argument_parser, configure, get_cfg, run, trainer_for
 from tests.detectors import needs_coco, shrink
 from tests.report.folders import write_detection_data
@@ -231,6 +235,90 @@ class TestErrors:
         assert "NUM_CLASSES is 80, but dataset shapes_val has 6 classes" in text
 
 
+SHAPES = {
+    "DATASETS.TRAIN": "('shapes_val',)",
+    "DATASETS.TEST": "()",
+    "MODEL.ROI_HEADS.NUM_CLASSES": "6",
+}
+
+
+@META_ARCH_REGISTRY.register()
+class Broken(nn.Module):
+    """A model of the user's with a bug, in the constructor or in the forward pass."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.weight = nn.Conv2d(3, 8, 3)
+        if cfg.MODEL.MASK_ON:
+            raise Broken.error
+
+    def forward(self, batch):
+        raise Broken.error
+
+
+@pytest.mark.parametrize("error", [ValueError("not a typo"), KeyError("gone"), FileNotFoundError()])
+@pytest.mark.parametrize("mask_on", ["True", "False"])
+def test_a_bug_in_a_users_model_keeps_its_traceback(tmp_path, monkeypatch, error, mask_on):
+    monkeypatch.setattr(Broken, "error", error, raising=False)
+    changes = SHAPES | {"MODEL.META_ARCHITECTURE": "Broken", "MODEL.MASK_ON": mask_on}
+    with pytest.raises(Exception) as found:
+        train("--config", "repr_faster_rcnn.yaml", *overrides(tmp_path / "out", **changes))
+    chain, seen = found.value, []
+    while chain is not None:
+        seen.append(chain)
+        chain = chain.__cause__
+    assert error in seen and not any(isinstance(one, UserError) for one in seen)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"MODEL.META_ARCHITECTURE": "FastRCNN"}, "MODEL.META_ARCHITECTURE"),
+        ({"MODEL.BACKBONE.NAME": "build_resnet"}, "No object named 'build_resnet' found"),
+        ({"DATALOADER.SAMPLER_TRAIN": "Sampler"}, "DATALOADER.SAMPLER_TRAIN is 'Sampler'"),
+        ({"SOLVER.LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME is 'Cosine'"),
+        ({"SOLVER.MAX_ITER": "many"}, "An override is wrong"),
+        ({"OUTPUT_DIR": __file__}, "is a file: set another one"),
+        ({"OUTPUT_DIR": f"{__file__}/below"}, "is a file: set another one"),
+    ],
+)
+def test_a_typo_is_one_sentence(tmp_path, capsys, changes, sentence):
+    arguments = overrides(tmp_path / "out", **(SHAPES | changes))
+    assert sentence in refused(capsys, "--config", "repr_faster_rcnn.yaml", *arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mistake_leaves_what_another_process_writes_meanwhile(tmp_path, capsys, monkeypatch):
+    """Another run in the same folder writes while this one is built, and finds its mistake."""
+    written = {name: f"of the other run: {name}" for name in ("model_0000009.pth", "config.yaml")}
+    written["last_checkpoint"] = "model_0000009.pth"
+
+    def build_optimizer(cls, cfg, model):
+        for name, text in written.items():
+            (tmp_path / name).write_text(text)
+        raise UserError("SOLVER is wrong: correct it.")
+
+    monkeypatch.setattr(RePrTrainer, "build_optimizer", classmethod(build_optimizer))
+    arguments = overrides(tmp_path, **SHAPES)
+    assert "SOLVER is wrong" in refused(capsys, "--config", "repr_faster_rcnn.yaml", *arguments)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == written
+
+
+def test_a_new_run_in_a_folder_keeps_what_the_earlier_one_says(tmp_path):
+    (tmp_path / "last_checkpoint").write_text("model_0000999.pth")
+    (tmp_path / "model_0000999.pth").write_text("precious")
+    (tmp_path / "notes.txt").write_text("mine")
+    train("--config", "repr_faster_rcnn.yaml", *overrides(tmp_path, **SHAPES))
+    assert (tmp_path / "last_checkpoint.earlier").read_text() == "model_0000999.pth"
+    assert (tmp_path / "model_0000999.pth").read_text() == "precious"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    # What was logged before there was a folder to log to is in the log.
+    log = (tmp_path / "log.txt").read_text()
+    assert log.index("Environment info") < log.index("conv layers take part") < log.index("Saving")
+
+
 class TestRefusedResumption:
     """A run that exists is left as it was."""
 
@@ -263,6 +351,7 @@ class TestRefusedResumption:
         ],
     )
     def test_refused(self, stopped, capsys, changes, sentence):
+        # The log of the run that this process made is still open.
         before = {p: p.read_bytes() for p in stopped.glob("*") if p.name != "log.txt"}
         text = refused(
             capsys, "--config", "repr_faster_rcnn.yaml", "--resume",
