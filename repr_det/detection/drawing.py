@@ -14,8 +14,9 @@ from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import annotations_to_instances, read_image
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from repr_det.detection.fonts import font_for, printable
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
@@ -85,7 +86,7 @@ def draw_instances(
 def draw_over(
     image: np.ndarray, instances: Instances, class_names: Sequence[str], side: int = 384
 ) -> np.ndarray:
-    """Draw all that a detector says with Detectron2's Visualizer: boxes, masks, keypoints, labels.
+    """Draw all that a detector says: boxes, masks, keypoints by Detectron2's Visualizer, labels.
 
     A class has one colour on all images, :data:`COLOURS` in turn.
 
@@ -106,13 +107,15 @@ def draw_over(
         boxes=instances.pred_boxes,
         masks=list(instances.pred_masks.numpy()) if instances.has("pred_masks") else None,
         keypoints=instances.pred_keypoints if instances.has("pred_keypoints") else None,
-        labels=[
-            f"{class_names[label]} {100 * score:.0f}"
-            for label, score in zip(classes, instances.scores.tolist(), strict=True)
-        ],
         assigned_colors=[tuple(c / 255 for c in _colour(label)) for label in classes],
     )
-    return drawn.get_image()
+    # Detectron2 would read two dollar signs as mathematics, and has one font.
+    picture = Image.fromarray(drawn.get_image())
+    scores, boxes = instances.scores.tolist(), instances.pred_boxes.tensor.numpy() * zoom
+    for k in sorted(range(len(classes)), key=scores.__getitem__):
+        text = f"{class_names[classes[k]]} {100 * scores[k]:.0f}"
+        _label(picture, text, boxes[k], _colour(classes[k]))
+    return np.asarray(picture)
 
 
 def _zoom(image: np.ndarray, side: int) -> int:
@@ -123,14 +126,11 @@ def _colour(label: int) -> tuple[int, int, int]:
     return COLOURS[label % len(COLOURS)]
 
 
-def _font(size: float) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
 def _label(picture: Image.Image, text: str, box: np.ndarray, colour: tuple[int, int, int]) -> None:
     """Write ``text`` on a plate above ``box``, or inside where there is no room above."""
     pen = ImageDraw.Draw(picture)
-    font = _font(max(11.0, max(picture.size) / 30))
+    text = printable(text)
+    font = font_for(text, max(11.0, max(picture.size) / 30))
     _, _, width, height = pen.textbbox((0, 0), text, font=font)
     x = int(np.clip(box[0] - 1, 0, max(0, picture.width - width - 4)))
     y = int(max(0, box[1] - height - 3))
@@ -185,7 +185,7 @@ def draw_detections(
             x = gap + column * step_x + k * (width + gap)
             sheet.paste(Image.fromarray(tile), (x, head + row * step_y))
             if row == 0:
-                pen.text((x, head * 0.1), title, font=_font(head * 0.62), fill="black")
+                pen.text((x, head * 0.1), title, font=font_for(title, head * 0.62), fill="black")
     out_png = Path(out_png)
     write_whole(out_png, lambda file: sheet.save(file, format="PNG"))
     return out_png
