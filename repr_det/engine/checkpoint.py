@@ -14,12 +14,14 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 from repr_det.engine.files import write_whole
-from repr_det.errors import UserError
+from repr_det.errors import UserError, shown
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 NUMBERED = re.compile(r"model_(\d+)\.pth")
 """Name of a checkpoint that is not the final one: its last iteration."""
+
+_NAME = re.compile(r"[^/\\\s][^/\\\n]*\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -107,7 +109,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             self._whole = False
 
     def _newest_first(self) -> Iterator[Path]:
-        tagged = Path(self.get_checkpoint_file())
+        tagged = last_checkpoint(self.save_dir)
         yield tagged
         numbers = {
             path: int(match[1])
@@ -133,6 +135,22 @@ class SafeCheckpointer(DetectionCheckpointer):
                 f"it was trained as."
             )
         return incompatible
+
+
+def last_checkpoint(folder: str | Path) -> Path:
+    """The checkpoint that a run's folder names as its last.
+
+    Raises:
+        UserError: ``last_checkpoint`` names no checkpoint: it is empty or another tool's.
+    """
+    tag = Path(folder) / "last_checkpoint"
+    name = tag.read_bytes().decode(errors="replace").strip()
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{tag} holds {shown(name)}, which is no name of a checkpoint in its folder. Write one "
+            f"such as model_final.pth into it, or remove it to start from the beginning."
+        )
+    return tag.with_name(name)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and the record of a run."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
-from repr_det.errors import UserError
+from repr_det.errors import UserError, shown
 
 
 def write_whole(target: Path, write: Any) -> None:
@@ -44,3 +45,34 @@ def check_folder_of(option: str, path: Path | None) -> None:
         raise UserError(f"Folder {path.parent} of {option} does not exist: create it.")
     if path.is_dir():
         raise UserError(f"Target {path} of {option} is a folder: give the name of a file.")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.json``; one that was cut off in writing is left out.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        UserError: it is not UTF-8, or a line is no record of an iteration.
+    """
+    try:
+        lines = path.read_bytes().decode().splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is no record of training: it is not UTF-8 ({error.reason} at byte "
+            f"{error.start}). Remove it, or set another run."
+        ) from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if type(record) is not dict or type(record.get("iteration")) not in (int, float):
+            raise UserError(
+                f"{path} is no record of training: line {number} is {shown(record)}. Remove it, or "
+                f"set another run."
+            )
+        records.append(record)
+    return records

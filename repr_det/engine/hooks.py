@@ -17,6 +17,7 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage, EventWriter
 
+from repr_det.engine.files import read_records
 from repr_det.engine.randomness import mixed_seed
 from repr_det.method.modules import named_modules
 
@@ -98,7 +99,13 @@ class RecordKeeper(HookBase):
         return {"scalars": scalars, "written": written, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the state for the start of training, when there is a storage to restore."""
+        """Keep the state for the start of training, when there is a storage to restore.
+
+        Raises:
+            UserError: the file is no record of training.
+        """
+        if self._metrics.is_file():
+            read_records(self._metrics)
         self._state = state
 
     def before_train(self) -> None:

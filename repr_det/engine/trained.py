@@ -10,7 +10,7 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.command_line import merge_config_file, merge_overrides
 from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
 from repr_det.errors import UserError
@@ -54,7 +54,7 @@ def merge_trained(
             )
         merge_config_file(cfg, str(config), trusted=False)
         cfg.MODEL.DEVICE = device
-        cfg.MODEL.WEIGHTS = str(run / (run / "last_checkpoint").read_text().strip())
+        cfg.MODEL.WEIGHTS = str(last_checkpoint(run))
     merge_overrides(cfg, overrides)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +15,11 @@ from numpy.typing import NDArray
 
 from repr_det.detection.coco_results import BBOX, SEGM
 from repr_det.engine import recording
-from repr_det.engine.checkpoint import NUMBERED, read_checkpoint
+from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path
 from repr_det.engine.data import held_out_name
+from repr_det.engine.files import read_records
 from repr_det.engine.hook import STATE_KEY
 from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
@@ -48,15 +48,14 @@ def read_metrics(folder: str | Path) -> Metrics:
     Returns:
         name -> (iterations, values), both float (n,), by increasing iteration; empty where there is
         no such file.
+
+    Raises:
+        UserError: it is no record of training.
     """
     path = Path(folder) / "metrics.json"
     beginnings: list[list[tuple[float, dict[str, float]]]] = []
     last: dict[str, float] = {}
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for record in read_records(path) if path.is_file() else ():
         iteration = record.pop("iteration")
         # Lines are not in order, but those of one scalar are: the writer puts what is new of each.
         if not beginnings or any(last.get(name, iteration) > iteration for name in record):
@@ -166,8 +165,7 @@ class RunFolder:
     @cached_property
     def _newest(self) -> str:
         """Name of the checkpoint that was written last; empty where nothing says so."""
-        tag = self.folder / _LAST
-        return tag.read_text().strip() if tag.is_file() else ""
+        return last_checkpoint(self.folder).name if (self.folder / _LAST).is_file() else ""
 
     @property
     def iterations(self) -> int:
