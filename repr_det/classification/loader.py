@@ -170,6 +170,12 @@ class ArrayTrainLoader:
         """Let the next iterator begin with this iteration's batch."""
         self.iteration = iteration
 
+    def reopened(self) -> ArrayTrainLoader:
+        """A loader of the same data from its beginning, which shares no state with this one."""
+        own = copy.copy(self)
+        own.set_iteration(0)
+        return own
+
     def with_seed(self, seed: int) -> ArrayTrainLoader:
         """A loader of the same data in the order of another seed; no image is copied."""
         other = copy.copy(self)
@@ -419,6 +425,12 @@ class FileTrainLoader:
     def set_iteration(self, iteration: int) -> None:
         """Let the next iterator begin with this iteration's batch."""
         self.iteration = iteration
+
+    def reopened(self) -> FileTrainLoader:
+        """A loader of the same data from its beginning, which shares no state with this one."""
+        own = copy.copy(self)
+        own.set_iteration(0)
+        return own
 
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(

@@ -115,6 +115,12 @@ class DeterministicLoader:
         self._plan = copy.copy(self._plan)
         self._plan.start = iteration
 
+    def reopened(self) -> DeterministicLoader:
+        """A loader of the same data from its beginning, which shares no state with this one."""
+        own = copy.copy(self)
+        own.set_iteration(0)
+        return own
+
     def __iter__(self) -> Iterator[list[dict]]:
         # A generator of its own: the loader draws a base seed, which would shift the run's.
         yield from DataLoader(

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from repr_det.engine import recording
 from repr_det.engine.amp import MixedPrecisionTrainer
 from repr_det.engine.averages import unknown_averages
-from repr_det.engine.batches import can_be_opened_again, own_batches, training_loss
+from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.randomness import RandomStream
 from repr_det.errors import UserError
 from repr_det.method.compact import MODES, Compact, Shrunk, rewrapped
@@ -71,8 +71,9 @@ class RePrHook(HookBase):
             hence ``"auto"`` means off where torch's deterministic algorithms are on, and where S2
             is too short for the measurement to pay. See :mod:`repr_det.method.compact`.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
-            ``batches`` and ``loss`` default to the trainer's data (where its loader can be opened a
-            second time) and the model's losses, ``progress`` to a bar on the main process.
+            ``batches`` and ``loss`` default to the trainer's data and the model's losses (where its
+            loader is not one of torch's, Detectron2's or this package's, pass ``batches``, from a
+            loader of its own), ``progress`` to a bar on the main process.
 
     Raises:
         UserError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
@@ -162,8 +163,7 @@ class RePrHook(HookBase):
                 "inside another wrapper and cannot be renewed: wrap it last, or turn compact off."
             )
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
-        if can_be_opened_again(getattr(trainer, "data_loader", None)):
-            defaults["batches"] = own_batches(trainer.data_loader, seed)
+        defaults["batches"] = own_batches(getattr(trainer, "data_loader", None), seed)
         arguments = {**defaults, **self._arguments}
         self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
         self._compact = Compact(
