@@ -18,7 +18,7 @@ from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.detection.config import add_detection_config
 from repr_det.detection.datasets import (
     add_coco_argument,
-    check_same_categories,
+    check_same_classes,
     take_num_classes,
     use_coco_data,
 )
@@ -78,9 +78,9 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
         if data is not None:
             use_coco_data(cfg, split, *data)
     if args.train_data and args.test_data:
-        check_same_categories(args.train_data[1], args.test_data[1])
+        check_same_classes(args.train_data[0], args.test_data[0])
     if named := args.train_data or args.test_data:
-        take_num_classes(cfg, named[1], overrides)
+        take_num_classes(cfg, named[0], overrides)
     for split, folder in (("TRAIN", args.train_folder), ("TEST", args.test_folder)):
         if folder is not None:
             use_image_folder(cfg, split, *folder)

@@ -131,7 +131,7 @@ def _from_model(args: argparse.Namespace) -> Iterator[Detections]:
     if args.test_data:
         use_coco_data(cfg, "TEST", *args.test_data)
         if args.config:
-            take_num_classes(cfg, args.test_data[1], args.opts)
+            take_num_classes(cfg, args.test_data[0], args.opts)
     elif args.dataset:
         cfg.DATASETS.TEST = (args.dataset,)
     if not cfg.DATASETS.TEST:

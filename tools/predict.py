@@ -62,7 +62,13 @@ def _predict(args: argparse.Namespace) -> int:
     labels = labels_for(cfg, args.annotations)
     detector = Detector(cfg, args.score_threshold)
     outcome = predict(
-        detector, labels, sources, args.output, batch_size=args.batch_size, progress=True
+        detector,
+        labels,
+        sources,
+        args.output,
+        batch_size=args.batch_size,
+        longest=detector.longest,
+        progress=True,
     )
     if args.json:
         write_text_whole(args.json, json.dumps(outcome.entries))

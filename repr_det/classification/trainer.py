@@ -77,7 +77,7 @@ class ClassificationTrainer(RePrTrainer):
                 )
 
     @classmethod
-    def check_to_evaluate(cls, cfg: CfgNode) -> None:
+    def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
         """Read the test sets; see :func:`repr_det.classification.datasets.load_images`."""
         for name in cfg.DATASETS.TEST:
             load_images(cfg, name)

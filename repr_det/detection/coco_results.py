@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from pycocotools.mask import area
 from tqdm import tqdm
 
-from repr_det.detection.datasets import check_annotations, is_mask, read_coco
-from repr_det.errors import UserError
+from repr_det.detection.annotations import MASKS, CocoFile, read_coco, read_json
+from repr_det.detection.masks import are_pixels, rle_fault
+from repr_det.engine.files import write_text_whole
+from repr_det.errors import UserError, shown
 
 BBOX, SEGM = "bbox", "segm"
 
@@ -35,6 +35,11 @@ IOU_75 = 5
 RESULTS = Path("inference", "coco_instances_results.json")
 """Where a run folder holds the results of its last evaluation."""
 
+CATEGORIES = "coco_instances_categories.json"
+"""Next to the results: ids and names of the categories that they are of."""
+
+_HIGHEST_SCORE = 1e30
+
 
 class Annotations(NamedTuple):
     """Annotations of a dataset.
@@ -48,45 +53,40 @@ class Annotations(NamedTuple):
     images: frozenset[int] | None = None
 
 
-def read_truth(annotations: str | Path, images: Collection[int] | None = None) -> COCO:
-    """Annotations to compare on, completed; see :func:`complete`.
+class Truth(COCO):
+    """Annotations to compare on, by pycocotools' class; objects are numbered from 1.
+
+    pycocotools takes a match with an object of id 0 for none.
+
+    Args:
+        file: checked.
+        images: ids of the images that count; None for all.
+    """
+
+    def __init__(self, file: CocoFile, images: Collection[int] | None = None) -> None:
+        super().__init__()
+        self.file = file
+        kept = file.content["annotations"]
+        self.dataset = dict(file.content)
+        if images is not None:
+            kept = [entry for entry in kept if entry["image_id"] in images]
+            self.dataset["images"] = [i for i in file.content["images"] if i["id"] in images]
+        self.dataset["annotations"] = [{**e, "id": number} for number, e in enumerate(kept, 1)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.createIndex()
+
+
+def read_truth(annotations: str | Path, images: Collection[int] | None = None) -> Truth:
+    """Annotations to compare on.
 
     Args:
         annotations: path of the file.
         images: ids of the images that count; None for all.
 
     Raises:
-        UserError: no such file, or not COCO's JSON, or without what the evaluation needs.
+        UserError: see :func:`repr_det.detection.annotations.check`.
     """
-    content = read_coco(str(annotations))
-    check_annotations(str(annotations), content)
-    if images is not None:
-        for part, key in (("images", "id"), ("annotations", "image_id")):
-            content[part] = [entry for entry in content[part] if entry[key] in images]
-    names = [category["name"] for category in content["categories"]]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"{annotations} has two categories {min(twice)!r}: give them other names.")
-    truth = _indexed(content)
-    complete(truth)
-    return truth
-
-
-def complete(truth: COCO) -> None:
-    """Give annotations what pycocotools needs and other tools leave out, in place.
-
-    Objects are no crowds, and as large as their mask or else their box, where nothing is said of
-    that. They are numbered from 1: pycocotools takes a match with an object of id 0 for none.
-    """
-    for number, entry in enumerate(truth.dataset.get("annotations", ()), 1):
-        entry.setdefault("iscrowd", 0)
-        if "area" not in entry:
-            *_, width, height = entry["bbox"]
-            has_mask = is_mask(entry.get("segmentation"))
-            entry["area"] = float(area(truth.annToRLE(entry))) if has_mask else width * height
-        entry["id"] = number
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
+    return Truth(read_coco(annotations), images)
 
 
 def results_path(path: str | Path) -> Path:
@@ -108,7 +108,7 @@ def results_path(path: str | Path) -> Path:
     return path
 
 
-def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
+def read_results(path: str | Path, truth: Truth) -> list[dict[str, Any]]:
     """Detections of a results file or run folder, checked against the annotations.
 
     Args:
@@ -117,106 +117,131 @@ def read_results(path: str | Path, truth: COCO) -> list[dict[str, Any]]:
         truth: the annotations.
 
     Raises:
-        UserError: no such file, or not results, or results for other images or categories.
+        UserError: no such file, not results, or results for other images or categories.
     """
     path = results_path(path)
-    try:
-        results = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{path} is not JSON: give a COCO results file.") from None
-    if not isinstance(results, list):
+    results = read_json(path, "Results file")
+    if type(results) is not list:
+        there = shown(results)
+        if type(results) is dict and "annotations" in results:
+            there = "annotations"
         raise UserError(
-            f"{path} is not a COCO results file: it must be a list of detections, not "
-            f"{'annotations' if 'annotations' in results else type(results).__name__}."
+            f"{path} is not a COCO results file: it is {there}. Set a file with a list of "
+            f"detections."
         )
+    _check_categories(path, truth)
     for index, result in enumerate(results):
-        try:
-            problem = _problem(result, truth)
-        except (KeyError, TypeError) as error:
-            problem = f"lacks what a detection has ({type(error).__name__}: {error})"
-        if problem:
+        if problem := _problem(result, truth):
             raise UserError(
-                f"{path}: detection {index} {problem}: give COCO results for these annotations."
+                f"{path}: detection {index} {problem}. Set COCO results for these annotations."
             )
     return results
 
 
-def _problem(result: dict[str, Any], truth: COCO) -> str | None:
+def _problem(result: Any, truth: Truth) -> str | None:
     """What is wrong with a detection, if anything."""
-    if result["image_id"] not in truth.imgs:
-        return f"is for image {result['image_id']}, which the annotations do not have"
-    if result["category_id"] not in truth.cats:
-        return f"is of category {result['category_id']}, which the annotations do not have"
-    if not math.isfinite(result["score"]):
-        return f"has the score {result['score']}"
+    if type(result) is not dict:
+        return f"is {shown(result)}"
+    for key in ("image_id", "category_id", "score"):
+        if key not in result:
+            return f"has no {key}"
+    for key, known in (("image_id", truth.imgs), ("category_id", truth.cats)):
+        if type(result[key]) not in (int, float, str) or result[key] not in known:
+            return f"has {key} {shown(result[key])}, which the annotations do not have"
+    if not are_pixels([result["score"]], _HIGHEST_SCORE):
+        return f"has the score {shown(result['score'])}"
     if "bbox" not in result and "segmentation" not in result:
         return "has neither bbox nor segmentation"
-    if "bbox" in result:
-        box = result["bbox"]
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            return f"has the bbox {box} instead of x, y, width, height"
+    box = result.get("bbox", [0, 0, 0, 0])
+    if type(box) is not list or len(box) != 4 or not are_pixels(box) or min(box[2:]) < 0:
+        return f"has the bbox {shown(box)} instead of x, y, width, height"
     if "segmentation" in result:
         image, mask = truth.imgs[result["image_id"]], result["segmentation"]
-        if mask["size"] != [image["height"], image["width"]]:
-            return f"has a mask of size {mask['size']}, unlike its image"
-        if not isinstance(mask["counts"], str):
-            return "has a mask that is not compressed RLE"
+        if type(mask) is not dict or type(mask.get("counts")) is not str:
+            return f"has a mask that is not compressed RLE, {shown(mask)}"
+        fault = rle_fault(mask, image["height"], image["width"])
+        return fault and fault.split(". Set ")[0]
     return None
 
 
-def evaluable_types(results: Sequence[dict[str, Any]], truth: COCO) -> tuple[str, ...]:
+def record_categories(folder: str | Path, truth: Truth) -> None:
+    """Write, next to a run's results, what the categories are called that they are of."""
+    categories = [{"id": c["id"], "name": c["name"]} for c in truth.dataset["categories"]]
+    write_text_whole(Path(folder) / CATEGORIES, json.dumps(categories, indent=1) + "\n")
+
+
+def _check_categories(results: Path, truth: Truth) -> None:
+    """Refuse results of other categories than the annotations', where the run recorded them.
+
+    Raises:
+        UserError: a category has another name, or is not there.
+    """
+    path = results.with_name(CATEGORIES)
+    if results.name != RESULTS.name or not path.is_file():
+        return
+    try:
+        recorded = {c["id"]: c["name"] for c in read_json(path, "Record of categories")}
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is damaged. Evaluate the run again, or remove it.") from None
+    for number, name in recorded.items():
+        there = truth.cats[number]["name"] if number in truth.cats else None
+        if there != name:
+            raise UserError(
+                f"{results} was made where category {shown(number)} is {shown(name)}, but in "
+                f"{truth.file.path} it is {shown(there)}. Set the annotations that the run was "
+                f"evaluated on."
+            )
+
+
+def evaluable_types(results: Sequence[dict[str, Any]], truth: Truth) -> tuple[str, ...]:
     """What results and annotations can be compared by: boxes, masks or both.
 
     Results without any detection are compared by boxes: nobody knows what they would have held.
+
+    Raises:
+        UserError: all results have masks, and a mask of the annotations is damaged.
     """
-    entries = [*results, *truth.dataset["annotations"]]
-    return tuple(
-        iou_type
-        for iou_type, key in _KEYS.items()
-        if all(entry.get(key) for entry in entries) and (results or iou_type == BBOX)
-    )
+    found = []
+    for iou_type, key in _KEYS.items():
+        if not all(entry.get(key) for entry in results) or (not results and iou_type != BBOX):
+            continue
+        if iou_type == SEGM and MASKS in truth.file.damaged:
+            truth.file.require([MASKS])
+        if all(entry.get(key) for entry in truth.dataset["annotations"]):
+            found.append(iou_type)
+    return tuple(found)
 
 
-def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: COCO) -> None:
+def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: Truth) -> None:
     """Refuse to evaluate boxes or masks that are not there.
 
     Raises:
         UserError: a detection or an object without.
     """
     key = _KEYS[iou_type]
-    is_there = is_mask if iou_type == SEGM else bool
-    for whose, entries in (
-        ("a detection", results),
-        ("an annotation", truth.dataset["annotations"]),
-    ):
-        missing = next((entry for entry in entries if not is_there(entry.get(key))), None)
-        if missing is not None:
-            raise UserError(
-                f"IoU type {iou_type} needs {key} everywhere, but {whose} of image "
-                f"{missing['image_id']} has none: take the other type, or other files."
-            )
+    missing = next((index for index, entry in enumerate(results) if not entry.get(key)), None)
+    if missing is not None:
+        raise UserError(
+            f"IoU type {iou_type} needs {key} everywhere, but detection {missing} has none. Set "
+            f"the other type, or other results."
+        )
+    if iou_type == SEGM:
+        truth.file.require([MASKS])
 
 
-def _indexed(content: dict[str, Any]) -> COCO:
-    coco = COCO()
-    coco.dataset = content
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
-def _detections(truth: COCO, results: Sequence[dict[str, Any]], iou_type: str) -> COCO:
-    # A box beside a mask would decide whether the mask counts as small: Detectron2 drops it, too.
-    left_out = "bbox" if iou_type == SEGM else "segmentation"
-    results = [{k: v for k, v in result.items() if k != left_out} for result in results]
+def _detections(truth: Truth, results: Sequence[dict[str, Any]], iou_type: str) -> COCO:
+    # A box next to a mask would decide whether the mask counts as small: Detectron2 drops it, too.
+    # Other keys could mean something to pycocotools.
+    kept = ("image_id", "category_id", "score", _KEYS[iou_type])
+    results = [{key: result[key] for key in kept} for result in results]
     if not results:
-        return _indexed({**truth.dataset, "annotations": []})
+        return Truth(truth.file, ())
     with contextlib.redirect_stdout(io.StringIO()):
         return truth.loadRes(results)
 
 
 def evaluated_classes(
-    truth: COCO,
+    truth: Truth,
     results: Sequence[dict[str, Any]],
     iou_type: str,
     *,

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
-from detectron2.data.detection_utils import SizeMismatchError
-from PIL import Image
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
+from detectron2.structures import BoxMode
 
-from repr_det.engine.data import check_depth, datasets_root
-from repr_det.errors import UserError
-
-logger = logging.getLogger(f"detectron2.{__name__}")
+from repr_det.detection import keypoints
+from repr_det.detection.annotations import (
+    BOXES,
+    KEYPOINTS,
+    MASKS,
+    as_rle,
+    category_names,
+    read_coco,
+)
+from repr_det.engine.class_names import check_names, difference, recorded_names
+from repr_det.engine.data import datasets_root
+from repr_det.errors import UserError, shown
 
 NUM_CLASSES_KEYS = {"RetinaNet": "MODEL.RETINANET.NUM_CLASSES"}
 """Where an architecture reads its number of classes, if not from MODEL.ROI_HEADS.NUM_CLASSES."""
@@ -39,195 +42,144 @@ def num_classes(cfg: CfgNode) -> int:
     return node
 
 
-def read_coco(annotations: str) -> dict[str, Any]:
-    """The content of a COCO annotation file.
-
-    Raises:
-        UserError: no such file, or it cannot be read, or is not COCO's JSON.
-    """
-    try:
-        content = json.loads(Path(annotations).read_text())
-        for part, keys in (
-            ("images", ("id", "file_name", "width", "height")),
-            ("annotations", ("id", "image_id", "category_id", "bbox")),
-            ("categories", ("id", "name")),
-        ):
-            for entry in content[part]:
-                for key in keys:
-                    entry[key]
-                if part == "annotations" and len(entry["bbox"]) != 4:
-                    raise TypeError(f"annotation {entry['id']} has a box of other than 4 numbers")
-        return content
-    except FileNotFoundError:
-        raise UserError(
-            f"Annotation file {annotations} does not exist: give the path of a COCO-format JSON."
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"Annotation file {annotations} cannot be read ({error.strerror}): give the path of a "
-            "COCO-format JSON."
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{annotations} is not a COCO annotation file ({type(error).__name__}: {error}): it "
-            f"needs images, annotations and categories."
-        ) from error
+def uses_of(cfg: CfgNode) -> tuple[str, ...]:
+    """What a config's model needs of annotations; see :class:`annotations.CocoFile`."""
+    masks, points = cfg.MODEL.MASK_ON, cfg.MODEL.KEYPOINT_ON
+    return (BOXES, *([MASKS] if masks else []), *([KEYPOINTS] if points else []))
 
 
-def category_names(content: dict[str, Any]) -> list[str]:
-    """Names of the categories of COCO's JSON, by ascending id."""
-    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+def records_of(content: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+    """The content of a checked file in Detectron2's format, by ascending image id.
 
-
-def check_annotations(annotations: str, content: dict[str, Any]) -> None:
-    """Refuse annotations that cannot be trained or evaluated on; warn of boxes without area.
+    As :func:`detectron2.data.datasets.load_coco_json`, but that an object without a sound mask
+    keeps its box.
 
     Args:
-        annotations: path of the file, to be named.
-        content: of the file.
+        content: of an :class:`repr_det.detection.annotations.CocoFile`.
+        folder: of the images.
 
     Raises:
-        UserError: no images, no annotations, ids that point nowhere or are not unique, images
-            without a size, boxes that are no numbers, objects to ignore.
+        UserError: a file name that is a URL or a path of another system.
     """
-    images = {image["id"]: image for image in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
-    if not images or not content["annotations"]:
-        what = "annotations" if images else "images"
-        raise UserError(f"{annotations} holds no {what}: give a file that does.")
-    for part in ("images", "annotations", "categories"):
-        numbers = Counter(entry["id"] for entry in content[part])
-        if numbers.total() > len(numbers):
-            number, times = numbers.most_common(1)[0]
-            raise UserError(
-                f"{annotations}: {times} {part} have the id {number}: number them anew."
-            )
-    for image in content["images"]:
-        sides = (image["width"], image["height"])
-        if not all(isinstance(side, (int, float)) and side > 0 for side in sides):
-            raise UserError(
-                f"{annotations}: image {image['id']} has the width and height {sides}: give them "
-                f"in pixels."
-            )
-    useless = []
+    classes = {number: i for i, number in enumerate(sorted(c["id"] for c in content["categories"]))}
+    objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     for entry in content["annotations"]:
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if entry[key] not in known:
-                raise UserError(
-                    f"{annotations}: annotation {entry['id']} has {key} {entry[key]}, which the "
-                    f"file does not define: correct or remove it."
-                )
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in entry["bbox"]):
-            raise UserError(
-                f"{annotations}: the box of annotation {entry['id']} is {entry['bbox']}: give four "
-                f"numbers."
-            )
-        if entry.get("ignore"):
-            raise UserError(
-                f"{annotations}: annotation {entry['id']} has the key ignore, which COCO's format "
-                f"does not know: give it iscrowd 1, or remove it."
-            )
-        image = images[entry["image_id"]]
-        x, y, width, height = entry["bbox"]
-        right, bottom = min(x + width, image["width"]), min(y + height, image["height"])
-        if right <= max(x, 0) or bottom <= max(y, 0):
-            useless.append(entry["id"])
-    if useless:
-        logger.warning(
-            f"{annotations}: {len(useless)} boxes have no area inside their image, for example "
-            f"annotation {useless[0]}: training leaves them out, evaluation counts them as missed."
-        )
-    empty = len(images) - len({entry["image_id"] for entry in content["annotations"]})
-    if empty:
-        logger.warning(
-            f"{annotations}: {empty} of {len(images)} images have no annotations; training leaves "
-            f"them out unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False."
-        )
+        known = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
+        known |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
+        if "segmentation" in entry:
+            mask = entry["segmentation"]
+            is_rle = type(mask) is dict
+            known["segmentation"] = as_rle(mask, *sizes[entry["image_id"]]) if is_rle else mask
+        if "keypoints" in entry:
+            # Pixel indices become places, as in Detectron2: the middle of a pixel.
+            known["keypoints"] = [
+                value if i % 3 == 2 else value + 0.5 for i, value in enumerate(entry["keypoints"])
+            ]
+        objects[entry["image_id"]].append(known)
+    check_file_names(content, folder)
+    return [
+        {
+            "file_name": os.path.join(folder, image["file_name"]),
+            "height": image["height"],
+            "width": image["width"],
+            "image_id": image["id"],
+            "annotations": objects[image["id"]],
+        }
+        for image in sorted(content["images"], key=lambda image: image["id"])
+    ]
 
 
-def is_mask(segmentation: Any) -> bool:
-    """Whether it is a mask as COCO writes them: RLE, or polygons of three points or more."""
-    if isinstance(segmentation, list):
-        return bool(segmentation) and all(len(polygon) >= 6 for polygon in segmentation)
-    return isinstance(segmentation, dict)
-
-
-def check_training_masks(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
-    """Refuse objects that cannot train a model with masks.
+def check_file_names(content: dict[str, Any], folder: str) -> None:
+    """Refuse file names that cannot be found because they are URLs or paths of Windows.
 
     Args:
-        cfg: the model's config.
-        records: in Detectron2's format.
+        content: of COCO's JSON.
+        folder: of the images.
 
     Raises:
-        UserError: an object without a mask, or with RLE where polygons are asked for.
+        UserError: such a name.
     """
-    for record in records:
-        for entry in record["annotations"]:
-            if entry.get("iscrowd"):
-                continue
-            whose = f"An object of {record['file_name']} has"
-            if "segmentation" not in entry:
-                raise UserError(
-                    f"{whose} no mask: give it a segmentation, or set MODEL.MASK_ON False."
-                )
-            if isinstance(entry["segmentation"], dict) and cfg.INPUT.MASK_FORMAT == "polygon":
-                raise UserError(
-                    f"{whose} a mask in RLE: set INPUT.MASK_FORMAT bitmask, or give polygons."
-                )
+    for image in content["images"]:
+        name = image["file_name"]
+        if ("\\" in name or "://" in name) and not os.path.exists(os.path.join(folder, name)):
+            advice = (
+                "Download the images, and set the file's path below the image folder"
+                if "://" in name
+                else "Set the path with slashes"
+            )
+            raise UserError(
+                f"Image {shown(image['id'])} has the file_name {shown(name)}, which is not in "
+                f"{folder}. {advice}."
+            )
 
 
-def check_test_masks(datasets: Sequence[str]) -> None:
-    """Refuse annotation files on which masks cannot be evaluated.
+def register_coco(name: str, annotations: str, images: str, uses: Collection[str]) -> None:
+    """Register a COCO-format dataset that is checked whenever it is read.
+
+    Args:
+        name: to register it under; what was registered under it is replaced.
+        annotations: path of its JSON.
+        images: its image folder.
+        uses: what it is for; see :meth:`repr_det.detection.annotations.CocoFile.require`.
+    """
+
+    def load() -> list[dict[str, Any]]:
+        return records_of(_read(name, annotations, uses), images)
+
+    if name in DatasetCatalog:
+        DatasetCatalog.pop(name)
+    DatasetCatalog.register(name, load)
+    MetadataCatalog.get(name).set(json_file=annotations, image_root=images, evaluator_type="coco")
+
+
+def _read(name: str, annotations: str, uses: Collection[str]) -> dict[str, Any]:
+    """The content of a dataset's file, whose classes and keypoints the metadata then have."""
+    file = read_coco(annotations)
+    file.require(uses)
+    metadata, names = MetadataCatalog.get(name), category_names(file.content)
+    if list(metadata.get("thing_classes", names)) != names:
+        raise UserError(
+            f"{annotations} has other classes than dataset {name}, or in another order. Set the "
+            f"file of that dataset, or another name."
+        )
+    ids = sorted(category["id"] for category in file.content["categories"])
+    metadata.set(
+        thing_classes=metadata.get("thing_classes", names),
+        thing_dataset_id_to_contiguous_id={number: i for i, number in enumerate(ids)},
+    )
+    if KEYPOINTS in uses:
+        keypoints.set_metadata(metadata, annotations, file.content)
+    return file.content
+
+
+def _is_read_by_us(name: str) -> bool:
+    """Whether a dataset's records come from :func:`register_coco`, or Detectron2's own reader."""
+    of_loader = DatasetCatalog[name].__module__
+    return of_loader in (__name__, "detectron2.data.datasets.coco")
+
+
+def check_annotations(cfg: CfgNode, datasets: Sequence[str]) -> None:
+    """Read annotation files and refuse those that the config's model cannot use.
+
+    Args:
+        cfg: of the model.
+        datasets: names. Those that no COCO file is known of are left out.
 
     Raises:
-        UserError: an object without a mask.
+        UserError: see :func:`repr_det.detection.annotations.check`.
     """
-    for name in datasets:
+    for name in dict.fromkeys(datasets):
         metadata = MetadataCatalog.get(name)
-        path = None if metadata.get("drawn_on_first_use") else metadata.get("json_file")
-        for entry in read_coco(path)["annotations"] if path else ():
-            if not is_mask(entry.get("segmentation")):
-                raise UserError(
-                    f"{path}: annotation {entry['id']} has no mask to evaluate masks on: give it a "
-                    f"segmentation, or set MODEL.MASK_ON False."
-                )
+        if metadata.get("json_file") and is_coco(metadata):
+            content = _read(name, metadata.json_file, uses_of(cfg))
+            check_file_names(content, metadata.get("image_root", ""))
 
 
-class NamedImages:
-    """A dataset mapper that says which image could not be read.
-
-    Args:
-        mapper: Detectron2's.
-        skip: return None for such an image, for which the loader takes another, and count it.
-
-    Raises:
-        UserError: when called with an image of more than 8 bits a channel, or with one that cannot
-            be read, unless they are skipped.
-    """
-
-    def __init__(self, mapper: Callable[[dict], dict], *, skip: bool) -> None:
-        self._mapper, self._skip, self._skipped = mapper, skip, 0
-
-    def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
-        """Map a record of the dataset to a training example."""
-        try:
-            with Image.open(record["file_name"]) as image:
-                check_depth(image, record["file_name"])
-            return self._mapper(record)
-        except (OSError, SyntaxError, SizeMismatchError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0]
-            if not self._skip:
-                raise UserError(
-                    f"Image {record['file_name']} cannot be read ({reason}): replace it, take it "
-                    f"out of the annotations, or, in training, set INPUT.SKIP_BAD_IMAGES True."
-                ) from error
-            self._skipped += 1
-            logger.warning(
-                f"Image {record['file_name']} cannot be read ({reason}) and is skipped, "
-                f"{self._skipped} so far in this process."
-            )
-            return None
+def is_coco(metadata: Metadata) -> bool:
+    """Whether a dataset's annotation file is COCO's and somebody's own: LVIS's is not."""
+    own = not metadata.get("drawn_on_first_use") and not metadata.get("held_out_of")
+    return own and metadata.get("evaluator_type") == "coco"
 
 
 def add_coco_argument(parser: argparse._ActionsContainer, split: str) -> None:
@@ -254,49 +206,70 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
         UserError: files that do not exist, are not COCO's or contradict
             themselves; a name in use.
     """
-    check_annotations(annotations, read_coco(annotations))
-    if not Path(images).is_dir():
-        raise UserError(f"Image folder {images} does not exist: give the folder of {name}.")
     known = MetadataCatalog.get(name)
-    if name not in DatasetCatalog.list():
-        register_coco_instances(name, {}, annotations, images)
-    elif known.get("json_file") != annotations or known.get("image_root") != images:
-        raise UserError(f"A dataset called {name} is registered already: give it another name.")
+    files = known.get("json_file"), known.get("image_root")
+    if name in DatasetCatalog and files != (annotations, images):
+        raise UserError(f"A dataset called {name} is registered already. Set another name.")
+    if not Path(images).is_dir():
+        raise UserError(f"Image folder {images} does not exist. Set the folder of {name}.")
+    try:
+        content = _read(name, annotations, uses_of(cfg))
+        check_file_names(content, images)
+    except UserError:
+        if name not in DatasetCatalog:
+            MetadataCatalog.remove(name)
+        raise
+    register_coco(name, annotations, images, uses_of(cfg))
     cfg.DATASETS[split] = (name,)
 
 
-def check_same_categories(train: str, test: str) -> None:
-    """Refuse two annotation files of different categories: labels would not mean the same.
+def check_same_classes(train: str, test: str) -> None:
+    """Refuse two datasets of different classes, which were read: labels would not mean the same.
 
     Raises:
         UserError: names or their order by id differ.
     """
-    names = [category_names(read_coco(path)) for path in (train, test)]
+    names = [list(MetadataCatalog.get(name).thing_classes) for name in (train, test)]
     if names[0] != names[1]:
         raise UserError(
-            f"{test} has other categories than {train} ({len(names[1])} and {len(names[0])}, or "
-            f"other names): give both the same categories."
+            f"Dataset {test} has other classes than {train}, or in another order "
+            f"({difference(names[0], names[1])}). Set annotations with the same ones."
         )
 
 
-def take_num_classes(cfg: CfgNode, annotations: str, overrides: Sequence[str]) -> None:
-    """Set the number of classes to that of an annotation file, unless an override gives it."""
-    key = num_classes_key(cfg)
-    if key not in overrides:
-        cfg.merge_from_list([key, len(category_names(read_coco(annotations)))])
+def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
+    """Set what the model's heads have to count to what a dataset that was read has.
+
+    Args:
+        cfg: changed in place.
+        name: of the dataset.
+        overrides: keys and values of the command line, which win.
+    """
+    metadata = MetadataCatalog.get(name)
+    if num_classes_key(cfg) not in overrides:
+        cfg.merge_from_list([num_classes_key(cfg), len(metadata.thing_classes)])
+    if cfg.MODEL.KEYPOINT_ON:
+        keypoints.take_number(cfg, metadata, overrides)
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """Refuse a config whose datasets are not there; see :func:`check_dataset`."""
+    """Refuse a config whose datasets are not there; see :func:`check_dataset`.
+
+    COCO files that Detectron2 would read are read by :func:`register_coco` from here on.
+    """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         check_dataset(name)
+        metadata = MetadataCatalog.get(name)
+        if is_coco(metadata) and _is_read_by_us(name):
+            register_coco(name, metadata.json_file, metadata.image_root, uses_of(cfg))
 
 
 def check_dataset(name: str) -> None:
     """Refuse a dataset that is not there.
 
     Raises:
-        UserError: a name that nobody registered, or annotations or images that do not exist.
+        UserError: a name that nobody registered.
+        UserError: annotations or images that do not exist.
     """
     if name not in DatasetCatalog.list():
         raise UserError(
@@ -350,3 +323,47 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
                 f"Dataset {name} has other classes than {first[0]}, or in another order: give both "
                 f"the same ones."
             )
+
+
+def check_trained_classes(weights: str, datasets: Sequence[str]) -> None:
+    """Refuse datasets, which were read, of other classes than a checkpoint was trained on.
+
+    Args:
+        weights: path of the checkpoint.
+        datasets: names.
+
+    Raises:
+        UserError: names or their order differ.
+    """
+    recorded = recorded_names(weights)
+    for name in datasets:
+        check_names(recorded, MetadataCatalog.get(name).get("thing_classes"), f"Dataset {name}")
+
+
+def check_training_objects(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Refuse objects that cannot train a model with masks or keypoints.
+
+    Args:
+        cfg: the model's config.
+        records: in Detectron2's format, by whatever loader.
+
+    Raises:
+        UserError: an object without a mask, or with RLE where polygons are asked for, or another
+            number of keypoints than the model's.
+    """
+    if cfg.MODEL.KEYPOINT_ON:
+        for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+            keypoints.check_number(cfg, name, MetadataCatalog.get(name))
+    if not cfg.MODEL.MASK_ON:
+        return
+    for record in records:
+        for entry in record["annotations"]:
+            if entry.get("iscrowd"):
+                continue
+            whose = f"An object of {record['file_name']} has"
+            if "segmentation" not in entry:
+                raise UserError(f"{whose} no mask. Set a segmentation, or MODEL.MASK_ON False.")
+            if isinstance(entry["segmentation"], dict) and cfg.INPUT.MASK_FORMAT == "polygon":
+                raise UserError(
+                    f"{whose} a mask in RLE. Set INPUT.MASK_FORMAT bitmask, or polygons."
+                )

@@ -16,7 +16,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Instances
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
 from torch import nn
 from tqdm import tqdm
 
@@ -25,13 +24,18 @@ from repr_det.detection.coco_results import (
     IOU_75,
     METRICS,
     Annotations,
+    Truth,
     check_iou_type,
     evaluated_classes,
     read_results,
     read_truth,
     results_path,
 )
-from repr_det.detection.datasets import check_classes, check_dataset
+from repr_det.detection.datasets import (
+    check_classes,
+    check_dataset,
+    check_trained_classes,
+)
 from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.data import held_out_name
@@ -63,7 +67,7 @@ class Detections(NamedTuple):
 
     dataset: str
     annotations: Path
-    truth: COCO
+    truth: Truth
     source: str
     results: list[dict[str, Any]]
 
@@ -72,8 +76,7 @@ def annotation_file(dataset: str) -> Path:
     """The COCO-format annotations of a registered dataset; draws the built-in one if need be.
 
     Raises:
-        UserError: they, or the images, do not exist.
-        UserError: nobody registered the dataset, or it is not COCO's.
+        UserError: no such dataset, or its files do not exist or are not COCO's.
     """
     register_builtin()
     check_dataset(dataset)
@@ -105,7 +108,7 @@ def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
 
 
 def evaluate(
-    truth: COCO,
+    truth: Truth,
     results: Sequence[dict[str, Any]],
     iou_type: str,
     *,
@@ -181,6 +184,7 @@ def detect(
     model = load_trained(cfg)
     loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
     check_classes(cfg, cfg.DATASETS.TEST)
+    check_trained_classes(cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST)
     for dataset, (annotations, truth) in truths.items():
         bar = tqdm(loaders[dataset], f"Detecting on {dataset}", unit="image", disable=not progress)
         results = _detect(model, bar, category_ids(dataset))

@@ -25,14 +25,17 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
         raise UserError(
             "DATASETS.TRAIN is empty: name registered datasets, or give images with --train-data."
         )
-    records = get_detection_dataset_dicts(
-        cfg.DATASETS.TRAIN,
-        filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
-        if cfg.MODEL.KEYPOINT_ON
-        else 0,
-        proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
-    )
+    try:
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN,
+            filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+            min_keypoints=_least_keypoints(cfg),
+            proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
+        )
+    except AssertionError as error:
+        if reason := _why_nothing(cfg):
+            raise UserError(reason) from error
+        raise
     held_out, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if not held_out and share == 1:
         return records
@@ -51,6 +54,35 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
             f"DATASETS.TRAIN_SHARE {share} leaves no image with annotations: give a larger share."
         )
     return records
+
+
+def _least_keypoints(cfg: CfgNode) -> int:
+    """How many labelled keypoints an image must have to be trained on."""
+    least = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE
+    return least if cfg.MODEL.KEYPOINT_ON else 0
+
+
+def _why_nothing(cfg: CfgNode) -> str | None:
+    """Why no image is left to train on; None where some are."""
+    for name in cfg.DATASETS.TRAIN:
+        if not len(_read(name)):
+            return f"Dataset {name} is empty. Set another dataset."
+    objects = [r.get("annotations", ()) for name in cfg.DATASETS.TRAIN for r in _read(name)]
+    single = [[o for o in found if not o.get("iscrowd")] for found in objects]
+    if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not any(single):
+        return (
+            f"None of the {len(objects)} images in DATASETS.TRAIN has an object: {len(objects)} "
+            f"have nothing but crowds or no annotations. Set iscrowd 0 for single objects."
+        )
+    least = _least_keypoints(cfg)
+    labelled = [sum(v > 0 for o in found for v in o.get("keypoints", ())[2::3]) for found in single]
+    if least and max(labelled) < least:
+        return (
+            f"None of the {len(objects)} images in DATASETS.TRAIN has {least} labelled keypoints; "
+            f"the most are {max(labelled)}. Set "
+            f"MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE lower."
+        )
+    return None
 
 
 def register_held_out(cfg: CfgNode) -> None:

@@ -23,22 +23,26 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
+from repr_det.detection.annotations import category_names, read_labels
 from repr_det.detection.builtin import register_builtin
-from repr_det.detection.datasets import category_names, num_classes, num_classes_key, read_coco
+from repr_det.detection.datasets import num_classes, num_classes_key
 from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
-from repr_det.engine.data import check_depth
+from repr_det.engine.class_names import check_names, recorded_names
+from repr_det.engine.data import SUFFIXES, check_depth, first_line, images_below, is_too_thin
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
 
 Pixels = NDArray[np.uint8]
 """An image (height, width, 3), RGB."""
 
-IMAGES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 
 USUAL_FPS = 25.0
 """Frames a second of a video that does not say how many it has."""
+
+_MOST_TICKS = 65535
+"""Ticks a second that MPEG-4 can count."""
 
 
 # --- what is asked for
@@ -65,7 +69,8 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
     """The images and videos that are meant by files and folders.
 
     Args:
-        inputs: images, videos, and folders, whose images are taken with those of their subfolders.
+        inputs: images, videos, and folders, whose images are taken with those of their subfolders,
+            but for hidden files and folders.
         output: folder in which pictures will be drawn, or None.
 
     Raises:
@@ -76,20 +81,20 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
     sources = []
     for path in inputs:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGES and p.is_file())
+            found = images_below(path)
             if not found:
-                raise UserError(f"Folder {path} holds no images ({', '.join(IMAGES)}).")
+                raise UserError(f"Folder {path} holds no images ({', '.join(SUFFIXES)}).")
             sources += [Source(p, p.relative_to(path)) for p in found]
         elif not path.exists():
             raise UserError(f"Input {path} does not exist: give images, folders or videos.")
-        elif path.suffix.lower() in IMAGES:
+        elif path.suffix.lower() in SUFFIXES:
             sources.append(Source(path, Path(path.name)))
         elif path.suffix.lower() in VIDEOS:
             _check_video(path)
             sources.append(Source(path, Path(path.name).with_suffix(".mp4")))
         else:
             raise UserError(
-                f"Input {path} is neither an image ({', '.join(IMAGES)}) nor a video "
+                f"Input {path} is neither an image ({', '.join(SUFFIXES)}) nor a video "
                 f"({', '.join(VIDEOS)})."
             )
     if output is not None:
@@ -131,29 +136,33 @@ class Labels(NamedTuple):
 def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
     """Labels of a COCO annotation file, or of a registered dataset that the config names.
 
-    Where neither is known, classes are called by their number, counted from 1.
+    Where neither is known, classes are called as the checkpoint of the run says, or else by their
+    number, and counted from 1.
 
     Raises:
         UserError: no such file, not COCO's, or of another number of classes
-            than the model.
+            than the model, or of other classes than it was trained on.
     """
-    count = num_classes(cfg)
+    count, recorded = num_classes(cfg), recorded_names(cfg.MODEL.WEIGHTS)
     if annotations is not None:
-        content = read_coco(str(annotations))
+        content = read_labels(annotations)
         found = _labels_in(content)
         if len(found.names) != count:
             raise UserError(
                 f"{annotations} has {len(found.names)} classes, but {num_classes_key(cfg)} is "
                 f"{count}: give annotations of the dataset that the model was trained on."
             )
+        check_names(recorded, found.names, str(annotations))
         return found._replace(images={i["file_name"]: i["id"] for i in content["images"]})
     register_builtin()
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         found = _labels_of(dataset)
-        if found is not None and len(found.names) == count:
+        if found is not None and len(found.names) == count and recorded in (None, found.names):
             return found
     numbers = range(1, count + 1)
-    return Labels([f"class {number}" for number in numbers], list(numbers), {})
+    if recorded is None or len(recorded) != count:
+        recorded = [f"class {number}" for number in numbers]
+    return Labels(recorded, list(numbers), {})
 
 
 def _labels_of(dataset: str) -> Labels | None:
@@ -164,7 +173,7 @@ def _labels_of(dataset: str) -> Labels | None:
     if names := metadata.get("thing_classes"):
         return Labels(list(names), category_ids(dataset), {})
     if Path(metadata.get("json_file") or "").is_file():
-        return _labels_in(read_coco(metadata.json_file))
+        return _labels_in(read_labels(metadata.json_file))
     return None
 
 
@@ -199,6 +208,7 @@ class Detector:
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
+        self.longest = cfg.INPUT.MAX_SIZE_TEST if cfg.INPUT.MIN_SIZE_TEST else None
         self._model = load_trained(cfg)
 
     def __call__(self, images: Sequence[Pixels]) -> list[Instances]:
@@ -248,6 +258,7 @@ def predict(
     output: Path | None = None,
     *,
     batch_size: int = 1,
+    longest: int | None = None,
     progress: bool = False,
 ) -> Outcome:
     """Detect on images and videos, and draw.
@@ -264,6 +275,8 @@ def predict(
         output: folder for the pictures and videos, made when there is something to write; None to
             draw nothing.
         batch_size: images at once.
+        longest: side of an image as the detector sees it, in pixels; an image that would be less
+            than half a pixel wide then is left out. None for no limit.
         progress: show a bar.
 
     Raises:
@@ -295,7 +308,7 @@ def predict(
                 bar.update(len(batch))
 
         look(
-            _read_images(images, labels, numbers, outcome.faults),
+            _read_images(images, labels, numbers, outcome.faults, longest),
             lambda frame, found: _save(
                 output / frame.source.drawn, draw_over(frame.image, found, labels.names)
             ),
@@ -322,15 +335,23 @@ def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:
 
 
 def _read_images(
-    sources: Iterable[Source], labels: Labels, numbers: Iterator[int], faults: list[str]
+    sources: Iterable[Source],
+    labels: Labels,
+    numbers: Iterator[int],
+    faults: list[str],
+    longest: int | None,
 ) -> Iterator[_Frame]:
     for source in sources:
         try:
             with Image.open(source.path) as opened:
                 check_depth(opened, str(source.path))
             image = read_image(str(source.path), format="RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            faults.append(f"{source.path} ({str(error).splitlines()[0]})")
+        except Exception as error:  # each decoder has its own
+            faults.append(f"{source.path} ({first_line(error)})")
+            continue
+        height, width = image.shape[:2]
+        if longest is not None and is_too_thin(width, height, longest):
+            faults.append(f"{source.path} (it is too thin, {width} x {height})")
             continue
         name = source.drawn.as_posix()
         image_id = labels.images[name] if name in labels.images else next(numbers)
@@ -366,6 +387,16 @@ def _fps(capture: cv2.VideoCapture) -> float:
     return fps if math.isfinite(fps) and fps > 0 else USUAL_FPS
 
 
+def writable_fps(fps: float) -> float:
+    """The nearest rate, in frames a second, that OpenCV can write into an MPEG-4 video.
+
+    OpenCV counts time in ticks of a frame, of which it takes 1, 10, 100 or 1,000 so that the rate
+    is right to 0.001.
+    """
+    decimals = next((d for d in (3, 2, 1) if fps * 10**d <= _MOST_TICKS), 0)
+    return min(round(fps, decimals), _MOST_TICKS)
+
+
 def _length(video: Source) -> int:
     with _opened(video.path) as capture:
         return max(1, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -398,7 +429,7 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
         return
     aside = target.with_name(f".{target.stem}.writing.mp4")
     with _opened(video.path) as capture:
-        fps = _fps(capture)
+        fps = writable_fps(_fps(capture))
     writer = cv2.VideoWriter()
 
     def write(picture: Pixels) -> None:
@@ -407,7 +438,9 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
             code = cv2.VideoWriter_fourcc(*"mp4v")
             if not writer.open(str(aside), code, fps, picture.shape[1::-1]):
                 raise UserError(
-                    f"Video {target} cannot be written: OpenCV has no encoder for it, give --json."
+                    f"Video {target} cannot be written by OpenCV ({picture.shape[1]} x "
+                    f"{picture.shape[0]} pixels, {fps:g} frames a second). Set --json instead of "
+                    f"--output."
                 )
         writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
 

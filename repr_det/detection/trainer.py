@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetMapper,
+    MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
 )
-from detectron2.evaluation import COCOEvaluator
+from detectron2.engine import HookBase
 
 from repr_det.detection.builtin import register_builtin
-from repr_det.detection.coco_results import complete
 from repr_det.detection.datasets import (
-    NamedImages,
+    check_annotations,
     check_classes,
     check_datasets,
-    check_test_masks,
-    check_training_masks,
+    check_trained_classes,
+    check_training_objects,
 )
 from repr_det.detection.deterministic_loader import build_deterministic_loader
+from repr_det.detection.evaluator import CocoEvaluator
+from repr_det.detection.mapper import NamedImages
 from repr_det.detection.parts import register_held_out, training_records
+from repr_det.engine.class_names import ClassNames
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
 
@@ -59,12 +61,12 @@ class DetectionTrainer(RePrTrainer):
         check_datasets(cfg)
 
     @classmethod
-    def check_to_evaluate(cls, cfg: CfgNode) -> None:
-        """Refuse test sets of other classes than the model's, or without its masks; reads them."""
+    def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
+        """Refuse test sets that do not fit the model, by classes and annotations; reads them."""
         cls.check(cfg)
+        check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, cfg.DATASETS.TEST)
-        if cfg.MODEL.MASK_ON:
-            check_test_masks(cfg.DATASETS.TEST)
+        check_trained_classes(weights, cfg.DATASETS.TEST)
 
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
@@ -74,47 +76,42 @@ class DetectionTrainer(RePrTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Any:
         """Detectron2's training loader, or with ``cfg.DETERMINISTIC`` its counterpart."""
-        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=cfg.INPUT.SKIP_BAD_IMAGES)
         if cfg.DATALOADER.SAMPLER_TRAIN not in _SAMPLERS:
             raise UserError(
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}. Set it to one of "
                 f"{', '.join(_SAMPLERS)}."
             )
+        resized = any(side > 0 for side in cfg.INPUT.MIN_SIZE_TRAIN)
+        mapper = NamedImages(
+            DatasetMapper(cfg, is_train=True),
+            skip=cfg.INPUT.SKIP_BAD_IMAGES,
+            longest=cfg.INPUT.MAX_SIZE_TRAIN if resized else None,
+        )
         records = training_records(cfg)
-        if cfg.DETERMINISTIC:
-            loader = build_deterministic_loader(cfg, records, mapper)
-        else:
-            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=records)
+        check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        if cfg.MODEL.MASK_ON:
-            check_training_masks(cfg, records)
-            check_test_masks(cfg.DATASETS.TEST)
-        return loader
+        check_training_objects(cfg, records)
+        if cfg.DETERMINISTIC:
+            return build_deterministic_loader(cfg, records, mapper)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's test loader; an image that cannot be read is named."""
-        mapper = NamedImages(DatasetMapper(cfg, is_train=False), skip=False)
+        mapper = NamedImages(
+            DatasetMapper(cfg, is_train=False),
+            skip=False,
+            longest=cfg.INPUT.MAX_SIZE_TEST if cfg.INPUT.MIN_SIZE_TEST else None,
+        )
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> CocoEvaluator:
         """COCO's metrics for what the model predicts; predictions go to ``OUTPUT_DIR``."""
-        evaluator = COCOEvaluator(
-            dataset_name,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
-            use_fast_impl=_has_fast_evaluation(),
-            # What is kept of a held-out part in OUTPUT_DIR may be another config's.
-            allow_cached_coco=False,
-        )
-        complete(evaluator._coco_api)
-        return evaluator
+        return CocoEvaluator(cfg, dataset_name)
 
-
-def _has_fast_evaluation() -> bool:
-    """Whether Detectron2's compiled extension, and so its own COCOeval, is there."""
-    try:
-        from detectron2 import _C  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    def build_hooks(self) -> list[HookBase]:
+        """The hooks of every task, and one that records what the classes are called."""
+        train = self.cfg.DATASETS.TRAIN[0]
+        names = MetadataCatalog.get(train).get("thing_classes")
+        return [ClassNames(f"Dataset {train}", names), *super().build_hooks()]

@@ -17,11 +17,11 @@ from detectron2.utils import comm
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
-from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.config import config_path
 from repr_det.engine.processes import launch
 from repr_det.engine.run_folder import open_run_folder, set_up_process
-from repr_det.engine.trainer import RePrTrainer, check_weights_given
+from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
 from repr_det.errors import UserError, sentence
 
 GRACE_S = 60.0
@@ -128,19 +128,19 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         trainer_class.check(cfg)
         lines = set_up_process(cfg, args)
         if args.eval_only:
-            trainer_class.check_to_evaluate(cfg)
+            resumed = args.resume and has_run(cfg.OUTPUT_DIR)
+            weights = str(last_checkpoint(cfg.OUTPUT_DIR)) if resumed else cfg.MODEL.WEIGHTS
+            trainer_class.check_to_evaluate(cfg, weights)
             model = trainer_class.build_model(cfg)
             load_to_evaluate(model, cfg, args.resume)
         else:
             trainer = trainer_class(cfg)
             trainer.resume_or_load(resume=args.resume)
         open_run_folder(cfg, lines, keep_config=args.eval_only)
-    if args.eval_only:
-        results = trainer_class.test(cfg, model)
-        if comm.is_main_process():
-            verify_results(cfg, results)
-        return
-    trainer.train()
+        # A loader may still meet a damaged file.
+        results = trainer_class.test(cfg, model) if args.eval_only else trainer.train()
+    if args.eval_only and comm.is_main_process():
+        verify_results(cfg, results)
 
 
 def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:

@@ -6,10 +6,28 @@ import os
 from pathlib import Path
 
 import torch
+from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch import Tensor
 
 from repr_det.errors import UserError
+
+SUFFIXES = (
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".jfif",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".pgm",
+    ".png",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
+"""Of files that are taken for images."""
 
 
 def datasets_root() -> Path:
@@ -53,6 +71,25 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
     return order[held_out : held_out + count].sort().values, order[:held_out].sort().values
 
 
+def is_hidden(path: Path) -> bool:
+    """Whether a file or folder is none of the user's: ``._photo.jpg``, ``.ipynb_checkpoints``."""
+    return path.name.startswith(".")
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return path.suffix.lower() in SUFFIXES and not is_hidden(path)
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Image files in a folder and its subfolders, sorted; without hidden ones."""
+    found = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        found += [Path(parent, name) for name in files if is_image(Path(name))]
+    return sorted(path for path in found if path.is_file())
+
+
 def check_depth(image: Image.Image, path: str) -> None:
     """Refuse an image of more than 8 bits a channel: Pillow would cut all bright values to white.
 
@@ -65,6 +102,32 @@ def check_depth(image: Image.Image, path: str) -> None:
     """
     if image.mode.startswith(("I", "F")):
         raise UserError(
-            f"Image {path} has more than 8 bits a channel (Pillow's mode {image.mode}): convert it "
+            f"Image {path} has more than 8 bits a channel (Pillow's mode {image.mode}). Convert it "
             f"to 8."
         )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line that is never empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def image_fault(path: str | Path) -> str | None:
+    """Why an image cannot be decoded, in one line; None where it can."""
+    try:
+        read_image(str(path), format="RGB")
+    except Exception as error:  # each decoder has its own
+        return first_line(error)
+    return None
+
+
+def is_too_thin(width: int, height: int, longest: int) -> bool:
+    """Whether the shorter side of an image has no pixel left when the longer one is shrunk.
+
+    Args:
+        width: in pixels.
+        height: in pixels.
+        longest: what the longer side is shrunk to at most, in pixels.
+    """
+    return min(width, height) * longest / max(width, height) < 0.5

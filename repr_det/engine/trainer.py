@@ -124,8 +124,12 @@ class RePrTrainer(DefaultTrainer):
         cls.check(cfg)
 
     @classmethod
-    def check_to_evaluate(cls, cfg: CfgNode) -> None:
+    def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
         """:meth:`check`, and what else can be told of the data before evaluation.
+
+        Args:
+            cfg: the config.
+            weights: path of the checkpoint that is to be evaluated.
 
         Raises:
             UserError: what is wrong.
@@ -225,6 +229,11 @@ class RePrTrainer(DefaultTrainer):
         if not resuming:
             check_weights(self.cfg.MODEL.WEIGHTS)
         super().resume_or_load(resume=resume)
+        if resuming and self.start_iter > self.max_iter:
+            raise UserError(
+                f"SOLVER.MAX_ITER is {self.max_iter}, but the run in {self.cfg.OUTPUT_DIR} has "
+                f"done {self.start_iter} iterations. Set as many or more, or another OUTPUT_DIR."
+            )
         if resuming and self._repr_hook is not None:
             self._repr_hook.check_resumed(self.start_iter)
         if resuming and hasattr(self.data_loader, "set_iteration"):

@@ -22,15 +22,18 @@ from tests.coco_files import SIZE, direct, make_results, make_truth, read, recta
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"image_id": 1}, "is for image 1, which the annotations do not have"),
-        ({"category_id": 1}, "is of category 1, which the annotations do not have"),
-        ({"score": float("nan")}, "has the score nan"),
-        ({"score": None}, "lacks what a detection has"),
+        ({"image_id": 1}, "has image_id 1, which the annotations do not have"),
+        ({"category_id": 1}, "has category_id 1, which the annotations do not have"),
+        ({"score": float("nan")}, "has the score NaN"),
+        ({"score": None}, "has the score null"),
+        ({"score": True}, "has the score true"),
+        ({"bbox": [1, 2, -3, 4]}, "instead of x, y, width, height"),
         ({"bbox": [1, 2, 3]}, "instead of x, y, width, height"),
         ({"bbox": [1, 2, 3, float("inf")]}, "instead of x, y, width, height"),
-        ({"segmentation": {"size": [1, 2], "counts": "abc"}}, "unlike its image"),
+        ({"segmentation": {"size": [1, 2], "counts": "abc"}}, "but its image has"),
         ({"segmentation": {"size": [SIZE, SIZE], "counts": [1]}}, "not compressed RLE"),
-        ({"segmentation": rectangle([0, 0, 5, 5])}, "lacks what a detection has"),
+        ({"segmentation": rectangle([0, 0, 5, 5])}, "not compressed RLE"),
+        ({"segmentation": {"size": [SIZE, SIZE], "counts": "abc"}}, "damaged or cut off"),
     ],
 )
 def test_results_that_do_not_fit(tmp_path, change, sentence):
@@ -47,7 +50,7 @@ def test_results_that_do_not_fit(tmp_path, change, sentence):
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda content: content["categories"][0].update(name="wolf"), "two categories 'wolf'"),
+        (lambda content: content["categories"][0].update(name="wolf"), 'both called "wolf"'),
         (lambda content: content["images"].pop(), "image_id"),
     ],
 )
@@ -82,11 +85,14 @@ def test_only_what_all_results_hold_is_compared(tmp_path):
     truth = read(tmp_path, content)
     assert evaluable_types(both, truth) == (BBOX, SEGM)
     assert evaluable_types([], truth) == evaluable_types([*both, *boxes], truth) == (BBOX,)
-    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but a detection"):
+    with pytest.raises(
+        ValueError, match="segm needs segmentation everywhere, but detection 0 has none"
+    ):
         list(evaluated_classes(truth, boxes, SEGM))
+    number = content["annotations"][0]["id"]
     content["annotations"][0]["segmentation"] = []  # as some programs write
     assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     content["annotations"][0].pop("segmentation")
     assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
-    with pytest.raises(ValueError, match="segm needs segmentation everywhere, but an annotation"):
+    with pytest.raises(ValueError, match=f"annotation {number} has no mask"):
         list(evaluated_classes(read(tmp_path, content), both, SEGM))

@@ -315,4 +315,4 @@ def test_no_encoder_for_videos(tool, run, video, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *letters: 0, raising=False)
     assert call(tool, run, video, "--output", tmp_path / "out") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.endswith("cannot be written: OpenCV has no encoder for it, give --json.")
+    assert line.endswith("frames a second). Set --json instead of --output.")

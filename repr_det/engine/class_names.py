@@ -1,0 +1,82 @@
+"""What the classes of a run are called: recorded in checkpoints, compared wherever it is used."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+
+from repr_det.errors import UserError, shown
+
+STATE_KEY = "ClassNames"
+"""Under ``trainer.hooks`` of a checkpoint."""
+
+
+class ClassNames(HookBase):
+    """Keeps the names of the classes, in order, in a run's checkpoints.
+
+    Args:
+        dataset: what is trained on, to be named.
+        names: of its classes; None where nobody knows them.
+    """
+
+    def __init__(self, dataset: str, names: Sequence[str] | None) -> None:
+        self._dataset, self._names = dataset, names
+
+    def state_dict(self) -> dict[str, Any]:
+        """The names, if they are known."""
+        return {} if self._names is None else {"names": list(self._names)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with those of the run that is resumed.
+
+        Raises:
+            UserError: they differ.
+        """
+        check_names(state.get("names"), self._names, self._dataset)
+
+
+def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
+    """The names of the classes that a checkpoint was trained on; None where nobody recorded them.
+
+    Args:
+        weights: of ``MODEL.WEIGHTS``. Whether it can be loaded is for others to say.
+    """
+    if Path(weights).suffix != ".pth" or not Path(weights).is_file():
+        return None
+    try:  # mapped into memory, so that tensors are not read
+        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+        return list(content["trainer"]["hooks"][STATE_KEY]["names"])
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError):
+        return None
+
+
+def check_names(recorded: Sequence[str] | None, found: Sequence[str] | None, dataset: str) -> None:
+    """Refuse a dataset whose classes have other names than those that were trained on.
+
+    Args:
+        recorded: see :func:`recorded_names`.
+        found: what the dataset calls them. Where either is None, nothing is compared.
+        dataset: its name or file.
+
+    Raises:
+        UserError: names or their order differ.
+    """
+    if recorded is not None and found is not None and list(found) != list(recorded):
+        raise UserError(
+            f"{dataset} has other classes than the run was trained on, or in another order "
+            f"({difference(recorded, found)}). Set data with the same ones."
+        )
+
+
+def difference(expected: Sequence[str], found: Sequence[str]) -> str:
+    """Where two lists of classes part first, in words."""
+    for number, (wanted, there) in enumerate(zip(expected, found, strict=False)):
+        if wanted != there:
+            return f"class {number} is {shown(there)} instead of {shown(wanted)}"
+    return f"{len(found)} classes instead of {len(expected)}"

@@ -1,0 +1,72 @@
+"""Images of a loader that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+
+import cv2
+import numpy as np
+import pytest
+from detectron2.data import DatasetMapper
+from PIL import Image
+
+from repr_det.detection.mapper import NamedImages
+from repr_det.tasks import get_cfg
+from tests.images import written_in_many_ways
+
+
+@pytest.fixture
+def cfg():
+    return get_cfg()
+
+
+class TestUnreadableImages:
+    @pytest.fixture(params=["missing", "truncated", "text", "other size", "huge"])
+    def record(self, request, tmp_path, monkeypatch):
+        path = tmp_path / "photo.jpg"
+        if request.param != "missing":
+            cv2.imwrite(str(path), np.random.default_rng(0).integers(0, 255, (60, 80, 3)))
+        if request.param == "truncated":
+            path.write_bytes(path.read_bytes()[:500])
+        if request.param == "text":
+            path.write_text("not an image")
+        if request.param == "huge":  # Pillow refuses twice as many pixels as this
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)
+        size = (60, 81) if request.param == "other size" else (60, 80)
+        return {"file_name": str(path), "height": size[0], "width": size[1], "annotations": []}
+
+    def test_is_named(self, cfg, record):
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=False)
+        with pytest.raises(ValueError, match=r"Image .*photo.jpg cannot be read .*SKIP_BAD_IMAGES"):
+            mapper(record)
+
+    def test_is_skipped_and_counted(self, cfg, record, caplog):
+        logging.getLogger("detectron2").propagate = True
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True)
+        assert mapper(dict(record)) is None
+        assert mapper(dict(record)) is None
+        assert "2 so far" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["RGB", "BGR"])
+def test_images_are_seen_as_they_are_meant(cfg, tmp_path, order):
+    """Grey, of a palette, transparent, or turned by EXIF; the annotations have the upright size."""
+    cfg.INPUT.FORMAT = order
+    cfg.INPUT.MIN_SIZE_TEST = 30  # as they are
+    mapper = NamedImages(DatasetMapper(cfg, is_train=False), skip=False)
+    pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+    for path, seen in written_in_many_ways(tmp_path, pixels):
+        image = mapper({"file_name": str(path), "height": 30, "width": 40})["image"]
+        channels = seen if order == "RGB" else seen[:, :, ::-1]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), channels), path.name
+
+
+@pytest.mark.parametrize("mode", ["I;16", "F"])
+def test_an_image_of_more_than_8_bits_is_named(tmp_path, mode):
+    """Pillow would make it white."""
+    path = tmp_path / "x_ray.tiff"
+    ramp = np.linspace(0, 60_000, 64).reshape(8, 8)
+    Image.fromarray(ramp.astype({"I;16": np.uint16, "F": np.float32}[mode])).save(path)
+    mapper = NamedImages(lambda record: record, skip=True)
+    with pytest.raises(ValueError, match=r"x_ray.tiff has more than 8 bits a channel .*Convert it"):
+        mapper({"file_name": str(path)})
