@@ -118,13 +118,16 @@ def orthogonal_directions(units: Tensor, dropped: Tensor, generator: torch.Gener
     normal = torch.randn(count, dimension, generator=generator).to(units.device, torch.float64)
     if count >= dimension:  # all directions are needed, and one basis may not hold all filters
         new = [_orthonormal(part) for part in normal.split(dimension)]
+    elif len(units) + count <= dimension:
+        taken, _ = _span(units.double(), dimension, _SHORTEST[units.dtype])
+        new = [_orthonormal(_without(normal, taken))]
     else:
         old, kept = units[dropped].double(), units[~dropped].double()
-        new = _least_covered(old, kept, normal, _SHORTEST[units.dtype])
+        new = _with_little_room(old, kept, normal, _SHORTEST[units.dtype])
     return torch.cat(new).to(units.dtype)
 
 
-def _least_covered(old: Tensor, kept: Tensor, normal: Tensor, shortest: float) -> list[Tensor]:
+def _with_little_room(old: Tensor, kept: Tensor, normal: Tensor, shortest: float) -> list[Tensor]:
     """Orthonormal rows in the subspaces of :func:`orthogonal_directions`, a tensor for each."""
     count, dimension = normal.shape
     taken, lengths = _span(kept, dimension - count, shortest)
