@@ -110,14 +110,11 @@ def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
     """Seconds of a step of S2 in which gradients are set to zero.
 
     A median over backward passes that do nothing but accumulate the gradients that are held, with
-    and without holding them in turns. What is let go after the first backward of a phase costs
-    nothing from then on, and is not counted.
+    and without holding them in turns.
     """
     step()
     mask: GradientMask = masked._repr_hook.method._mask
-    held = [p for p in mask._handles if p.grad is not None and _is_hooked(p)]
-    if not held:
-        return 0.0
+    held = [p for p in mask._slots if p.grad is not None]
     slots = [slot for parameter in held for slot in mask._slots[parameter]]
     gradients = [torch.zeros_like(parameter) for parameter in held]
     mask.remove()
@@ -125,17 +122,13 @@ def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
     for index in range(WARM_UP + HOLDING_ROUNDS * rounds):
         seconds = {}
         for holds in (False, True) if index % 2 else (True, False):
-            again = GradientMask(slots if holds else [])
+            again = GradientMask(slots if holds else [], masked.optimizer)
             begin = now()
             torch.autograd.backward(held, gradients)
             seconds[holds] = now() - begin
             again.remove()
         spent.append(seconds[True] - seconds[False])
     return max(statistics.median(spent[WARM_UP:]), 0.0)
-
-
-def _is_hooked(parameter: torch.Tensor) -> bool:
-    return bool(parameter._post_accumulate_grad_hooks)
 
 
 def _multiply_adds(masked: Any) -> float:

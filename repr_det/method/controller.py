@@ -30,7 +30,6 @@ from repr_det.method.holding import GradientMask, moved, put_back, set_aside, ze
 from repr_det.method.layers import (
     FilterLayer,
     NormLink,
-    Slot,
     column_slots,
     extremes,
     row_lengths,
@@ -176,7 +175,6 @@ class RePr:
 
         self._copied_models = list(copies)
         self._build(self._traced())
-        self._hooks_followed = _forward_hooks(self._model)
         self._check_reachable()
         constant = not self.reinit.as_it_was and any(
             link.constant_statistics for link, _ in self._norms(None)
@@ -385,7 +383,8 @@ class RePr:
     def mask_gradients(self) -> None:
         """Set the gradients of pruned filters to zero now.
 
-        Only for loops that write ``.grad`` other than by ``backward()``, which does it by itself.
+        Backward and the optimizer's step do so by themselves. Only for loops that write ``.grad``
+        by hand and look at it before the step, for example to clip it.
         """
         if self._mask is not None:
             self._mask.apply()
@@ -564,9 +563,9 @@ class RePr:
         if names:
             warnings.warn(
                 f"RePr: dropped filters of {', '.join(names[:3])}{' ...' * (len(names) > 3)} did "
-                f"not stay zero, so the sub-network was not exactly a smaller one; let what looks "
-                f"at weights or features in the loss begin before a drop, and nothing else write "
-                f"to them.",
+                f"not stay zero, so the sub-network was not exactly a smaller one. Let nothing but "
+                f"this optimizer write to their weights, and nothing to their gradients through "
+                f".data.",
                 stacklevel=4,
             )
 
@@ -578,18 +577,13 @@ class RePr:
         ]
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
-        slots: list[Slot] = []
-        unread: list[Slot] = []
-        # The columns that read them are zero, so nothing flows back into filters that could go;
-        # unless a hook set since the model was followed gives features to a loss.
-        as_followed = layers is self.layers and _forward_hooks(self._model) <= self._hooks_followed
-        silent = self.removable.unread(pruned) if as_followed else {}
-        for layer in layers:
-            chosen = pruned[layer.name]
-            if chosen.any():
-                quiet = layer.name in silent and torch.equal(silent[layer.name], chosen)
-                (unread if quiet else slots).extend(layer.filter_slots(chosen))
-        self._mask = GradientMask(slots, unread)
+        slots = [
+            slot
+            for layer in layers
+            if pruned[layer.name].any()
+            for slot in layer.filter_slots(pruned[layer.name])
+        ]
+        self._mask = GradientMask(slots, self.optimizer)
 
     def _release(self) -> None:
         if self._mask is not None:
@@ -825,10 +819,6 @@ def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
         for entries in state["aside"]
         for reader in readers
     )
-
-
-def _forward_hooks(model: nn.Module) -> set[int]:
-    return {number for module in model.modules() for number in module._forward_hooks}
 
 
 def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> dict[str, Any]:

@@ -6,20 +6,21 @@ zero as backward accumulates them. An optimizer that works elementwise then leav
 exactly zero: weight decay and momentum of zero are zero. So nothing is added to the forward pass or
 the step, and any loop that calls ``backward()`` and ``optimizer.step()`` is supported.
 
+Every pruned filter is held, also where nothing but zeros reads it: what reads it may change.
+
 The weights that read a pruned channel are zero meanwhile, with their optimizer state, and come back
-as they were, times a factor. With them at zero nothing flows back into a pruned channel either, so
-where they are all that reads it, its gradients are zero by themselves and cost nothing to hold.
+as they were, times a factor. They read zeros, so their gradients are zero by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import ReferenceType, ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from repr_det.method.layers import FilterLayer, Slot, column_slots, extremes
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
@@ -28,49 +29,59 @@ from repr_det.method.tracing import Reader
 
 
 class GradientMask:
-    """Sets the gradients of some slots to zero as soon as backward has accumulated them.
+    """Sets the gradients of pruned filters to zero as soon as backward has accumulated them.
 
     Before clipping, unscaling and the step, wherever these happen, and before
-    DistributedDataParallel averages them.
+    DistributedDataParallel averages them. What was written since then, or by hand, is set to zero
+    when the optimizer steps.
 
     Args:
-        slots: always set to zero.
-        unread: likewise until the first backward shows that they are zero anyway. That they are
-            must follow from the network, too: one batch alone proves nothing.
+        slots: what is held. A parameter that does not train is held once it does.
+        optimizer: trains it.
     """
 
-    def __init__(self, slots: Iterable[Slot], unread: Iterable[Slot] = ()) -> None:
+    def __init__(self, slots: Iterable[Slot], optimizer: Optimizer) -> None:
         self._slots: dict[Tensor, list[Slot]] = {}
-        self._handles: dict[Tensor, RemovableHandle] = {}
-        for some, hook in ((slots, self._mask), (unread, self._mask_or_let_go)):
-            for slot in some:
-                if slot.tensor.requires_grad:
-                    self._slots.setdefault(slot.tensor, []).append(slot)
-                    if slot.tensor not in self._handles:
-                        handle = slot.tensor.register_post_accumulate_grad_hook(hook)
-                        self._handles[slot.tensor] = handle
+        for slot in slots:
+            if isinstance(slot.tensor, nn.Parameter):
+                self._slots.setdefault(slot.tensor, []).append(slot)
+        # The gradients that were set to zero since the last step, and their versions then.
+        self._done: dict[Tensor, tuple[ReferenceType[Tensor], int]] = {}
+        self._handles = [_after_accumulation(p, self._mask) for p in self._slots]
+        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
 
     def _mask(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
         for slot in self._slots[parameter]:
-            slot.fill(0.0, like=parameter.grad)
+            slot.fill(0.0, like=gradient)
+        self._done[parameter] = (ref(gradient), gradient._version)
 
-    def _mask_or_let_go(self, parameter: Tensor) -> None:
-        if any(slot.read(like=parameter.grad).any() for slot in self._slots[parameter]):
-            self._mask(parameter)
-        else:
-            # Each hook is a call into Python and, for a weight, a pass over its rows.
-            self._handles[parameter].remove()
+    def _before_step(self, *_: Any) -> None:
+        for parameter in self._slots:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            seen, version = self._done.get(parameter, (None, 0))
+            if seen is None or seen() is not gradient or gradient._version != version:
+                self._mask(parameter)
 
     def apply(self) -> None:
-        """Set them to zero now: for loops that write gradients without backward."""
-        for parameter in self._slots:
-            if parameter.grad is not None:
-                self._mask(parameter)
+        """Set them to zero now: for loops that clip gradients which they wrote by hand."""
+        self._before_step()
 
     def remove(self) -> None:
         """Let gradients through again."""
-        for handle in self._handles.values():
+        for handle in self._handles:
             handle.remove()
+
+
+def _after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
+    """Hook a parameter, also one that does not train yet, which torch refuses."""
+    trains = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle = parameter.register_post_accumulate_grad_hook(hook)
+    parameter.requires_grad_(trains)
+    return handle
 
 
 def _zero(slot: Slot, optimizer: Optimizer | None) -> None:

@@ -28,7 +28,9 @@ class Slot(NamedTuple):
     index: Tensor
 
     def _view(self, like: Tensor | None) -> Tensor:
-        tensor = (self.tensor if like is None else like).detach()
+        tensor = self.tensor if like is None else like
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         return tensor if self.rows is None else tensor[self.rows]
 
     def read(self, like: Tensor | None = None) -> Tensor:

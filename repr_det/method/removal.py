@@ -90,18 +90,6 @@ class Removable:
                     norms.setdefault(link.name, none)[channels] = True
         return Removal(_some(filters), _some(inputs), norms)
 
-    def unread(self, pruned: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The pruned filters that nothing but weights reads which are zero while they are pruned.
-
-        Args:
-            pruned: bool of shape (J,) by layer name.
-
-        Returns:
-            likewise.
-        """
-        going = self._going(pruned)
-        return {name: going[self._groups[name]] for name in pruned}
-
     def _going(self, pruned: dict[str, Tensor]) -> Tensor:
         """Which groups are pruned whole and may go; one more entry for what index -1 stands for."""
         count = torch.zeros_like(self._size)

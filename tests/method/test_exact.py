@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,9 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repr_det import RePr, RePrSchedule
-from repr_det.method.holding import GradientMask, moved
-from repr_det.method.layers import Slot
-from tests.method.nets import NETS, OPTIMIZERS, batch, chain, check_held, loss, net
+from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
 STEPS = 50
@@ -174,25 +169,6 @@ def test_regulariser_in_the_loss_does_not_wake_a_filter():
         assert layer.weight[method.pruned[layer.name]].abs().sum() == 0
 
 
-@pytest.mark.parametrize(
-    ("make", "free"),
-    [(NETS["chain"], True), (NETS["residual"], False), (lambda: chain("GN"), False)],
-)
-def test_only_filters_that_get_a_gradient_are_held(make, free):
-    """Where all that reads a filter is known, its gradient is zero, and no hook costs time."""
-    torch.manual_seed(0)
-    model = make().double()
-    trainer = OPTIMIZERS["momentum"](model.parameters())
-    method = RePr(model, trainer, RePrSchedule(1, 9, 1), 0.3)
-    for i in range(3):
-        method.step(i)
-        train_step(model, trainer, i, torch.float64)
-    held = {layer.name for layer in method.layers if layer.weight._post_accumulate_grad_hooks}
-    pruned = {layer.name for layer in method.layers if method.pruned[layer.name].any()}
-    assert held <= pruned and pruned
-    assert not held if free else held
-
-
 class Sum(nn.Module):
     """A block with a shortcut, whose last conv can also be read past its norm."""
 
@@ -252,75 +228,6 @@ def test_regulariser_that_begins_late_does_not_wake_a_filter_in_a_sum():
         (loss(model, batch(i, torch.float32)) + penalty).backward()
         trainer.step()
         check_held(method)
-
-
-def test_filters_that_a_grouped_conv_reads_need_not_be_held():
-    """Although they could not be taken out: one group would read fewer than the other."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(),
-        nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 5),
-    )  # fmt: skip
-    trainer = OPTIMIZERS["momentum"](model.parameters())
-    scores = {"2": torch.tensor([1.0, 0.5, 0.0, 0.0])}
-    method = RePr(
-        model, trainer, RePrSchedule(1, 9, 1), 0.5, include=["2"],
-        criterion=lambda layers, data: scores,
-    )  # fmt: skip
-    for i in range(4):
-        method.step(i)
-        train_step(model, trainer, i, torch.float32)
-        assert not i or not model[2].weight[:2].any()
-    assert not model[2].weight._post_accumulate_grad_hooks
-
-
-@pytest.mark.parametrize("name", ["chain", "chain-bias", "residual-frozen", "residual-grouped"])
-@pytest.mark.parametrize("value", [1e-30, -1.0, math.nan])
-def test_any_part_of_a_filter_that_is_not_zero_shows(name, value):
-    method, _ = prune_half(net(name, torch.float32))
-    for layer in method.layers:
-        pruned = method.pruned[layer.name]
-        for slot in layer.filter_slots(pruned) if pruned.any() else ():
-            assert not moved(layer, pruned)
-            slot.write(torch.full_like(slot.read(), value))
-            assert moved(layer, pruned)
-            slot.fill(0.0)
-
-
-@pytest.mark.parametrize("begins", [0, 2])
-def test_filters_that_were_woken_are_told_of(begins):
-    """What reads only zeros is let go after the first backward; this loss comes to it later."""
-    torch.manual_seed(0)
-    model = chain()
-    trainer = OPTIMIZERS["momentum"](model.parameters())
-    method = RePr(model, trainer, RePrSchedule(1, 4, 1), 0.3)
-    method.step(1)
-    pruned = method.pruned
-    for i in range(4):
-        trainer.zero_grad()
-        weights = [layer.module.weight for layer in method.layers]
-        penalty = sum((w - 0.1).square().sum() for w in weights) if i >= begins else 0
-        (loss(model, batch(i, torch.float32)) + penalty).backward()
-        trainer.step()
-    moved = [x.name for x in method.layers if x.weight[pruned[x.name]].any()]
-    assert bool(moved) == (begins > 0)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        method.step(5)
-    messages = [str(one.message) for one in caught if "did not stay zero" in str(one.message)]
-    assert len(messages) == bool(moved)
-    assert all(name in messages[0] for name in moved)
-    assert not moved or caught[0].filename == __file__
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_gradient_that_overflows_in_a_held_filter_is_zero(value):
-    """So that it is neither clipped by nor a reason to skip a step with mixed precision."""
-    bias = nn.Parameter(torch.ones(3))
-    mask = GradientMask([Slot(bias, None, 0, torch.tensor([0]))])
-    (bias * torch.tensor([value, 1.0, 2.0])).sum().backward()
-    assert bias.grad.tolist() == [0.0, 1.0, 2.0]
-    mask.remove()
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
