@@ -1,12 +1,31 @@
-"""Which optimizers are accepted, and what their state becomes."""
+"""Which optimizers are accepted, and what their state becomes.
+
+An optimizer is accepted for what it does, not for its name. It is tried on a few small weights in
+float64, with the options of each of its parameter groups and with gradients that grow:
+
+- A weight with zero rows and columns, and zero gradients there, must step as the smaller one does.
+- Rows that are set to zero later, with their state, must stay zero.
+- Rows that come back with a new state must stay where they are put while their gradient is zero and
+  nothing decays. A state that is a position (slow weights, averages that weights are drawn from)
+  would pull them away.
+
+Norms over a whole weight pass: zeros do not change them. Means over a weight, factored moments and
+noise do not.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
+import warnings
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map
 
 from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer
@@ -16,52 +35,227 @@ SECOND_MOMENTS = {
 }  # fmt: skip
 """Optimizer state that scales a step: a new filter starts with the survivors' mean of it."""
 
-_ELEMENTWISE = tuple(
-    getattr(torch.optim, name)
-    for name in (
-        "SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop",
-        "Rprop", "ASGD",
-    )
-)  # fmt: skip
+_ROWS, _COLUMNS = 140, 134
+"""Of a weight that is tried. Some optimizers factor moments from 128 on."""
+
+_TOLERANCE = 1e-12
+"""Largest difference that counts as rounding, relative to the weight."""
+
+_SCALES = [10.0**exponent for exponent in range(-4, 4)]
+"""Of the gradients of one step after another: clips and trust ratios set in somewhere."""
+
+_STEPS_AFTER_RETURN = 24
+"""Slow weights are averaged in every few steps."""
 
 
 def check_optimizer(optimizer: Optimizer) -> None:
-    """Refuse an optimizer that cannot be held filter by filter.
-
-    torch's elementwise optimizers and their subclasses pass. Any other is tried out: how one filter
-    moves must not depend on the others.
+    """Refuse an optimizer with which the pruned network would not be exactly a smaller one.
 
     Raises:
-        UserError: the optimizer is not elementwise, or could not be tried out.
+        UserError: it lacks one of the properties above, or could not be tried.
     """
-    if isinstance(optimizer, _ELEMENTWISE) or _is_elementwise(optimizer):
-        return
-    raise UserError(
-        f"RePr cannot hold the state of {type(optimizer).__name__} filter by filter, so the "
-        f"sub-network would not be exact; use an elementwise optimizer such as SGD, Adam, AdamW "
-        f"or RMSprop."
-    )
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"RePr: the optimizer is a {type(optimizer).__name__}. Pass a torch.optim.Optimizer."
+        )
+    # Nothing here may show outside: random numbers, warnings about hyper-parameters.
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        try:
+            problem = _keeps_zeros(optimizer) or _lets_rows_return(optimizer)
+        except Exception as error:  # whatever a foreign optimizer raises
+            problem = f"it could not be tried on a small weight ({type(error).__name__}: {error})"
+    if problem is not None:
+        raise UserError(
+            f"RePr: with {type(optimizer).__name__} the pruned network would not train exactly as "
+            f"a smaller one: {problem}. Use an optimizer such as SGD, Adam, AdamW or RMSprop."
+        )
 
 
-def _is_elementwise(optimizer: Optimizer) -> bool:
+class _Weight(NamedTuple):
+    """A weight that is tried.
+
+    Attributes:
+        values: float64, zero outside of ``kept``.
+        kept: ``values[kept]`` is the smaller weight.
+    """
+
+    values: Tensor
+    kept: tuple[Tensor, ...]
+
+    def random(self, generator: torch.Generator) -> Tensor:
+        """Random numbers of the weight's shape, zero outside of what is kept."""
+        zeros = torch.zeros_like(self.values)
+        numbers = torch.randn(self.values[self.kept].shape, generator=generator, dtype=zeros.dtype)
+        return zeros.index_put(self.kept, numbers)
+
+
+def _weights(dimensions: set[int], generator: torch.Generator) -> Iterator[_Weight]:
+    """One weight of each number of dimensions, and a grouped conv's for four."""
+    rows = torch.arange(_ROWS)[torch.arange(_ROWS) % 20 != 4]
+    columns = torch.arange(_COLUMNS)[torch.arange(_COLUMNS) % 35 != 2]
+    second_group = (rows >= _ROWS // 2).long()[:, None]
+    for count in sorted(dimensions - {0}):
+        shape = (_ROWS, _COLUMNS, 2, 1, 1)[:count]
+        indices = [(rows,)] if count == 1 else [(rows[:, None], columns)]
+        if count == 4:  # its groups lose equally many inputs, but others
+            indices.append((rows[:, None], (columns + second_group) % _COLUMNS))
+        for kept in indices:
+            empty = _Weight(torch.zeros(shape, dtype=torch.float64), kept)
+            yield empty._replace(values=empty.random(generator))
+
+
+def _options(optimizer: Optimizer, decay: bool) -> list[tuple[dict[str, Any], set[int]]]:
+    """The different options of parameter groups, and how many dimensions their weights have."""
+    found: dict[str, tuple[dict[str, Any], set[int]]] = {}
+    for group in optimizer.param_groups:
+        options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        options = tree_map(
+            lambda v: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v, options
+        )
+        for implementation in {"foreach", "fused", "capturable"} & options.keys():
+            options[implementation] = False
+        # A schedule may begin with a rate of 0, with which everything stays where it is.
+        if "lr" in options:
+            options["lr"] = options.get("initial_lr", options["lr"])
+            if options["lr"] == 0:
+                options["lr"] = 0.1
+        for name, value in options.items():
+            if not decay and _decays(name) and type(value) in (int, float):
+                options[name] = type(value)(0)
+        dimensions = {p.dim() for p in group["params"]}
+        # The rate alone makes no difference, and some loops set one for each layer.
+        alike = repr({**options, "lr": None, "initial_lr": None})
+        found.setdefault(alike, (options, set()))[1].update(dimensions)
+    return list(found.values())
+
+
+def _decays(name: str) -> bool:
+    return "decay" in name or name.startswith(("lambd", "l1", "l2"))
+
+
+class _Trial(NamedTuple):
+    """An optimizer like another one, on weights of its own."""
+
+    optimizer: Optimizer
+    parameters: list[nn.Parameter]
+
+    def step(self, gradients: list[Tensor]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        self.optimizer.step()
+
+
+def _trial(
+    optimizer: Optimizer, options: list[dict[str, Any]], values: list[list[Tensor]]
+) -> _Trial:
+    """Try an optimizer on some weights, one list of them for each group of options."""
+    parameters = [[nn.Parameter(v.clone()) for v in some] for some in values]
+    groups = [{**o, "params": some} for o, some in zip(options, parameters, strict=True)]
     accepted = inspect.signature(type(optimizer).__init__).parameters
-    options = {k: v for k, v in optimizer.defaults.items() if k in accepted}
-    generator = torch.Generator().manual_seed(0)
-    values, gradients = (
-        [torch.randn(6, 4, 3, 3, generator=generator) for _ in range(n)] for n in (1, 3)
-    )
-    parts = []
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in accepted}
+    # Options of all groups may be attributes.
+    plain = {k: v for k, v in vars(optimizer).items() if type(v) in (bool, int, float, str)}
     try:
-        for rows in (slice(None), slice(0, 3)):
-            parameter = nn.Parameter(values[0][rows].clone())
-            trial = type(optimizer)([parameter], **options)
-            for gradient in gradients:
-                parameter.grad = gradient[rows].clone()
-                trial.step()
-            parts.append(parameter.detach()[:3])
-    except Exception:  # what a foreign optimizer raises is a no as well
-        return False
-    return torch.equal(*parts)
+        made = type(optimizer)([dict(group) for group in groups], **defaults)
+        vars(made).update({k: v for k, v in plain.items() if k in vars(made)})
+    except Exception:  # its constructor takes something else, for example another optimizer
+        made = _blank_copy(optimizer, groups)
+    for group, some in zip(made.param_groups, options, strict=True):
+        group.update(some)
+    return _Trial(made, [p for some in parameters for p in some])
+
+
+def _blank_copy(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """A copy with other parameter groups and without state or hooks."""
+    made = object.__new__(type(optimizer))
+    state: defaultdict[Tensor, Any] = defaultdict(dict)
+    # Optimizers within this one share its groups and its state.
+    memo = {id(optimizer.param_groups): groups, id(optimizer.state): state}
+    for key, value in vars(optimizer).items():
+        if key.endswith("_hooks"):
+            vars(made)[key] = OrderedDict()
+        elif key != "step":  # set by schedules
+            vars(made)[key] = copy.deepcopy(value, memo)
+    return made
+
+
+def _growing(weights: list[_Weight], generator: torch.Generator) -> Iterator[list[Tensor]]:
+    for scale in _SCALES:
+        yield [weight.random(generator).mul_(scale) for weight in weights]
+
+
+def _keeps_zeros(optimizer: Optimizer) -> str | None:
+    """Why a weight with zero rows and columns does not step as the smaller one; None if it does."""
+    generator = torch.Generator().manual_seed(0)
+    found = _options(optimizer, decay=True)
+    options = [one for one, _ in found]
+    weights = [list(_weights(dimensions, generator)) for _, dimensions in found]
+    whole = _trial(optimizer, options, [[w.values for w in some] for some in weights])
+    small = _trial(optimizer, options, [[w.values[w.kept] for w in some] for some in weights])
+    flat = [weight for some in weights for weight in some]
+    for gradients in _growing(flat, generator):
+        whole.step(gradients)
+        small.step([g[w.kept] for g, w in zip(gradients, flat, strict=True)])
+        for weight, one, other in zip(flat, whole.parameters, small.parameters, strict=True):
+            kept = one.detach()[weight.kept]
+            if one.count_nonzero() > kept.count_nonzero():
+                return "zero weights with zero gradients do not stay zero"
+            if not _same(kept, other.detach()):
+                return "a weight that is partly zero steps otherwise than the smaller weight"
+    for parameter in whole.parameters:
+        if any(
+            isinstance(leaf, Tensor) and leaf.numel() > 1
+            for leaf in tree_leaves(_unlike(whole.optimizer, parameter))
+        ):
+            return "its state of a weight is more than numbers and tensors of the weight's shape"
+    return None
+
+
+def _lets_rows_return(optimizer: Optimizer) -> str | None:
+    """Why rows that were zero cannot go on from where they are put; None if they can."""
+    generator = torch.Generator().manual_seed(1)
+    found = _options(optimizer, decay=False)
+    weights = [list(_weights(dimensions, generator)) for _, dimensions in found]
+    trial = _trial(optimizer, [one for one, _ in found], [[w.values for w in x] for x in weights])
+    flat = [weight for some in weights for weight in some]
+    rows = torch.arange(5)
+    for gradients in _growing(flat, generator):
+        trial.step(gradients)
+    _reset(trial, rows, [torch.zeros_like(w.values[rows]) for w in flat])
+    for gradients in _growing(flat, generator):
+        trial.step([g.index_fill(0, rows, 0.0) for g in gradients])
+        if any(p[rows].count_nonzero() for p in trial.parameters):
+            return "weights that were set to zero with their state do not stay zero"
+    new = [torch.randn(w.values[rows].shape, generator=generator).double() for w in flat]
+    _reset(trial, rows, new)
+    gradients = [weight.random(generator).index_fill(0, rows, 0.0) for weight in flat]
+    for _ in range(_STEPS_AFTER_RETURN):
+        trial.step(gradients)
+        if not all(_same(p.detach()[rows], v) for p, v in zip(trial.parameters, new, strict=True)):
+            return "returned filters would move without a gradient, as towards slow weights"
+    return None
+
+
+def _reset(trial: _Trial, rows: Tensor, values: list[Tensor]) -> None:
+    """Set rows of each weight, and their state as :func:`reset_state` does."""
+    for parameter, new in zip(trial.parameters, values, strict=True):
+        parameter.detach()[rows] = new
+        for key, state in state_tensors(trial.optimizer, parameter).items():
+            scales = key in SECOND_MOMENTS and bool(new.any())
+            state[rows] = state[len(rows) :].mean(0).expand_as(state[rows]) if scales else 0.0
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # Written so that NaN is a difference.
+    return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
+
+
+def _unlike(optimizer: Optimizer, parameter: Tensor) -> list[Any]:
+    """The state of a parameter that is not a tensor of its shape."""
+    alike = state_tensors(optimizer, parameter)
+    state = optimizer.state.get(parameter, {})
+    return [value for key, value in state.items() if key not in alike]
 
 
 def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:

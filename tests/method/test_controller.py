@@ -158,12 +158,8 @@ class Branch(nn.Module):
 
 
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_a_step_of_s2_costs_two_operations_for_each_tensor_that_is_held(optimizer):
-    """And at first a look at each one whose gradient should be zero by itself.
-
-    Each layer has three tensors: weight, gamma and beta. What reads the first layer's filters is
-    zero, so nothing flows back into them; the second's are read with the stem's, so they are held.
-    """
+def test_a_step_of_s2_costs_one_operation_for_each_tensor_that_is_held(optimizer):
+    """Each of the two layers has three tensors: weight, gamma and beta."""
 
     def first_two(layers, data):
         return {layer.name: (torch.arange(8) < 2).double() for layer in layers}
@@ -180,12 +176,10 @@ def test_a_step_of_s2_costs_two_operations_for_each_tensor_that_is_held(optimize
         Counter(name for name, _ in seen) - Counter(name for name, _ in usual)
         for seen, usual in zip(found, expected, strict=True)
     ]
-    looks = {"detach": 3, "index_select": 3, "any": 3, "_local_scalar_dense": 3}
-    holds = {"detach": 3, "index_fill_": 3}
-    assert extra[3] == Counter(looks) + Counter(holds)
+    holds = {"index_fill_": 6}
     # Nothing among it waits for a GPU.
-    assert extra[4:7] == [holds] * 3
-    assert [len(seen) for seen in found[4:7]] == [len(usual) + 6 for usual in expected[4:7]]
+    assert extra[3:7] == [holds] * 4
+    assert [len(seen) for seen in found[3:7]] == [len(usual) + 6 for usual in expected[3:7]]
     assert not any(extra[:3] + extra[7:])
 
 
@@ -796,72 +790,6 @@ def test_no_layer_ever_loses_all_filters():
     _, _, method = build(prune_ratio=0.88, max_layer_ratio=1.0)
     method.step(3)
     assert [int(m.sum()) for m in method.pruned.values()] == [7, 7]
-
-
-class Mixing(torch.optim.Optimizer):
-    """Moves each entry by the norm of all gradients of its tensor."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p -= group["lr"] * p.grad / p.grad.norm()
-
-
-class Elementwise(torch.optim.Optimizer):
-    """An optimizer of nobody's that works elementwise."""
-
-    def __init__(self, params, lr=0.1):
-        super().__init__(params, {"lr": lr})
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                p -= group["lr"] * p.grad.sign()
-
-
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        lambda p: torch.optim.LBFGS(p),
-        lambda p: torch.optim.Adafactor(p),
-        lambda p: torch.optim.Muon([x for x in p if x.dim() == 2]),
-        Mixing,
-    ],
-)
-def test_optimizers_that_mix_filters_are_refused(optimizer):
-    model = net("chain")
-    trainer = optimizer(list(model.parameters()))
-    with pytest.raises(ValueError, match=f"state of {type(trainer).__name__} filter by filter"):
-        RePr(model, trainer, SCHEDULE)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop",
-        "Rprop", "ASGD",
-    ],
-)  # fmt: skip
-def test_elementwise_optimizers_hold_their_filters_at_zero(name):
-    model = net("chain", torch.float32)
-    trainer = getattr(torch.optim, name)(model.parameters(), lr=0.01)
-    method = RePr(model, trainer, SCHEDULE)
-    for i in range(LENGTH):
-        method.step(i)
-        train(model, trainer, i)
-        for layer in method.layers:
-            assert layer.matrix()[method.pruned[layer.name]].abs().sum() == 0
-            assert layer.matrix().isfinite().all()
-
-
-def test_an_elementwise_optimizer_of_ones_own_is_accepted():
-    model = net("chain")
-    assert RePr(model, Elementwise(model.parameters()), SCHEDULE).layers
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
