@@ -16,7 +16,7 @@ from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 
-from repr_det.detection.fonts import font_for, printable
+from repr_det.detection.fonts import Line
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
@@ -129,14 +129,13 @@ def _colour(label: int) -> tuple[int, int, int]:
 def _label(picture: Image.Image, text: str, box: np.ndarray, colour: tuple[int, int, int]) -> None:
     """Write ``text`` on a plate above ``box``, or inside where there is no room above."""
     pen = ImageDraw.Draw(picture)
-    text = printable(text)
-    font = font_for(text, max(11.0, max(picture.size) / 30))
-    _, _, width, height = pen.textbbox((0, 0), text, font=font)
+    line = Line(text, max(11.0, max(picture.size) / 30))
+    width, height = line.width, line.height
     x = int(np.clip(box[0] - 1, 0, max(0, picture.width - width - 4)))
     y = int(max(0, box[1] - height - 3))
     bright = np.dot(colour, (0.299, 0.587, 0.114)) > 140
     pen.rectangle((x, y, x + width + 4, y + height + 3), fill=colour)
-    pen.text((x + 2, y), text, font=font, fill="black" if bright else "white")
+    line.draw(pen, x + 2, y + 1, "black" if bright else "white")
 
 
 def draw_detections(
@@ -185,7 +184,7 @@ def draw_detections(
             x = gap + column * step_x + k * (width + gap)
             sheet.paste(Image.fromarray(tile), (x, head + row * step_y))
             if row == 0:
-                pen.text((x, head * 0.1), title, font=font_for(title, head * 0.62), fill="black")
+                Line(title, head * 0.62).draw(pen, x, head * 0.1, "black")
     out_png = Path(out_png)
     write_whole(out_png, lambda file: sheet.save(file, format="PNG"))
     return out_png

@@ -6,12 +6,13 @@ import logging
 import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 
 import matplotlib
 from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
-from PIL import ImageFont
+from PIL import ImageDraw, ImageFont
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -27,37 +28,50 @@ def printable(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def font_for(text: str, size: float) -> ImageFont.FreeTypeFont:
-    """A font to write a text with; see :func:`font_file`.
+class Line:
+    """A line of text that is to be drawn with Pillow, each part in a font that has it.
 
     Args:
-        text: to be written.
-        size: in pixels.
+        text: what is to be written.
+        size: of the letters, in pixels.
     """
-    return _font(font_file(text), size)
+
+    def __init__(self, text: str, size: float) -> None:
+        self._parts = [(part, _font(file, size)) for part, file in runs(printable(text))]
+        boxes = [font.getbbox(part, anchor="ls") for part, font in self._parts]
+        self._ascent = max((-top for _, top, _, _ in boxes), default=0)
+        self.height: float = self._ascent + max((bottom for *_, bottom in boxes), default=0)
+        self.width: float = sum(font.getlength(part) for part, font in self._parts)
+
+    def draw(self, pen: ImageDraw.ImageDraw, x: float, y: float, fill: str) -> None:
+        """Draw the line, its upper left corner at x and y."""
+        for part, font in self._parts:
+            pen.text((x, y + self._ascent), part, font=font, fill=fill, anchor="ls")
+            x += font.getlength(part)
 
 
-def font_file(text: str) -> str:
-    """The font file that has the most characters of a text, :data:`DEJAVU` where it has them all.
+def runs(text: str) -> list[tuple[str, str]]:
+    """Parts of a text, each with a font file that has its characters.
 
+    That is :data:`DEJAVU` where possible, else the first font of the system that has a character.
     Warns once of characters that no installed font has.
     """
-    return _file_for(_seen(text))
+    missing = frozenset(c for c in text if _file_of(c) is None)
+    if missing:
+        _warn(missing)
+    files = groupby(text, key=lambda character: _file_of(character) or DEJAVU)
+    return [("".join(part), file) for file, part in files]
 
 
 def families(texts: Iterable[str]) -> list[str]:
     """Names of fonts that have the characters of some texts, in matplotlib's order of trial."""
     names = ["DejaVu Sans"]
     for text in texts:
-        file = font_file(text)
-        if file != DEJAVU:
-            font_manager.fontManager.addfont(file)
-            names.append(FT2Font(file).family_name)
+        for _, file in runs(text):
+            if file != DEJAVU:
+                font_manager.fontManager.addfont(file)
+                names.append(FT2Font(file).family_name)
     return list(dict.fromkeys(names))
-
-
-def _seen(text: str) -> frozenset[str]:
-    return frozenset(c for c in text if unicodedata.category(c) not in _UNSEEN)
 
 
 @lru_cache(maxsize=64)
@@ -65,18 +79,20 @@ def _font(file: str, size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(file, size)
 
 
+@lru_cache(maxsize=4096)
+def _file_of(character: str) -> str | None:
+    """A font file that has a character; None where there is none."""
+    if unicodedata.category(character) in _UNSEEN or character in _characters(DEJAVU):
+        return DEJAVU
+    return next((file for file in _installed() if character in _characters(file)), None)
+
+
 @lru_cache(maxsize=1024)
-def _file_for(characters: frozenset[str]) -> str:
-    missing = {DEJAVU: characters - _characters(DEJAVU)}
-    if missing[DEJAVU]:
-        missing |= {file: characters - _characters(file) for file in _installed()}
-    best = min(missing, key=lambda file: len(missing[file]))
-    if missing[best]:
-        logger.warning(
-            f"No installed font has the characters {''.join(sorted(missing[best]))}: they are "
-            f"drawn as boxes. Install one that does, for example Noto Sans CJK."
-        )
-    return best
+def _warn(characters: frozenset[str]) -> None:
+    logger.warning(
+        f"No installed font has the characters {''.join(sorted(characters))}: they are drawn as "
+        f"boxes. Install one that does, for example Noto Sans CJK."
+    )
 
 
 @lru_cache(maxsize=1)

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike, NDArray
 
 from repr_det.detection.drawing import COLOURS
+from repr_det.detection.fonts import families
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
@@ -90,9 +91,16 @@ class Panel(NamedTuple):
     rate_drops: Sequence[float] = ()
 
 
-def _style() -> AbstractContextManager:
+def _style(names: Sequence[str] = ()) -> AbstractContextManager:
+    """The look of every figure.
+
+    Args:
+        names: texts of the user's, for which there must be fonts.
+    """
     return rc_context(
         {
+            "font.family": families(names),
+            "text.parse_math": False,  # a name may have dollar signs
             "font.size": 9.5,
             "axes.titlesize": 9.5,
             "axes.labelsize": 9.5,
@@ -460,7 +468,7 @@ def bars(names: Sequence[str], values: Mapping[str, Sequence[ArrayLike]], xlabel
         values: by side, (names,) of each of its runs.
         xlabel: what the number is, with its unit.
     """
-    with _style():
+    with _style(names):
         figure = _figure(0.9 + 0.13 * len(values) * len(names) + 0.1 * len(names))
         axes = figure.subplots()
         thick = 0.8 / len(values)
