@@ -30,7 +30,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
-from repr_det.engine.data import datasets_root, held_out_name, part_indices
+from repr_det.engine.data import datasets_root, held_out_name, is_hidden, is_image, part_indices
 from repr_det.errors import UserError
 
 DOWNLOAD_TIMEOUT_S = 15
@@ -178,14 +178,28 @@ def take_num_folders(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(MetadataCatalog.get(name).read_images().classes)
 
 
+class _ClassFolders(torchvision.datasets.ImageFolder):
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the folders that are not hidden, and their numbers."""
+        found = sorted(p.name for p in Path(directory).iterdir() if p.is_dir() and not is_hidden(p))
+        if not found:
+            raise FileNotFoundError(f"Couldn't find any class folder in {directory}.")
+        return found, {name: number for number, name in enumerate(found)}
+
+
+def _is_seen(path: str, folder: str | os.PathLike[str]) -> bool:
+    below = Path(path).relative_to(folder)
+    return is_image(below) and not any(map(is_hidden, below.parents))
+
+
 def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
-    """List the images below a folder of class folders.
+    """List the images below a folder of class folders, without hidden files and folders.
 
     Raises:
         UserError: no such folder, no class folders, or one without images.
     """
     try:
-        found = torchvision.datasets.ImageFolder(folder)
+        found = _ClassFolders(folder, is_valid_file=lambda path: _is_seen(path, folder))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is no folder of class folders with images "

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
-from repr_det.engine.data import check_depth
+from repr_det.engine.data import check_depth, first_line
 from repr_det.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -358,9 +358,11 @@ def read_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             check_depth(image, path)
             return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own
         raise UserError(
-            f"{path} cannot be read as an image ({error}): replace it or take it out."
+            f"{path} cannot be read as an image ({first_line(error)}). Replace it or take it out."
         ) from error
 
 

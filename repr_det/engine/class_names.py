@@ -52,7 +52,9 @@ def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
     try:  # mapped into memory, so that tensors are not read
         content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
         return list(content["trainer"]["hooks"][STATE_KEY]["names"])
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError):
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError):
+        return None
+    except pickle.UnpicklingError:
         return None
 
 

@@ -73,7 +73,7 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
 
 def is_hidden(path: Path) -> bool:
     """Whether a file or folder is none of the user's: ``._photo.jpg``, ``.ipynb_checkpoints``."""
-    return path.name.startswith(".")
+    return path.name.startswith(".") and path.name != ".."
 
 
 def is_image(path: Path) -> bool:

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.data import DatasetMapper
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from repr_det.detection.mapper import NamedImages
+from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 from tests.images import written_in_many_ways
 
@@ -70,3 +71,41 @@ def test_an_image_of_more_than_8_bits_is_named(tmp_path, mode):
     mapper = NamedImages(lambda record: record, skip=True)
     with pytest.raises(ValueError, match=r"x_ray.tiff has more than 8 bits a channel .*Convert it"):
         mapper({"file_name": str(path)})
+
+
+def test_a_png_with_a_long_text_is_named_and_skipped(cfg, tmp_path):
+    path, info = tmp_path / "photo.png", PngImagePlugin.PngInfo()
+    info.add_text("comment", "a" * (PngImagePlugin.MAX_TEXT_CHUNK + 1), zip=True)
+    Image.new("RGB", (40, 30)).save(path, pnginfo=info)
+    record = {"file_name": str(path), "height": 30, "width": 40, "annotations": []}
+    with pytest.raises(UserError, match=r"photo\.png cannot be read \(Decompressed data too large"):
+        NamedImages(DatasetMapper(cfg, is_train=True), skip=False)(dict(record))
+    assert NamedImages(DatasetMapper(cfg, is_train=True), skip=True)(dict(record)) is None
+
+
+def test_an_extremely_thin_image_is_named_and_skipped(cfg, tmp_path):
+    path = tmp_path / "thin.png"
+    Image.new("RGB", (1, 3000)).save(path)
+    record = {"file_name": str(path), "height": 3000, "width": 1, "annotations": []}
+    mapper = DatasetMapper(cfg, is_train=True)
+    with pytest.raises(UserError, match=r"thin\.png cannot be read \(it is too thin, 1 x 3000\)"):
+        NamedImages(mapper, skip=False, longest=1333)(dict(record))
+    assert NamedImages(mapper, skip=True, longest=1333)(dict(record)) is None
+    # The limit is where Detectron2's resizing leaves no pixel.
+    for longest, fits in ((1499, False), (1500, True)):
+        cfg.INPUT.MAX_SIZE_TEST = longest
+        image = NamedImages(DatasetMapper(cfg, is_train=False), skip=True, longest=longest)(record)
+        assert (image is not None) == fits
+
+
+def test_an_error_of_the_mapper_itself_keeps_its_traceback(tmp_path):
+    path = tmp_path / "sound.png"
+    Image.new("RGB", (4, 4)).save(path)
+
+    def mapper(record):
+        raise ValueError("my own code")
+
+    for skip in (False, True):
+        with pytest.raises(ValueError, match="my own code") as error:
+            NamedImages(mapper, skip=skip)({"file_name": str(path)})
+        assert not isinstance(error.value, UserError)
