@@ -10,14 +10,12 @@ from detectron2.config import CfgNode
 
 from repr_det.classification.config import add_classification_config
 from repr_det.classification.datasets import (
-    add_folder_argument,
     take_num_folders,
     use_image_folder,
 )
 from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.detection.config import add_detection_config
 from repr_det.detection.datasets import (
-    add_coco_argument,
     check_same_classes,
     take_num_classes,
     use_coco_data,
@@ -32,25 +30,6 @@ from repr_det.errors import UserError
 def get_cfg() -> CfgNode:
     """The default config with the keys of every task."""
     return config.get_cfg(add_detection_config, add_classification_config)
-
-
-def run(arguments: list[str] | None = None) -> None:
-    """Train or evaluate as a command line says; see :func:`repr_det.engine.command_line.run`."""
-    command_line.run(argument_parser().parse_args(arguments), configure, trainer_for)
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """The arguments of training and evaluation, with datasets that no code has registered."""
-    parser = command_line.argument_parser()
-    add_data_arguments(parser)
-    return parser
-
-
-def add_data_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that :func:`use_data` takes: datasets by their files."""
-    for split in ("train", "test"):
-        add_coco_argument(parser, split)
-        add_folder_argument(parser, split)
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
@@ -68,7 +47,7 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
 
     Args:
         cfg: changed in place.
-        args: with what :func:`add_data_arguments` adds.
+        args: with what :func:`repr_det.cli.arguments.add_data` adds.
         overrides: keys and values of the command line, which are merged already.
 
     Raises:
@@ -100,7 +79,7 @@ def trained_detector_cfg(
     merge_trained(cfg, run, config_file, overrides)
     if trainer_for(cfg) is not DetectionTrainer:
         raise UserError(
-            "This is a classifier, not a detector: evaluate it with tools/train_net.py --eval-only."
+            "This is a classifier, not a detector. Evaluate it with `repr-det train --eval-only`."
         )
     return cfg
 

@@ -17,6 +17,7 @@ import json
 import sys
 from pathlib import Path
 
+from repr_det.cli.arguments import add_data
 from repr_det.detection.drawing import draw_detections
 from repr_det.engine.command_line import exit_status
 from repr_det.engine.files import check_folder_of, write_text_whole
@@ -25,7 +26,7 @@ from repr_det.report import plots
 from repr_det.report.compare import check_comparable
 from repr_det.report.gallery import FIGURES, Material, class_names, compute_contributions
 from repr_det.report.run import RunFolder, of_checkpoint, read_run
-from repr_det.tasks import add_data_arguments, use_data
+from repr_det.tasks import use_data
 
 DETECTIONS = "detections"
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--images", type=int, default=32, help="held-out images to run networks on, default 32"
     )
-    add_data_arguments(parser)
+    add_data(parser)
     args = parser.parse_args(arguments)
     return exit_status("analyze.py", lambda: _draw(args), stopped="Stopped; nothing was written.")
 

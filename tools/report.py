@@ -14,10 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from repr_det.cli.arguments import add_data
 from repr_det.engine.command_line import exit_status
 from repr_det.report.page import write_report
 from repr_det.report.run import read_run
-from repr_det.tasks import add_data_arguments, use_data
+from repr_det.tasks import use_data
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resamples", type=int, default=1000, help="of the bootstrap, default 1000; 0: none"
     )
-    add_data_arguments(parser)
+    add_data(parser)
     args = parser.parse_args(arguments)
     return exit_status("report.py", lambda: _report(args), stopped="Stopped; nothing was written.")
 

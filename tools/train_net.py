@@ -1,12 +1,9 @@
 #!/usr/bin/env python3
-"""Train or evaluate a detector or a classifier, with RePr or without.
+"""The same program as `repr-det train`."""
 
-tools/train_net.py --config repr_faster_rcnn.yaml --num-gpus 8
-tools/train_net.py --config repr_faster_rcnn.yaml --resume
-tools/train_net.py --config repr_faster_rcnn.yaml --eval-only MODEL.WEIGHTS model_final.pth
-"""
+import sys
 
-from repr_det.tasks import run
+from repr_det.cli import main
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main(["train", *sys.argv[1:]]))

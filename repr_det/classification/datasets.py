@@ -10,7 +10,6 @@ default ``./datasets``), as everywhere in Detectron2.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import shutil
@@ -138,16 +137,6 @@ def register_image_folder(name: str, folder: str | os.PathLike[str]) -> None:
         folder: its subfolders' sorted names are the classes.
     """
     register_images(name, functools.lru_cache(lambda: read_image_folder(folder)))
-
-
-def add_folder_argument(parser: argparse.ArgumentParser, split: str) -> None:
-    """Add ``--train-folder`` or ``--test-folder``, the arguments of :func:`use_image_folder`."""
-    parser.add_argument(
-        f"--{split}-folder",
-        nargs=2,
-        metavar=("NAME", "FOLDER"),
-        help=f"images in one folder a class to {split} a classifier on: a name and the folder",
-    )
 
 
 def use_image_folder(cfg: CfgNode, split: str, name: str, folder: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -180,16 +179,6 @@ def is_coco(metadata: Metadata) -> bool:
     """Whether a dataset's annotation file is COCO's and somebody's own: LVIS's is not."""
     own = not metadata.get("drawn_on_first_use") and not metadata.get("held_out_of")
     return own and metadata.get("evaluator_type") == "coco"
-
-
-def add_coco_argument(parser: argparse._ActionsContainer, split: str) -> None:
-    """Add ``--train-data`` or ``--test-data``, the arguments of :func:`use_coco_data`."""
-    parser.add_argument(
-        f"--{split}-data",
-        nargs=3,
-        metavar=("NAME", "JSON", "IMAGES"),
-        help=f"a COCO-format dataset to {split} on: a name, annotation file and image folder",
-    )
 
 
 def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images: str) -> None:

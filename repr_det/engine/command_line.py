@@ -7,11 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import yaml
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from torch import nn
@@ -29,13 +27,6 @@ GRACE_S = 60.0
 
 TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
 Configure = Callable[[argparse.Namespace], CfgNode]
-
-
-def argument_parser() -> argparse.ArgumentParser:
-    """Detectron2's arguments; a task adds its own."""
-    return default_argument_parser(
-        epilog="Bare names of --config-file (or --config) are looked up in configs/."
-    )
 
 
 def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
@@ -101,7 +92,7 @@ def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor)
     Also joins processes that ``torchrun`` has started.
 
     Args:
-        args: parsed by a parser from :func:`argument_parser`.
+        args: what :mod:`repr_det.cli.train` parses.
         configure: makes the whole config from the parsed arguments.
         trainer_for: picks the trainer for a config.
     """
@@ -196,5 +187,5 @@ def told_in_one_sentence() -> Iterator[None]:
             # The first process to end takes the others with it, so the main process must come
             # first; one that is still there after this has made a mistake of its own.
             time.sleep(GRACE_S)
-        tell(Path(sys.argv[0]).name, error)
+        tell("repr-det train", error)
         sys.exit(2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,16 +13,6 @@ from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.command_line import merge_config_file, merge_overrides
 from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
 from repr_det.errors import UserError
-
-
-def add_model_arguments(parser: argparse._ActionsContainer) -> None:
-    """Add ``--run`` and ``--config``, which :func:`merge_trained` takes; one of them is needed."""
-    parser.add_argument(
-        "--run", type=Path, metavar="DIR", help="a run's OUTPUT_DIR: its config, last checkpoint"
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="a config file or its name in configs/; with MODEL.WEIGHTS"
-    )
 
 
 def merge_trained(
@@ -49,8 +38,8 @@ def merge_trained(
         config = run / "config.yaml"
         if not config.is_file() or not has_run(str(run)):
             raise UserError(
-                f"{run} holds no run ({config.name} and last_checkpoint): give the OUTPUT_DIR of "
-                f"one, or a config file and MODEL.WEIGHTS."
+                f"{run} holds no run ({config.name} and last_checkpoint). Pass the OUTPUT_DIR of "
+                "one, or a config file and MODEL.WEIGHTS."
             )
         merge_config_file(cfg, str(config), trusted=False)
         cfg.MODEL.DEVICE = device

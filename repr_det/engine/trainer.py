@@ -83,13 +83,11 @@ class RePrTrainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device_ids = [comm.get_local_rank()] if device == "cuda" else None
-        # Gradients are added in the order of buckets, which are built anew after the first backward
-        # unless unused parameters are looked for: a resumed run would go through that once more.
+        # Unused parameters: some never get a gradient (an FPN's levels that no head reads), others
+        # not on every image. Looking for them also keeps the buckets in which gradients are added,
+        # which are rebuilt otherwise after the first backward: a resumed run would do so again.
         model = create_ddp_model(
-            model,
-            broadcast_buffers=False,
-            device_ids=device_ids,
-            find_unused_parameters=cfg.DETERMINISTIC,
+            model, broadcast_buffers=False, device_ids=device_ids, find_unused_parameters=True
         )
         self._trainer = (
             SimpleTrainer(model, data_loader, optimizer)

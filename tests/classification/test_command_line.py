@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from repr_det.tasks import run
+from repr_det.cli import main
 from tests.classification.settings import needs_cifar10
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def test_missing_cifar10_is_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     command = ["--config", "cifar10_c3_32.yaml", "OUTPUT_DIR", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
-        run(command)
+        main(["train", *command])
     assert stopped.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()[-1:]
     assert "cifar10 was not found" in line and not (tmp_path / "out").exists()

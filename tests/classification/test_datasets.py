@@ -24,9 +24,10 @@ from repr_det.classification.datasets import (
     with_random_labels,
 )
 from repr_det.classification.trainer import ClassificationTrainer
+from repr_det.cli.arguments import add_data
 from repr_det.engine.data import held_out_name
 from repr_det.errors import UserError
-from repr_det.tasks import add_data_arguments, use_data
+from repr_det.tasks import use_data
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -298,7 +299,7 @@ def test_test_images_of_fewer_classes_are_said_to_be_that(tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (40, 40)).save(tmp_path / folder / "0.jpg")
     parser = argparse.ArgumentParser()
-    add_data_arguments(parser)
+    add_data(parser)
     sides = [(f"{s}_of_{tmp_path.name}", str(tmp_path / s)) for s in ("train", "val")]
     args = parser.parse_args(["--train-folder", *sides[0], "--test-folder", *sides[1]])
     cfg = small_cfg()

@@ -10,9 +10,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
+from repr_det.cli import main, parse
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
-from repr_det.tasks import argument_parser, configure, get_cfg, run, trainer_for
+from repr_det.tasks import configure, get_cfg, trainer_for
 from tests.detectors import needs_coco, shrink
 from tests.report.folders import write_detection_data
 
@@ -42,7 +43,7 @@ def overrides(output_dir, **changes):
 
 
 def train(*arguments):
-    run(list(arguments))
+    assert main(["train", *arguments]) == 0
 
 
 def refused(capsys, *arguments):
@@ -86,7 +87,7 @@ def test_trains_is_stopped_and_resumes(config, tmp_path):
 
 def save_weights(path, *arguments):
     """A checkpoint of a network that nobody trained."""
-    cfg = configure(argument_parser().parse_args(list(arguments)))
+    cfg = configure(parse(["train", *arguments]))
     torch.save({"model": trainer_for(cfg).build_model(cfg).state_dict()}, path)
 
 

@@ -199,6 +199,6 @@ def test_a_mistake_in_two_processes_is_told_once(tmp_path, pair, sentence):
     done = start(output, *data, *options, "DATASETS.TEST", "()", *pair, script=program)
     assert done.returncode == 2, done.stderr[-3000:]
     told = [line for line in done.stderr.splitlines() if "error: " in line]
-    assert len(told) == 1 and told[0].startswith("train_net.py: error: ") and sentence in told[0]
+    assert len(told) == 1 and told[0].startswith("repr-det train: error: ") and sentence in told[0]
     assert "Traceback" not in done.stderr
     assert not output.exists()

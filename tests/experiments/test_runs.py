@@ -19,8 +19,9 @@ from experiments import runs
 from experiments.measures import MEASURES
 from experiments.runs import FULL, QUICK, import_run, plan, read_records, reproduce
 from experiments.tables import ACCURACY, only
+from repr_det.cli import parse
 from repr_det.errors import UserError
-from repr_det.tasks import argument_parser, configure, trainer_for
+from repr_det.tasks import configure, trainer_for
 from tests.experiments.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
 
 
@@ -184,7 +185,7 @@ def test_the_recorded_command_makes_the_same_config(table, output):
         run = plan(table, row, 2, QUICK, output)
         program, *arguments = shlex.split(runs._header(run)["command"])
         assert program == "tools/train_net.py"
-        cfg = configure(argument_parser().parse_args(arguments))
+        cfg = configure(parse(["train", *arguments]))
         assert not runs._differences(runs._settings(cfg), runs._settings(run.cfg))
         folder = "output/reproduce/small-quick/{}/seed_2"
         assert folder.format(row.name) == cfg.OUTPUT_DIR
@@ -317,7 +318,7 @@ def train_net(run, output_dir, **overrides):
     pairs = runs._overrides(run) + ["OUTPUT_DIR", str(output_dir)]
     for key, value in overrides.items():
         pairs += [key.replace("__", "."), value]
-    args = argument_parser().parse_args(["--config", run.row.config, *pairs])
+    args = parse(["train", "--config", run.row.config, *pairs])
     cfg = configure(args)
     default_setup(cfg, args)
     trainer = trainer_for(cfg)(cfg)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from repr_det.classification import ClassificationTrainer
+from repr_det.cli import main
 from repr_det.engine import recording
 from repr_det.errors import UserError
 from repr_det.report.page import write_report
@@ -23,7 +24,6 @@ from tests.report.folders import (
     write_run,
 )
 from tests.report.test_compare import HALF, squares
-from tests.tools.loading import load_tool
 
 
 def text_of(page) -> str:
@@ -277,15 +277,13 @@ def test_a_browser_shows_every_figure(page, tmp_path):
 @needs_chromium
 @pytest.mark.slow
 def test_a_browser_shows_detectors_of_the_built_in_dataset(tmp_path):
-    for name in ("standard", "repr"):
-        load_tool("demo").main(
-            [
-                *("--output", str(tmp_path / name), "REPR.ENABLED", str(name == "repr")),
-                *("SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "7", "SOLVER.STEPS", "()"),
-                *("REPR.S1", "2", "REPR.S2", "1", "REPR.N", "2", "TEST.EVAL_PERIOD", "7"),
-            ]
-        )
-    runs = [read_run(tmp_path / name) for name in ("standard", "repr")]
+    demo = (
+        *("demo", "-o", str(tmp_path / "demo")),
+        *("SOLVER.MAX_ITER", "7", "SOLVER.CHECKPOINT_PERIOD", "7", "SOLVER.STEPS", "()"),
+        *("REPR.S1", "2", "REPR.S2", "1", "REPR.N", "2", "TEST.EVAL_PERIOD", "7"),
+    )
+    assert main(demo) == 0
+    runs = [read_run(tmp_path / "demo" / name) for name in ("standard", "repr")]
     page = write_report(runs, tmp_path / "report.html", images=24)
     expected = [*EVERY_FIGURE, "classes", "sizes"]
     assert set(figures_of(page)) == set(expected)

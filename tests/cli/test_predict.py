@@ -1,4 +1,4 @@
-"""The command line of tools/predict.py."""
+"""The command line of repr-det predict."""
 
 from __future__ import annotations
 
@@ -15,18 +15,13 @@ from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 
+from repr_det.cli import main
 from repr_det.detection.prediction import Labels, find_sources, labels_for, predict
 from repr_det.tasks import trained_detector_cfg
 from tests.detectors import make_run
 from tests.images import written_in_many_ways
-from tests.tools.loading import load_tool
 
 FRAMES = 4
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("predict")
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +51,8 @@ def video(tmp_path_factory):
     return path
 
 
-def call(tool, run, *arguments):
-    return tool.main([str(a) for a in (*arguments, "--run", run.folder)])
+def call(run, *arguments):
+    return main(["predict", *map(str, (run.folder, *arguments))])
 
 
 def frames_of(path):
@@ -92,12 +87,12 @@ def images(run):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_a_folder(tool, run, predictor, tmp_path, capsys, batch_size):
+def test_a_folder(run, predictor, tmp_path, capsys, batch_size):
     """The JSON is what the model says; pictures differ from the images where the boxes are."""
     threshold = middle_score(run, predictor)
     out, found = tmp_path / "drawn", tmp_path / "found.json"
     options = ["--score-threshold", threshold, "--batch-size", batch_size]
-    assert call(tool, run, run.images, "--output", out, "--json", found, *options) == 0
+    assert call(run, run.images, "--output", out, "--json", found, *options) == 0
     entries = json.loads(found.read_text())
     paths = images(run)
     wanted = []
@@ -148,12 +143,12 @@ def test_images_are_seen_as_they_are_meant(run, tmp_path):
         assert np.array_equal(image, seen), path.name
 
 
-def test_a_turned_image_gives_what_the_upright_one_does(tool, run, predictor, tmp_path):
+def test_a_turned_image_gives_what_the_upright_one_does(run, predictor, tmp_path):
     written = written_in_many_ways(tmp_path, rgb(run.images / "0.png"))
     ((path, seen),) = [image for image in written if image.path.name == "turned_6.jpg"]
     out, found = tmp_path / "drawn", tmp_path / "found.json"
     options = ["--output", out, "--json", found, "--score-threshold", 0]
-    assert call(tool, run, path, *options) == 0
+    assert call(run, path, *options) == 0
     extra = {"image_id": 1, "file_name": str(path)}
     wanted = expected(predictor, seen[:, :, ::-1], 0, **extra)
     assert wanted and json.loads(found.read_text()) == as_json(wanted)
@@ -161,13 +156,13 @@ def test_a_turned_image_gives_what_the_upright_one_does(tool, run, predictor, tm
     assert rgb(path).shape == (64, 48, 3) and (height, width) == (6 * 48, 6 * 64)
 
 
-def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
+def test_names_and_ids_of_an_annotation_file(run, predictor, tmp_path):
     """Found detections can be evaluated on that file; images that it does not know come behind."""
     extra = tmp_path / "other.png"
     extra.write_bytes((run.images / "0.png").read_bytes())
     found = tmp_path / "found.json"
     options = ["--annotations", run.annotations, "--score-threshold", 0, "--json", found]
-    assert call(tool, run, run.images, extra, *options) == 0
+    assert call(run, run.images, extra, *options) == 0
     entries = json.loads(found.read_text())
     ids = {entry["file_name"]: entry["image_id"] for entry in entries}
     assert ids == {str(run.images / f"{n}.png"): 9 - n for n in range(3)} | {str(extra): 10}
@@ -178,9 +173,8 @@ def test_names_and_ids_of_an_annotation_file(tool, run, predictor, tmp_path):
     assert [e for e in entries if e["image_id"] == 10] == as_json(wanted)
     known = [e for e in entries if e["image_id"] != 10]
     found.write_text(json.dumps(known))
-    evaluate = load_tool("evaluate_coco")
     arguments = ["--results", found, "--annotations", run.annotations]
-    assert evaluate.main(list(map(str, arguments))) == 0
+    assert main(["eval", *map(str, arguments)]) == 0
 
 
 def test_names_of_a_dataset_that_nobody_has_read_yet(run):
@@ -196,17 +190,17 @@ def test_names_of_a_dataset_that_nobody_has_read_yet(run):
         MetadataCatalog.remove("unread")
 
 
-def test_two_images_of_one_name_in_the_annotations(tool, run, tmp_path, capsys):
+def test_two_images_of_one_name_in_the_annotations(run, tmp_path, capsys):
     again = tmp_path / "0.png"
     again.write_bytes((run.images / "0.png").read_bytes())
     options = ["--annotations", run.annotations, "--json", tmp_path / "found.json"]
-    assert call(tool, run, run.images, again, *options) == 2
+    assert call(run, run.images, again, *options) == 2
     assert "Several images are 0.png of the annotations" in capsys.readouterr().err
 
 
-def test_a_video(tool, run, predictor, video, tmp_path):
+def test_a_video(run, predictor, video, tmp_path):
     out, found = tmp_path / "drawn", tmp_path / "found.json"
-    assert call(tool, run, video, "--output", out, "--json", found, "--score-threshold", 0) == 0
+    assert call(run, video, "--output", out, "--json", found, "--score-threshold", 0) == 0
     frames, fps = frames_of(video)
     assert len(frames) == FRAMES
     wanted = []
@@ -221,7 +215,7 @@ def test_a_video(tool, run, predictor, video, tmp_path):
     assert drawn[0].shape == frames[0].shape and plain > 5
 
 
-def test_a_damaged_image_among_others(tool, run, tmp_path, capsys):
+def test_a_damaged_image_among_others(run, tmp_path, capsys):
     folder = tmp_path / "photos" / "deep"
     folder.mkdir(parents=True)
     content = (run.images / "0.png").read_bytes()
@@ -230,14 +224,14 @@ def test_a_damaged_image_among_others(tool, run, tmp_path, capsys):
     (folder / "text.jpg").write_text("no image")
     (folder / "notes.txt").write_text("nothing to look at")
     out = tmp_path / "drawn"
-    assert call(tool, run, tmp_path / "photos", "--output", out, "--score-threshold", 0) == 1
+    assert call(run, tmp_path / "photos", "--output", out, "--score-threshold", 0) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("predict.py: 2 could not be read: ")
+    assert line.startswith("2 could not be read: ")
     assert f"{folder / 'half.png'} (" in line and f"{folder / 'text.jpg'} (" in line
     assert [p.relative_to(out).as_posix() for p in out.rglob("*.*")] == ["deep/good.png"]
 
 
-def test_a_video_that_breaks_off(tool, run, tmp_path, capsys):
+def test_a_video_that_breaks_off(run, tmp_path, capsys):
     path = tmp_path / "long.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 2, (64, 48))
     rng = np.random.default_rng(0)
@@ -246,7 +240,7 @@ def test_a_video_that_breaks_off(tool, run, tmp_path, capsys):
     writer.release()
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    assert call(tool, run, path, "--json", tmp_path / "found.json") == 1
+    assert call(run, path, "--json", tmp_path / "found.json") == 1
     assert f"1 could not be read: {path} (behind frame" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -271,7 +265,7 @@ def inputs(tmp_path, run, monkeypatch):
 @pytest.mark.parametrize(
     ("more", "options", "sentence"),
     [
-        ([], [], "Nothing would be written: give --output FOLDER, --json OUT, or both"),
+        ([], [], "Nothing would be written. Set --output FOLDER, --json FILE, or both"),
         ([], ["--json", "no/found.json"], "Folder no of --json does not exist"),
         (["missing.png"], ["--output", "out"], "Input missing.png does not exist"),
         (["notes.txt"], ["--output", "out"], "Input notes.txt is neither an image"),
@@ -280,32 +274,33 @@ def inputs(tmp_path, run, monkeypatch):
         (["twin"], ["--output", "out"], "would both be drawn as"),
         ([], ["--output", "."], "--output . would replace"),
         ([], ["--output", "notes.txt"], "--output notes.txt is a file: give a folder"),
-        ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0; give at least 1"),
+        ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0. Set it to 1 or more"),
         ([], ["--output", "out", "--score-threshold", "1.5"], "--score-threshold is 1.5"),
         ([], ["--output", "out", "--annotations", "no.json"], "no.json does not exist"),
         ([], ["--output", "out", "--annotations", "one.json"], "one.json has 1 classes, but"),
-        ([], ["--output", "out", "--opts", "NO.KEY", "1"], "Non-existent key: NO.KEY"),
-        ([], ["--output", "out", "--opts", "INPUT.FORMAT", "L"], "INPUT.FORMAT is L"),
-        ([], ["--output", "out", "--opts", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
+        ([], ["--output", "out", "INPUT.NO_KEY", "1"], "Non-existent key: INPUT.NO_KEY"),
+        ([], ["--output", "out", "INPUT.FORMAT", "L"], "INPUT.FORMAT is L"),
+        ([], ["--output", "out", "MODEL.WEIGHTS", ""], "MODEL.WEIGHTS is empty"),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(tool, run, inputs, capsys, more, options, sentence):
+def test_mistakes_are_told_in_one_sentence(run, inputs, capsys, more, options, sentence):
     before = set(inputs.rglob("*"))
-    assert tool.main(["good.png", *more, "--run", str(run.folder), *options]) == 2
+    assert main(["predict", str(run.folder), "good.png", *more, *options]) == 2
     lines = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in lines if line.startswith("predict.py: error: ")]
+    (line,) = [line for line in lines if line.startswith("repr-det predict: error: ")]
     assert sentence in line and line == lines[-1]
     assert set(inputs.rglob("*")) == before
 
 
-def test_not_one_image_can_be_read(tool, run, inputs, capsys):
-    assert call(tool, run, "half.png", "--output", "out", "--json", "found.json") == 2
+def test_not_one_image_can_be_read(run, inputs, capsys):
+    assert call(run, "half.png", "--output", "out", "--json", "found.json") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("predict.py: error: Image half.png (") and "cannot be read." in line
+    assert line.startswith("repr-det predict: error: Image half.png (")
+    assert "cannot be read." in line
     assert not (inputs / "out").exists() and not (inputs / "found.json").exists()
 
 
-def test_no_encoder_for_videos(tool, run, video, tmp_path, monkeypatch, capsys):
+def test_no_encoder_for_videos(run, video, tmp_path, monkeypatch, capsys):
     class Without:
         open = staticmethod(lambda *arguments: False)
         isOpened = staticmethod(lambda: False)  # noqa: N815
@@ -313,6 +308,6 @@ def test_no_encoder_for_videos(tool, run, video, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cv2, "VideoWriter", Without)
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *letters: 0, raising=False)
-    assert call(tool, run, video, "--output", tmp_path / "out") == 2
+    assert call(run, video, "--output", tmp_path / "out") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("frames a second). Set --json instead of --output.")

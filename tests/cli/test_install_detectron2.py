@@ -3,7 +3,6 @@
 import base64
 import csv
 import hashlib
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from repr_det.cli.install_detectron2 import DEPENDENCIES, repack
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "install_detectron2.py"
 NO_INDEX = {
@@ -59,14 +60,6 @@ def stub_torch(tmp_path):
     return str(folder)
 
 
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("install_detectron2", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_does_nothing_where_detectron2_works():
     result = run(sys.executable, **NO_INDEX)
     assert (result.returncode, result.stderr) == (0, "")
@@ -78,27 +71,27 @@ def test_leaves_a_broken_detectron2_to_its_owner(bare_python, tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN')")
     result = run(bare_python, PYTHONPATH=str(tmp_path))
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (
-        "Detectron2 is installed but does not work (ImportError: undefined symbol: _ZN): "
-        "repair or uninstall it, then run this again.\n"
+        "repr-det install-detectron2: error: Detectron2 is installed but does not work "
+        "(ImportError: undefined symbol: _ZN). Repair or uninstall it, then run this again.\n"
     )
 
 
 def test_says_that_torch_comes_first(bare_python):
     result = run(bare_python)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr == (
-        "Detectron2 needs PyTorch and a torchvision of the matching release, which cannot be "
-        "imported (ModuleNotFoundError: No module named 'torch'): install both first, with "
-        "pip install torch torchvision.\n"
+        "repr-det install-detectron2: error: Detectron2 needs PyTorch and a torchvision of the "
+        "matching release, which cannot be imported (ModuleNotFoundError: No module named "
+        "'torch'). Run pip install torch torchvision first.\n"
     )
 
 
 def test_says_that_torchvision_does_not_match(bare_python, stub_torch):
     Path(stub_torch, "torchvision.py").write_text("raise RuntimeError('operator nms')")
     result = run(bare_python, PYTHONPATH=stub_torch)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "torchvision of the matching release" in result.stderr
     assert "RuntimeError: operator nms" in result.stderr
 
@@ -106,10 +99,10 @@ def test_says_that_torchvision_does_not_match(bare_python, stub_torch):
 def test_says_that_the_download_failed(bare_python, stub_torch):
     before = installed(bare_python)
     result = run(bare_python, PYTHONPATH=stub_torch, **NO_INDEX)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.splitlines()[-1] == (
-        "sal-detectron2 0.7.2 could not be downloaded: check the network and pip's index, or "
-        "fetch the wheel elsewhere and hand it over with --wheel."
+        "repr-det install-detectron2: error: sal-detectron2 0.7.2 could not be downloaded. Check "
+        "the network and pip's index, or download the wheel elsewhere and set --wheel FILE."
     )
     assert "Traceback" not in result.stderr
     assert installed(bare_python) == before
@@ -120,7 +113,7 @@ def test_refuses_another_file(bare_python, stub_torch, tmp_path):
     wheel.write_bytes(b"something else")
     before = installed(bare_python)
     result = run(bare_python, "--wheel", wheel, PYTHONPATH=stub_torch)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert str(wheel) in result.stderr
     assert hashlib.sha256(b"something else").hexdigest() in result.stderr
@@ -130,8 +123,8 @@ def test_refuses_another_file(bare_python, stub_torch, tmp_path):
 
 def test_names_a_wheel_that_does_not_exist(bare_python, stub_torch, tmp_path):
     result = run(bare_python, "--wheel", tmp_path / "none.whl", PYTHONPATH=stub_torch)
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"{tmp_path / 'none.whl'} does not exist")
+    assert result.returncode == 2
+    assert f"error: {tmp_path / 'none.whl'} does not exist" in result.stderr
 
 
 @pytest.fixture
@@ -165,8 +158,8 @@ def digest(content):
     return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
 
 
-def test_repacked_wheel_holds_python_only_and_a_true_record(script, small_wheel, tmp_path):
-    result = script.repack(small_wheel, tmp_path / "out")
+def test_repacked_wheel_holds_python_only_and_a_true_record(small_wheel, tmp_path):
+    result = repack(small_wheel, tmp_path / "out")
     assert result.name == "sal_detectron2-0.7.2-py3-none-any.whl"
 
     with zipfile.ZipFile(result) as archive:
@@ -192,8 +185,8 @@ def test_repacked_wheel_holds_python_only_and_a_true_record(script, small_wheel,
             assert rows[name] == [f"sha256={digest(content)}", str(len(content))]
 
 
-def test_repacked_wheel_lists_our_dependencies(script, small_wheel, tmp_path):
-    with zipfile.ZipFile(script.repack(small_wheel, tmp_path / "out")) as archive:
+def test_repacked_wheel_lists_our_dependencies(small_wheel, tmp_path):
+    with zipfile.ZipFile(repack(small_wheel, tmp_path / "out")) as archive:
         metadata = archive.read("sal_detectron2-0.7.2.dist-info/METADATA").decode()
     header, _, description = metadata.partition("\n\n")
     assert description == "About\n\nRequires-Dist: is text here\n"
@@ -207,7 +200,7 @@ def test_repacked_wheel_lists_our_dependencies(script, small_wheel, tmp_path):
         for line in header.splitlines()
         if line.startswith("Requires-Dist: ")
     ]
-    assert required == list(script.DEPENDENCIES)
+    assert required == list(DEPENDENCIES)
     assert "numpy" in required
     assert "black" not in metadata and "timm" not in metadata
     assert "setuptools<81" in required
@@ -251,9 +244,9 @@ def test_removes_what_turns_out_not_to_work(tmp_path, stub_torch):
     result = run(python, PYTHONPATH=f"{stub_torch}:{packages}")
     if "could not be downloaded" in result.stderr:
         pytest.skip("the package index cannot be reached")
-    assert result.returncode == 1
+    assert result.returncode == 2
     sentence = result.stderr.splitlines()[-1]
-    assert sentence.startswith("Detectron2 was installed but does not work here (")
+    assert ": error: Detectron2 was installed but does not work here (" in sentence
     assert sentence.endswith("so it was removed again.")
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
     assert not list(site.glob("*detectron2*"))

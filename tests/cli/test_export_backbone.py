@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +13,8 @@ from detectron2.modeling import build_backbone, build_model
 
 from repr_det.classification import ImageClassifier, build_classifier
 from repr_det.classification.export import backbone_settings, export_backbone
+from repr_det.cli import main
 
-ROOT = Path(__file__).parents[2]
 MEAN, STD = [120.0, 115.0, 100.0], [60.0, 58.0, 56.0]
 
 
@@ -48,14 +46,6 @@ def detector_cfg(settings: dict) -> object:
     cfg.MODEL.RESNETS.NORM = "FrozenBN"
     cfg.merge_from_other_cfg(cfg.load_cfg(yaml.safe_dump(settings)))
     return cfg
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "export_backbone.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -115,12 +105,14 @@ def test_a_whole_detector_takes_every_backbone_weight(tmp_path):
             assert tuple(value.flatten()[:8].tolist()) in known, key
 
 
-def test_command_line_reads_the_config_beside_the_checkpoint(tmp_path, tool, capsys):
+def test_command_line_reads_the_config_beside_the_checkpoint(tmp_path, capsys):
     model = make_classifier("resnet18")
     torch.save({"model": model.state_dict()}, tmp_path / "model_final.pth")
     config = {"MODEL": {"PIXEL_MEAN": MEAN, "PIXEL_STD": STD}, "INPUT": {"FORMAT": "RGB"}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    tool.main([str(tmp_path / "model_final.pth"), str(tmp_path / "b.pth"), "--format", "BGR"])
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    target = str(tmp_path / "b.pth")
+    assert main(["export-backbone", str(tmp_path), "-o", target, "--format", "BGR"]) == 0
     written = yaml.safe_load((tmp_path / "b.yaml").read_text())
     assert written["MODEL"]["PIXEL_MEAN"] == MEAN[::-1]
     assert written["INPUT"]["FORMAT"] == "BGR"
@@ -129,7 +121,7 @@ def test_command_line_reads_the_config_beside_the_checkpoint(tmp_path, tool, cap
         "STRIDE_IN_1X1": False,
         "RES2_OUT_CHANNELS": 64,
     }
-    # What is printed can be pasted behind a training command.
+    # What is printed can be pasted after a training command.
     pairs = shlex.split(capsys.readouterr().out.splitlines()[-1])
     cfg = get_cfg()
     cfg.merge_from_list(pairs)
@@ -146,10 +138,10 @@ def test_command_line_reads_the_config_beside_the_checkpoint(tmp_path, tool, cap
         ("other.pth", "b.pkl", "must end in .pth"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, tool, capsys, source, target, words):
+def test_mistakes_are_one_sentence(tmp_path, capsys, source, target, words):
     (tmp_path / "text.pth").write_text("no weights")
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    assert tool.main([str(tmp_path / source), str(tmp_path / target)]) == 2
+    assert main(["export-backbone", str(tmp_path / source), "-o", str(tmp_path / target)]) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert re.search(words, told) and not (tmp_path / target).exists()
 
@@ -157,20 +149,19 @@ def test_mistakes_are_one_sentence(tmp_path, tool, capsys, source, target, words
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (None, r"Config .*mine\.yaml does not exist: give"),
+        (None, r"Config .*mine\.yaml does not exist. Set"),
         ("MODEL: {PIXEL_MEAN: [1, 2, 3]}\nINPUT: {FORMAT: RGB}\n", "does not hold MODEL.PIXEL"),
         ("just words\n", "does not hold MODEL.PIXEL"),
         ("MODEL: [1\n", "does not hold MODEL.PIXEL"),
     ],
 )
-def test_a_config_that_does_not_say_how_it_was_trained_is_refused(
-    tmp_path, tool, capsys, content, words
-):
+def test_a_config_that_does_not_say_how_it_was_trained_is_refused(tmp_path, capsys, content, words):
     source, config = tmp_path / "model_final.pth", tmp_path / "mine.yaml"
     torch.save({"model": make_classifier("resnet18").state_dict()}, source)
     if content is not None:
         config.write_text(content)
-    assert tool.main([str(source), str(tmp_path / "b.pth"), "--config", str(config)]) == 2
+    command = ["export-backbone", str(source), "-o", str(tmp_path / "b.pth")]
+    assert main([*command, "--config-file", str(config)]) == 2
     (told,) = capsys.readouterr().err.splitlines()
     assert re.search(words, told) and not (tmp_path / "b.pth").exists()
 

@@ -1,4 +1,4 @@
-"""The command line of tools/evaluate_coco.py."""
+"""The command line of repr-det eval."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
+from repr_det.cli import main
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
 from repr_det.detection.datasets import use_coco_data
 from repr_det.detection.trainer import DetectionTrainer
 from tests.coco_files import direct, make_results, make_truth
 from tests.detectors import make_run
 from tests.images import written_in_many_ways
-from tests.tools.loading import load_tool
-
-
-@pytest.fixture(scope="module")
-def tool():
-    return load_tool("evaluate_coco")
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +43,11 @@ def files(tmp_path):
     return content, results
 
 
-def test_a_results_file(tool, files, tmp_path, capsys):
+def test_a_results_file(files, tmp_path, capsys):
     content, results = files
     out = tmp_path / "out.json"
     arguments = ["--results", tmp_path / "results.json", "--annotations", tmp_path / "val.json"]
-    assert tool.main([*map(str, arguments), "--json", str(out)]) == 0
+    assert main(["eval", *map(str, arguments), "--json", str(out)]) == 0
     printed = capsys.readouterr()
     record = json.loads(out.read_text())["datasets"]["val"]
     assert record["images"] == 12 and record["detections"] == len(results)
@@ -72,14 +67,14 @@ def test_a_results_file(tool, files, tmp_path, capsys):
     assert "Evaluating Boxes" in printed.err
 
 
-def test_a_run_as_its_trainer_evaluates_it(tool, run, tmp_path):
+def test_a_run_as_its_trainer_evaluates_it(run, tmp_path):
     """Detectron2's evaluator, called by the trainer, says and writes the same."""
     model = DetectionTrainer.build_model(run.cfg)
     model.load_state_dict(torch.load(run.cfg.MODEL.WEIGHTS, weights_only=True)["model"])
     expected = DetectionTrainer.test(run.cfg, model)
     out, saved = tmp_path / "out.json", tmp_path / "saved.json"
     options = ["--json", str(out), "--save-results", str(saved)]
-    assert tool.main(["--run", str(run.folder), *options]) == 0
+    assert main(["eval", str(run.folder), *options]) == 0
     written = run.folder / "inference" / "coco_instances_results.json"
     assert json.loads(saved.read_text()) == json.loads(written.read_text())
     record = json.loads(out.read_text())["datasets"]["small_run"]
@@ -95,15 +90,16 @@ def test_a_run_as_its_trainer_evaluates_it(tool, run, tmp_path):
     # The file's own evaluation is the same as well, and so is the run's by files and weights.
     again = tmp_path / "again.json"
     on = ["--test-data", "other_name", str(run.annotations), str(run.images)]
-    assert tool.main(["--results", str(run.folder), *on, "--json", str(again)]) == 0
+    assert main(["eval", "--results", str(run.folder), *on, "--json", str(again)]) == 0
     assert json.loads(again.read_text())["datasets"]["other_name"][BBOX] == record[BBOX]
     config = ["--config", str(run.folder / "config.yaml"), *on, "--iou-type", "bbox"]
-    assert tool.main([*config, "--json", str(again), "MODEL.WEIGHTS", run.cfg.MODEL.WEIGHTS]) == 0
+    config += ["--json", str(again), "MODEL.WEIGHTS", run.cfg.MODEL.WEIGHTS]
+    assert main(["eval", *config]) == 0
     other = json.loads(again.read_text())["datasets"]["other_name"]
     assert other[BBOX] == record[BBOX] and SEGM not in other
 
 
-def test_a_turned_image_gives_what_the_upright_one_does(tool, run, tmp_path):
+def test_a_turned_image_gives_what_the_upright_one_does(run, tmp_path):
     with Image.open(run.images / "0.png") as image:
         written = written_in_many_ways(tmp_path, np.asarray(image))
     ((path, seen),) = [image for image in written if image.path.name == "turned_6.jpg"]
@@ -118,9 +114,9 @@ def test_a_turned_image_gives_what_the_upright_one_does(tool, run, tmp_path):
         annotations = file.with_suffix(".json")
         annotations.write_text(json.dumps(content))
         data = ["--test-data", file.stem, annotations, tmp_path]
-        options = ["--run", run.folder, *data, "--save-results", found, "--json", out]
+        options = [run.folder, *data, "--save-results", found, "--json", out]
         try:
-            assert tool.main(list(map(str, options))) == 0
+            assert main(["eval", *map(str, options)]) == 0
         finally:
             DatasetCatalog.remove(file.stem)
             MetadataCatalog.remove(file.stem)
@@ -130,10 +126,10 @@ def test_a_turned_image_gives_what_the_upright_one_does(tool, run, tmp_path):
     assert len(outcomes[0][0]) > 0 and outcomes[0][1]["overall"]["AP"] > 0.05
 
 
-def refused(tool, capsys, *arguments):
-    assert tool.main(list(map(str, arguments))) == 2
+def refused(capsys, *arguments):
+    assert main(["eval", *map(str, arguments)]) == 2
     error = capsys.readouterr().err.splitlines()
-    (line,) = [line for line in error if line.startswith("evaluate_coco.py: error: ")]
+    (line,) = [line for line in error if line.startswith("repr-det eval: error: ")]
     assert line == error[-1]
     return line
 
@@ -141,7 +137,7 @@ def refused(tool, capsys, *arguments):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("--results", "results.json"), "--results needs annotations: give --annotations JSON"),
+        (("--results", "results.json"), "--results needs annotations. Set --annotations JSON"),
         (("--results", "no.json", "--annotations", "val.json"), "Results no.json do not exist"),
         (("--results", "results.json", "--annotations", "no.json"), "no.json does not exist"),
         (("--results", "val.json", "--annotations", "val.json"), "not a COCO results file"),
@@ -154,7 +150,7 @@ def refused(tool, capsys, *arguments):
             "Folder no of --json does not exist",
         ),
         (("--results", "results.json", "--dataset", "nobody"), "Dataset nobody is not registered"),
-        (("--run", "nowhere"), "nowhere holds no run"),
+        (("nowhere",), "nowhere holds no run"),
         (("--config", "no_such.yaml"), "'no_such.yaml' is neither a file nor a name in configs/"),
         (("--config", "val.json"), "Non-existent config key: images"),
         (("--config", "results.json"), "cannot be read"),
@@ -179,16 +175,14 @@ def refused(tool, capsys, *arguments):
         ),
     ],
 )
-def test_mistakes_are_told_in_one_sentence(
-    tool, files, tmp_path, monkeypatch, capsys, options, sentence
-):
+def test_mistakes_are_told_in_one_sentence(files, tmp_path, monkeypatch, capsys, options, sentence):
     monkeypatch.chdir(tmp_path)
     before = set(tmp_path.iterdir())
-    assert sentence in refused(tool, capsys, *options)
+    assert sentence in refused(capsys, *options)
     assert set(tmp_path.iterdir()) == before
 
 
-def test_boxes_against_masks(tool, files, tmp_path, capsys):
+def test_boxes_against_masks(files, tmp_path, capsys):
     content, results = files
     for entry in content["annotations"]:
         del entry["segmentation"]
@@ -197,7 +191,7 @@ def test_boxes_against_masks(tool, files, tmp_path, capsys):
     (tmp_path / "val.json").write_text(json.dumps(content))
     (tmp_path / "results.json").write_text(json.dumps(results))
     arguments = ["--results", tmp_path / "results.json", "--annotations", tmp_path / "val.json"]
-    assert "of val share neither boxes nor masks" in refused(tool, capsys, *arguments)
+    assert "of val share neither boxes nor masks" in refused(capsys, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -216,17 +210,17 @@ def test_boxes_against_masks(tool, files, tmp_path, capsys):
         ),
     ],
 )
-def test_models_that_do_not_fit(tool, run, monkeypatch, capsys, tmp_path, options, sentence):
+def test_models_that_do_not_fit(run, monkeypatch, capsys, tmp_path, options, sentence):
     monkeypatch.setenv("REPR_DET_CACHE", str(tmp_path))
-    assert sentence in refused(tool, capsys, "--run", run.folder, *options)
+    assert sentence in refused(capsys, run.folder, *options)
 
 
-def test_masks_of_a_detector_of_boxes_are_refused_before_the_first_image(tool, run, capsys):
-    options = ("--run", run.folder, "--iou-type", "segm", "MODEL.MASK_ON", "False")
-    assert "gives no masks" in refused(tool, capsys, *options)
+def test_masks_of_a_detector_of_boxes_are_refused_before_the_first_image(run, capsys):
+    options = (run.folder, "--iou-type", "segm", "MODEL.MASK_ON", "False")
+    assert "finds no masks" in refused(capsys, *options)
 
 
-def test_a_damaged_image_is_named(tool, run, tmp_path, capsys):
+def test_a_damaged_image_is_named(run, tmp_path, capsys):
     """Also by a loader's process, whose errors arrive as tracebacks."""
     images = tmp_path / "images"
     images.mkdir()
@@ -234,9 +228,9 @@ def test_a_damaged_image_is_named(tool, run, tmp_path, capsys):
         (images / path.name).write_bytes(path.read_bytes())
     (images / "1.png").write_bytes((images / "1.png").read_bytes()[:100])
     out = tmp_path / "out.json"
-    arguments = ["--run", run.folder, "--test-data", "damaged", run.annotations, images]
+    arguments = [run.folder, "--test-data", "damaged", run.annotations, images]
     for workers in (0, 1):
-        text = refused(tool, capsys, *arguments, "--json", out, "DATALOADER.NUM_WORKERS", workers)
+        text = refused(capsys, *arguments, "--json", out, "DATALOADER.NUM_WORKERS", workers)
         assert f"Image {images / '1.png'} cannot be read" in text and "Traceback" not in text
     assert not Path(out).exists()
     DatasetCatalog.remove("damaged")

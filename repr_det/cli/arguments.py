@@ -1,0 +1,137 @@
+"""Arguments that several sub-commands share, so that each thing has one name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of a description, and prints defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None or action.default is False or action.default in ("", []):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class _Renamed(argparse.Action):
+    """Takes an option of version 0.1 and says which one replaces it."""
+
+    def __init__(self, *, instead: str, **options: Any) -> None:
+        super().__init__(help=argparse.SUPPRESS, default=argparse.SUPPRESS, **options)
+        self.instead = instead
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        print(
+            f"{parser.prog}: {option_string} will be removed in 0.3. Use {self.instead}.",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
+
+
+def add_renamed(
+    parser: argparse._ActionsContainer, option: str, instead: str, dest: str, **options: Any
+) -> None:
+    """Add an option of version 0.1, hidden from the help, that sets what another one sets now."""
+    parser.add_argument(option, action=_Renamed, instead=instead, dest=dest, **options)
+
+
+def add_config_file(
+    parser: argparse._ActionsContainer, text: str = "a config file, or the name of one in configs/"
+) -> None:
+    """Add ``--config-file`` and its alias ``--config``; the default is an empty string."""
+    parser.add_argument(
+        "--config-file",
+        "--config",
+        default="",
+        metavar="FILE",
+        help=text,
+    )
+
+
+def add_overrides(parser: argparse._ActionsContainer) -> None:
+    """Add the trailing ``KEY VALUE`` pairs as ``opts``, Detectron2's name for them."""
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+
+
+def add_json(parser: argparse._ActionsContainer, content: str) -> None:
+    """Add ``--json FILE``."""
+    parser.add_argument("--json", type=Path, metavar="FILE", help=f"write {content} to this file")
+
+
+def add_coco_data(parser: argparse._ActionsContainer, split: str) -> None:
+    """Add ``--train-data`` or ``--test-data``: a COCO-format dataset by its files."""
+    parser.add_argument(
+        f"--{split}-data",
+        nargs=3,
+        metavar=("NAME", "JSON", "IMAGES"),
+        help=f"a COCO-format dataset to {split} on: a name, its annotation file, its image folder",
+    )
+
+
+def add_data(parser: argparse._ActionsContainer) -> None:
+    """Add the arguments that :func:`repr_det.tasks.use_data` takes: datasets by their files."""
+    for split in ("train", "test"):
+        add_coco_data(parser, split)
+        parser.add_argument(
+            f"--{split}-folder",
+            nargs=2,
+            metavar=("NAME", "FOLDER"),
+            help=f"images to {split} a classifier on: a name, and a folder with one folder a class",
+        )
+
+
+def add_num_images(parser: argparse._ActionsContainer) -> None:
+    """Add ``--num-images`` and its old name ``--images``."""
+    parser.add_argument(
+        "--num-images",
+        type=int,
+        default=32,
+        metavar="N",
+        help="number of held-out images to run networks on",
+    )
+    add_renamed(parser, "--images", "--num-images", "num_images", type=int)
+
+
+def add_trained_model(parser: argparse._ActionsContainer) -> None:
+    """Add what names a trained model: a RUN, or a config file with ``MODEL.WEIGHTS``."""
+    parser.add_argument(
+        "run_folder",
+        nargs="?",
+        type=Path,
+        metavar="RUN",
+        help="OUTPUT_DIR of a run: its config and its last checkpoint",
+    )
+    add_renamed(parser, "--run", "RUN as the first argument", "old_run", type=Path)
+    add_config_file(
+        parser,
+        "in place of RUN, with MODEL.WEIGHTS: a config file, or the name of one in configs/",
+    )
+
+
+def words_after_run(
+    args: argparse.Namespace, others: Sequence[str], instead: object = None
+) -> list[str]:
+    """The positional words of a command line without its RUN.
+
+    Args:
+        args: with what :func:`add_trained_model` adds. Changed in place: ``run_folder`` is None
+            where an option names the model.
+        others: the words after the first, which argparse takes for the RUN.
+        instead: an option of the sub-command that takes the place of a RUN, if it was set.
+    """
+    first, old_run = args.run_folder, getattr(args, "old_run", None)
+    if first is None or not (old_run or args.config_file or instead):
+        return list(others)
+    args.run_folder = old_run
+    return [str(first), *others]
