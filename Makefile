@@ -1,20 +1,23 @@
-# make demo      train Faster R-CNN with RePr on the built-in dataset; results in output/demo
-# make test      lint, then every test that is not marked slow
-# make test-all  lint, then every test
-# make bench     everything about speed (an hour, on a quiet machine); SIZE=quick takes minutes
-# make lint      ruff alone
-# make clean     delete the demo's output and all caches; the environment stays (rm -r .venv)
+# make demo         train Faster R-CNN without and with RePr on the built-in dataset, and compare them
+# make test         lint, then the everyday tests
+# make test-slow    the other tests
+# make test-all     lint, then every test
+# make test-lowest  the everyday tests with the oldest Python and the oldest dependencies allowed
+# make lint         ruff and mypy
+# make docs         the documentation, in docs/_build/html; a warning is an error
+# make bench        everything about speed (an hour, on a quiet machine); SIZE=quick takes minutes
+# make clean        delete the demo's output and all caches; environments stay (rm -r .venv)
 #
 # Each creates the environment .venv once, where it is missing. With your own environment instead,
 # nothing is created or installed: make test PYTHON=python3
 
 PYTHON = .venv/bin/python
+LOWEST_PYTHON = python3.10
 SIZE = full
 ENVIRONMENT = .venv/.installed
 
-# Import names, one for every package that setup.py and its extra `dev` ask for.
-NEEDED = torch torchvision detectron2 cv2 fvcore iopath jinja2 matplotlib numpy PIL pycocotools \
-         tensorboard yaml tqdm hypothesis pytest xdist ruff scipy setuptools wheel
+# What an existing environment must have for the targets to start.
+NEEDED = torch detectron2 pytest xdist hypothesis ruff mypy
 
 ifeq ($(origin PYTHON),command line)
 ENVIRONMENT = check
@@ -22,17 +25,24 @@ endif
 
 # This checkout comes before any other repr_det that the environment may hold.
 RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON)
+PYTEST = -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-all bench lint clean check
+.PHONY: demo test test-slow test-all test-lowest bench lint docs clean check
 
 demo: $(ENVIRONMENT)
-	$(RUN) tools/demo.py --output output/demo
+	$(RUN) -m repr_det demo
 
 test: lint
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(RUN) $(PYTEST) -m "not slow"
+
+test-slow: $(ENVIRONMENT)
+	$(RUN) $(PYTEST) -m slow
 
 test-all: lint
-	$(RUN) -m pytest --numprocesses 2 --dist loadfile
+	$(RUN) $(PYTEST)
+
+test-lowest: .venv-lowest/.installed
+	PYTHONPATH="$(CURDIR)" .venv-lowest/bin/python $(PYTEST) -m "not slow"
 
 bench: $(ENVIRONMENT)
 	$(RUN) benchmarks/bench.py $(SIZE)
@@ -41,20 +51,32 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
+docs: $(ENVIRONMENT)
+	$(RUN) -m sphinx --fail-on-warning --keep-going docs docs/_build/html
+
 clean:
-	rm -rf output/demo build repr_det.egg-info .pytest_cache .ruff_cache .hypothesis
-	find repr_det tests tools -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf output/demo build docs/_build repr_det.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find repr_det experiments tests tools docs -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamp is written last, so an installation that was interrupted goes on at the next call.
-.venv/.installed: setup.py tools/install_detectron2.py
+.venv/.installed: setup.py repr_det/cli/install_detectron2.py
 	python3 -m venv .venv
 	.venv/bin/python -m pip install torch==2.14.1 torchvision==0.29.1
 	.venv/bin/python tools/install_detectron2.py
-	.venv/bin/python -m pip install --editable '.[dev]'
+	.venv/bin/python -m pip install --editable '.[dev,docs]'
+	touch $@
+
+# pip takes the newest versions that are allowed, uv can take the oldest.
+.venv-lowest/.installed: setup.py repr_det/cli/install_detectron2.py
+	$(LOWEST_PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install uv
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct \
+		--editable '.[dev]'
+	.venv-lowest/bin/python tools/install_detectron2.py
 	touch $@
 
 check:
 	@$(PYTHON) -c "import sys; from importlib.util import find_spec; \
 	missing = [name for name in sys.argv[1:] if not find_spec(name)]; \
-	missing and sys.exit('$(PYTHON) cannot import ' + ', '.join(missing) + ': install what is \
-	missing with the commands under .venv/.installed in the Makefile, or leave PYTHON out.')" $(NEEDED)
+	missing and sys.exit('$(PYTHON) cannot import ' + ', '.join(missing) + '. Run the commands \
+	under .venv/.installed in the Makefile with it, or leave PYTHON out.')" $(NEEDED)
