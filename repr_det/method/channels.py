@@ -226,7 +226,7 @@ CONTRACTIONS = CONVOLUTIONS | {
 
 GATES = {
     "aten::sigmoid", "aten::sigmoid_", "aten::hardsigmoid", "aten::hardsigmoid_", "aten::_softmax",
-    "aten::softplus", "aten::exp", "aten::log_sigmoid_forward",
+    "aten::softplus", "aten::exp", "aten::log_sigmoid_forward", "aten::glu",
 }  # fmt: skip
 """Operations that turn zero into a constant, mostly for other channels to be multiplied by."""
 

@@ -658,6 +658,10 @@ class RePr:
         before = self._before[layer.name]
         if layer.bias is not None:
             _write_choice(layer.bias, chosen, ~chosen, self.reinit.beta, before["bias"])
+        for key, old in before.get("per_filter", {}).items():
+            gain = layer.per_filter[key]
+            choice = self.reinit.gamma if gain.requires_grad else "previous"
+            _write_choice(gain, chosen, ~chosen, choice, old)
         for link, old in zip(layer.norms, before["norms"], strict=True):
             new, kept = link.channels_of(chosen), link.channels_of(~chosen)
             for key, tensor, choice in (
@@ -847,6 +851,8 @@ def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> dict[st
     values = {"weight": layer.matrix().index_select(0, rows), "norms": norms}
     if layer.bias is not None:
         values["bias"] = layer.bias.detach()[chosen]
+    if layer.per_filter:
+        values["per_filter"] = {k: p.detach()[chosen] for k, p in layer.per_filter.items()}
     return values
 
 
@@ -855,6 +861,8 @@ def _write_values(layer: FilterLayer, chosen: Tensor, values: dict[str, Any]) ->
     layer.write_rows(chosen, values["weight"])
     if layer.bias is not None:
         _write_entries(layer.bias, chosen, values["bias"])
+    for key, old in values.get("per_filter", {}).items():
+        _write_entries(layer.per_filter[key], chosen, old)
     for link, old in zip(layer.norms, values["norms"], strict=True):
         channels = link.channels_of(chosen)
         for key, tensor in (("gamma", link.gamma), ("beta", link.beta)):

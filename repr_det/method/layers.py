@@ -125,6 +125,18 @@ class FilterLayer:
         return getattr(self.module, "bias", None)
 
     @property
+    def per_filter(self) -> dict[str, nn.Parameter]:
+        """Further parameters with one value for each filter, by name: gains of weights."""
+        return {
+            name: parameter
+            for name, parameter in self.module._parameters.items()
+            if name not in ("weight", "bias")
+            and parameter is not None
+            and parameter.dim() > 0
+            and len(parameter) == parameter.numel() == self.num_filters
+        }
+
+    @property
     def num_filters(self) -> int:
         """J, the number of output channels."""
         return self.module.out_channels
@@ -178,14 +190,13 @@ class FilterLayer:
         ]
 
     def filter_slots(self, chosen: Tensor) -> list[Slot]:
-        """Everything that belongs to the chosen filters: weight rows, bias, gamma and beta."""
+        """Everything that belongs to the chosen filters: weight rows, bias, gains, norms."""
         return self.weight_slots(chosen) + self.affine_slots(chosen)
 
     def affine_slots(self, chosen: Tensor) -> list[Slot]:
-        """Bias, gamma and beta of the chosen filters (bool of shape (J,))."""
-        slots = []
-        if self.bias is not None:
-            slots.append(Slot(self.bias, None, 0, _indices(chosen, self.bias)))
+        """Bias, gains, gamma and beta of the chosen filters (bool of shape (J,))."""
+        own = [*([] if self.bias is None else [self.bias]), *self.per_filter.values()]
+        slots = [Slot(tensor, None, 0, _indices(chosen, tensor)) for tensor in own]
         for link in self.norms:
             tensors = [tensor for tensor in (link.gamma, link.beta) if tensor is not None]
             if tensors:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import is_dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.swa_utils import AveragedModel
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
@@ -68,19 +73,18 @@ def is_norm(module: nn.Module) -> bool:
 
     torch's own classes, and by their tensors the ones that are no subclass of them: a module
     with one-dimensional ``weight`` and ``bias`` of one length (FrozenBatchNorm2d, Detectron2's
-    channel-first LayerNorm and its norm per feature level).
+    channel-first LayerNorm and its norm per feature level); without a bias only where its name or
+    an epsilon says that it normalises (RMSNorm).
     """
     if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
         return True
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    return (
-        isinstance(weight, Tensor)
-        and isinstance(bias, Tensor)
-        and weight.dim() == bias.dim() == 1
-        and len(weight) == len(bias)
-        and not is_conv(module)
-        and not isinstance(module, nn.Linear)
-    )
+    if not isinstance(weight, Tensor) or weight.dim() != 1 or isinstance(module, nn.Linear):
+        return False
+    if isinstance(bias, Tensor):
+        return weight.shape == bias.shape
+    named = "norm" in type(module).__name__.lower()
+    return bias is None and (named or any("eps" in key for key in vars(module)))
 
 
 def mixes_channels(norm: nn.Module) -> bool:
@@ -102,36 +106,89 @@ def norm_channels(norm: nn.Module) -> int | None:
     return getattr(norm, "num_features", getattr(norm, "num_channels", None))
 
 
-def _numbers(module: nn.Module) -> dict[str, float]:
-    attributes = vars(module).items()
-    return {k: v for k, v in attributes if isinstance(v, (int, float)) and k != "training"}
-
-
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Undo on leaving what running a model changes.
 
-    Buffers, the mode of each module, numbers that modules keep as attributes (the loss normaliser
-    of RetinaNet), and the random state.
+    All that its modules hold: parameters and buffers (the same tensors, with the values and shapes
+    that they had), other attributes with the contents of lists, dicts, sets and tensors among them,
+    modes and hooks. What a run adds is removed. Random states are as before, too.
     """
-    modes = [(m, m.training) for m in model.modules()]
-    numbers = [(m, _numbers(m), set(vars(m))) for m in model.modules()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers()]
-    devices = {b.device for b in model.parameters()} | {b.device for b in model.buffers()}
+    wrappers = [(m, m.training) for m in model.modules() if unwrap(m) is not m]
+    seen: dict[int, Callable[[], Any]] = {}
+    attributes = [_remembered(vars(module), seen) for _, module in named_modules(model)]
+    devices = {b.device for b in (*model.parameters(), *model.buffers())}
+    numbers = random.getstate()
     try:
         with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
             yield
     finally:
-        for module, training in modes:
+        random.setstate(numbers)
+        for module, training in wrappers:
             module.training = training
-        for module, before, attributes in numbers:
-            for key in _numbers(module).keys() - attributes:
-                delattr(module, key)
-            for key, value in before.items():
-                setattr(module, key, value)
         with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for restore in attributes:
+                restore()
+
+
+def _remembered(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
+    """What puts the contents of a value back and returns it; modules are left alone.
+
+    Args:
+        value: anything.
+        seen: what was remembered before, by id.
+    """
+    if id(value) not in seen:
+        seen[id(value)] = lambda: value  # for what contains itself, and for all that has no parts
+        seen[id(value)] = _with_contents(value, seen)
+    return seen[id(value)]
+
+
+def _with_contents(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
+    if isinstance(value, Tensor):
+        return _tensor_restored(value)
+    if isinstance(value, dict):
+        items = [(key, _remembered(part, seen)) for key, part in value.items()]
+
+        def restore_dict() -> Any:
+            before = [(key, restore()) for key, restore in items]
+            value.clear()
+            value.update(before)
+            return value
+
+        return restore_dict
+    if isinstance(value, (list, deque, set)):
+        parts = [_remembered(part, seen) for part in value]
+
+        def restore_collection() -> Any:
+            before = [restore() for restore in parts]
+            value.clear()
+            value.update(before) if isinstance(value, set) else value.extend(before)
+            return value
+
+        return restore_collection
+    if isinstance(value, tuple):
+        held = [_remembered(part, seen) for part in value]
+        return lambda: ([restore() for restore in held], value)[1]
+    if isinstance(value, SimpleNamespace) or is_dataclass(value):
+        restore = _remembered(vars(value), seen) if hasattr(value, "__dict__") else None
+        return lambda: (restore and restore(), value)[1]
+    return lambda: value
+
+
+def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
+    if is_lazy(tensor):
+        return lambda: tensor
+    before = tensor.detach().clone()
+
+    def restore() -> Tensor:
+        if tensor.shape == before.shape:
+            tensor.detach().copy_(before)
+        else:
+            tensor.data = before
+        return tensor
+
+    return restore
 
 
 def eager() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -96,26 +96,30 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
 
     Convs that share a weight become one layer: the first that holds it, with the norms behind all
     that do. Left out is what is shared with a conv that does not take part: a weight, or a channel
-    of a norm that is called behind several convs; likewise convs that share a weight but not their
-    bias, since a filter has one bias here.
+    of a norm that is called after several convs. So are convs that share a weight but not their
+    bias, since a filter has one bias here, and convs that share anything but their weight.
 
     Args:
         layers: of all convs.
         names: of those that are to take part.
     """
     by_weight: dict[Tensor, list[FilterLayer]] = {}
-    owners: dict[tuple[str, int], set[Tensor]] = {}
+    owners: dict[tuple, set[Tensor]] = {}
     for layer in layers:
         by_weight.setdefault(layer.weight, []).append(layer)
-        for link in layer.norms:
-            for channel in link.channels.tolist():
-                owners.setdefault((link.name, channel), set()).add(layer.weight)
+        for part in _parts(layer):
+            owners.setdefault(part, set()).add(layer.weight)
     not_alone = {weight for weights in owners.values() if len(weights) > 1 for weight in weights}
     found = []
     for weight, (first, *others) in by_weight.items():
-        one_bias = all(other.bias is first.bias for other in others)
+        # A transposed conv counts its filters along another dimension of the same weight.
+        alike = all(
+            (other.bias is first.bias, other.transposed, other.groups)
+            == (True, first.transposed, first.groups)
+            for other in others
+        )
         selected = all(layer.name in names for layer in (first, *others))
-        if one_bias and selected and weight not in not_alone:
+        if alike and selected and weight not in not_alone:
             # Behind several convs, one norm may have a part of its channels for each.
             norms = {
                 (link.name, *link.channels.tolist()): link
@@ -124,3 +128,14 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
             }
             found.append(replace(first, norms=tuple(norms.values())))
     return found
+
+
+def _parts(layer: FilterLayer) -> Iterator[tuple]:
+    """What becomes zero with the filters of a layer, apart from its weight."""
+    for tensor in (layer.bias, *layer.per_filter.values()):
+        if tensor is not None:
+            yield (id(tensor),)
+    for link in layer.norms:
+        for part in (link.name, *(id(t) for t in (link.gamma, link.beta) if t is not None)):
+            for channel in link.channels.tolist():
+                yield part, channel

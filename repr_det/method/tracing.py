@@ -577,14 +577,11 @@ class _Tracer(TorchDispatchMode):
         if call.op in GATES:
             self._note_gates(origin.convs, call.tag("self"))
             return origin._replace(shifted=origin.convs)
-        a, b = call.op in SHIFTS, call.op in PRODUCTS
-        if (a or b) and len(each) >= 2:
-            from_layers = [one for one in each if one.layers]
-            if a and len(from_layers) == 1:
-                return origin._replace(shifted=origin.convs)
-            if b and len(from_layers) == 2:
-                for one in each:
-                    self._note_gates(one.shifted, None)
+        from_layers = [one for one in each if one.layers]
+        if call.op in SHIFTS and len(from_layers) == 1:
+            return origin._replace(shifted=origin.convs)
+        if call.op in PRODUCTS and len(from_layers) == 2:
+            self._note_gates(origin.shifted, None)
         return origin
 
     def _note_gates(self, convs: Collection[str], tag: Tag | None) -> None:
