@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,23 +30,41 @@ def norm(kind: str, channels: int) -> nn.Module:
     return nn.Identity()
 
 
-def chain(kind: str = "BN", width: int = 8) -> nn.Module:
+ACTIVATIONS = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+"""ReLU's slope at zero is zero, which hides a filter that is not held; the others' is one half."""
+
+
+def chain(kind: str = "BN", width: int = 8, activation: str = "relu") -> nn.Module:
     """Three convs in a row, pooled, and a linear layer."""
+    act = ACTIVATIONS[activation]
     bias = kind == "none"
     return nn.Sequential(
-        nn.Conv2d(3, width, 3, padding=1, bias=bias), norm(kind, width), nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1, bias=bias), norm(kind, width), nn.ReLU(),
+        nn.Conv2d(3, width, 3, padding=1, bias=bias), norm(kind, width), act(),
+        nn.Conv2d(width, width, 3, padding=1, bias=bias), norm(kind, width), act(),
         nn.MaxPool2d(2),
-        nn.Conv2d(width, width, 3, padding=1, bias=bias), norm(kind, width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=bias), norm(kind, width), act(),
         nn.MaxPool2d(2), nn.Flatten(), nn.Linear(width * 4, 5),
     )  # fmt: skip
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (grouped), 1x1 with a projection shortcut, and no ReLU behind the sum."""
+Activation = Callable[..., Tensor]
 
-    def __init__(self, inputs: int, width: int, outputs: int, kind: str, groups: int = 1) -> None:
+# Looked up at each call: the reference replaces ReLU by the identity.
+FUNCTIONS: dict[str, Activation] = {
+    "relu": lambda x, inplace=False: F.relu_(x) if inplace else F.relu(x),
+    "silu": lambda x, inplace=False: F.silu(x, inplace=inplace),
+    "gelu": lambda x, inplace=False: F.gelu(x),
+}
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (grouped), 1x1 with a projection shortcut, and no activation after the sum."""
+
+    def __init__(
+        self, inputs: int, width: int, outputs: int, kind: str, groups: int, act: Activation
+    ) -> None:
         super().__init__()
+        self.act = act
         bias = kind == "none"
         self.conv1 = nn.Conv2d(inputs, width, 1, bias=bias)
         self.norm1 = norm(kind, width)
@@ -55,8 +75,8 @@ class Bottleneck(nn.Module):
         self.shortcut = nn.Conv2d(inputs, outputs, 1, bias=bias) if inputs != outputs else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.relu_(self.norm1(self.conv1(x)))
-        y = F.relu_(self.norm2(self.conv2(y)))
+        y = self.act(self.norm1(self.conv1(x)), inplace=True)
+        y = self.act(self.norm2(self.conv2(y)), inplace=True)
         y = self.norm3(self.conv3(y))
         y += x if self.shortcut is None else self.shortcut(x)
         return y
@@ -65,13 +85,14 @@ class Bottleneck(nn.Module):
 class Residual(nn.Module):
     """Two bottlenecks, a small pyramid with a top-down sum, and a transposed conv."""
 
-    def __init__(self, kind: str = "BN", groups: int = 1) -> None:
+    def __init__(self, kind: str = "BN", groups: int = 1, activation: str = "relu") -> None:
         super().__init__()
+        self.act = FUNCTIONS[activation]
         bias = kind == "none"
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
         self.stem_norm = norm(kind, 8)
-        self.block1 = Bottleneck(8, 6, 12, kind, groups)
-        self.block2 = Bottleneck(12, 6, 12, kind, groups)
+        self.block1 = Bottleneck(8, 6, 12, kind, groups, self.act)
+        self.block2 = Bottleneck(12, 6, 12, kind, groups, self.act)
         self.down = nn.Conv2d(12, 12, 3, stride=2, padding=1)
         self.lateral1 = nn.Conv2d(12, 6, 1)
         self.lateral2 = nn.Conv2d(12, 6, 1)
@@ -80,19 +101,20 @@ class Residual(nn.Module):
         self.head = nn.Conv2d(6, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem_norm(self.stem(x)))
+        x = self.act(self.stem_norm(self.stem(x)))
         x = self.block2(self.block1(x))
         top = self.lateral2(self.down(x))
         merged = self.lateral1(x) + F.interpolate(top, scale_factor=2.0, mode="nearest")
-        y = self.head(F.relu(self.up(self.output(merged))))
+        y = self.head(self.act(self.up(self.output(merged))))
         return y.mean((2, 3))
 
 
 class PreActivation(nn.Module):
-    """A dense block: norm and ReLU in front of each conv, whose output is concatenated."""
+    """A dense block: norm and activation before each conv, whose output is concatenated."""
 
-    def __init__(self, growth: int = 4, layers: int = 3) -> None:
+    def __init__(self, growth: int = 4, layers: int = 3, activation: str = "relu") -> None:
         super().__init__()
+        self.act = FUNCTIONS[activation]
         self.stem = nn.Conv2d(3, 6, 3, padding=1, bias=False)
         widths = [6 + i * growth for i in range(layers + 1)]
         self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)
@@ -104,8 +126,8 @@ class PreActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)
         for conv, layer in zip(self.convs, self.norms, strict=False):
-            x = torch.cat([x, conv(F.relu(layer(x)))], 1)
-        return self.linear(F.relu(self.norms[-1](x)).mean((2, 3)))
+            x = torch.cat([x, conv(self.act(layer(x)))], 1)
+        return self.linear(self.act(self.norms[-1](x)).mean((2, 3)))
 
 
 NETS = {
@@ -118,6 +140,14 @@ NETS = {
     "residual-plain": lambda: Residual("plain"),
     "residual-grouped": lambda: Residual("BN", groups=3),
     "dense": PreActivation,
+    "chain-silu": lambda: chain("BN", activation="silu"),
+    "chain-bias-gelu": lambda: chain("none", activation="gelu"),
+    "residual-gelu": lambda: Residual("BN", activation="gelu"),
+    "residual-bias-silu": lambda: Residual("none", activation="silu"),
+    "residual-frozen-silu": lambda: Residual("frozen", activation="silu"),
+    "residual-plain-gelu": lambda: Residual("plain", activation="gelu"),
+    "residual-grouped-silu": lambda: Residual("BN", groups=3, activation="silu"),
+    "dense-silu": lambda: PreActivation(activation="silu"),
 }
 """Networks whose pruned form is exactly a smaller network."""
 

@@ -127,7 +127,9 @@ def test_output_after_the_norm_is_zero(name):
     for layer in method.layers:
         # The pre-activation net has norms behind every concatenation; its own test is the zero
         # of the conv, which is what those norms see.
-        module = layer.norms[0].module if layer.norms and name != "dense" else layer.module
+        module = (
+            layer.norms[0].module if layer.norms and not name.startswith("dense") else layer.module
+        )
         watched[layer.name] = module
         module.register_forward_hook(
             lambda m, a, out, n=layer.name: outputs.__setitem__(n, out.detach().clone())
