@@ -21,7 +21,7 @@ from scipy.stats import binom
 from torch.cuda import max_memory_allocated, max_memory_reserved
 from torch.profiler import profile
 
-import repr_det.engine.trainer
+from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.config import config_path
 from repr_det.method.compact import Compact
 from repr_det.method.holding import GradientMask
@@ -266,8 +266,8 @@ def _as_a_program(*arguments: str) -> list[str]:
 
 def _make_steps_when_asked(name: str, kind: str) -> None:
     """A step for each line that comes in."""
-    if kind == GIVEN_BACK:
-        repr_det.engine.trainer.keep_freed_memory = lambda: False
+    if kind != GIVEN_BACK and not torch.cuda.is_available():
+        keep_freed_memory()
     with tempfile.TemporaryDirectory() as folder:
         step = stepper(make_trainer(NETWORKS[name], folder, *VARIANTS["standard"]))
         for _ in sys.stdin:

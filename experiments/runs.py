@@ -30,6 +30,7 @@ from experiments.measures import MEASURES, Measure, Record
 from experiments.summary import table_in_markdown
 from experiments.tables import Row, Table
 from repr_det.classification.together import Together, common_settings, obstacle
+from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.config import config_path
 from repr_det.engine.environment import environment
 from repr_det.engine.files import write_text_whole
@@ -377,6 +378,8 @@ def execute(run: Run, bar: tqdm) -> Record:
     with _logged_to(folder / LOG):
         clock = RunClock(bar, run.measure)
         seed_all_rng(cfg.SEED)
+        if cfg.MODEL.DEVICE == "cpu":
+            keep_freed_memory()
         trainer = trainer_for(cfg)(cfg)
         trainer.register_hooks([clock])
         for hook in trainer._hooks:

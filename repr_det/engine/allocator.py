@@ -18,7 +18,10 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it could be set: not where there is another C library.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    try:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    except (OSError, TypeError):  # Windows
+        return False
     # One heap for all threads, since what is kept in one cannot be used from another.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
     return bool(mallopt) and all(mallopt(option, value) for option, value in options.items())

@@ -18,6 +18,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
+from repr_det.engine.allocator import keep_freed_memory
 from repr_det.errors import UserError
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -26,7 +27,7 @@ _LOGGERS = ("detectron2", "fvcore")
 
 
 def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
-    """Set up logging to standard output, and the random seed; writes no file.
+    """Set up logging to standard output, the random seed, and memory on a CPU; writes no file.
 
     Returns:
         The log lines from now on, for :func:`open_run_folder`.
@@ -44,6 +45,8 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
     logger.info(f"Command line arguments: {args}")
     logger.info(f"Running with full config:\n{cfg.dump()}")
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
     if not getattr(args, "eval_only", False):
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return lines

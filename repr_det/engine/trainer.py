@@ -21,7 +21,6 @@ from detectron2.utils.logger import setup_logger
 from torch.optim import Optimizer
 
 from repr_det.engine import solver
-from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.hook import STATE_KEY, RePrHook
@@ -38,9 +37,8 @@ class RePrTrainer(DefaultTrainer):
     """What trains every task: Detectron2's trainer and hooks, RePr by ``cfg.REPR``.
 
     Differs from DefaultTrainer in what its constructor builds: mixed precision also on a CPU,
-    DistributedDataParallel also on a CPU, memory kept between steps on a CPU
-    (:func:`repr_det.engine.allocator.keep_freed_memory`), optimizers and schedules of this package,
-    the RePr hook, and checks before anything is trained. A task adds its loaders and its evaluator.
+    DistributedDataParallel also on a CPU, optimizers and schedules of this package, the RePr hook,
+    and checks before anything is trained. A task adds its loaders and its evaluator.
 
     Args:
         cfg: a config from :func:`repr_det.engine.config.get_cfg` with the keys of the task,
@@ -71,8 +69,6 @@ class RePrTrainer(DefaultTrainer):
                     "DETERMINISTIC excludes: turn one of them off."
                 )
             use_deterministic_algorithms()
-        if device == "cpu":
-            keep_freed_memory()
 
         model = self.build_model(cfg)
         if cfg.MODEL.CHANNELS_LAST:
