@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +15,21 @@ from detectron2.engine import HookBase
 from detectron2.engine.hooks import EvalHook, PeriodicWriter
 from detectron2.engine.train_loop import AMPTrainer, TrainerBase
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from repr_det.engine import recording
 from repr_det.engine.amp import MixedPrecisionTrainer
-from repr_det.engine.averages import unknown_averages
 from repr_det.engine.batches import own_batches, training_loss
+from repr_det.engine.parallel import reason_against_other_sizes, renew_buckets
 from repr_det.engine.randomness import RandomStream
+from repr_det.engine.recording import Recorder
 from repr_det.errors import UserError
-from repr_det.method.compact import MODES, Compact, Shrunk, rewrapped
+from repr_det.method.compact import MODES, Compact, Shrunk
 from repr_det.method.controller import PhaseChange, RePr
-from repr_det.method.criteria import mean_overlap
 from repr_det.method.layers import FilterLayer
+from repr_det.method.modules import unwrap
+from repr_det.method.ranks import group_of, objects_of_all_ranks, rank_in
 from repr_det.method.reinit import Reinit
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.settings import check_whole
@@ -90,19 +91,21 @@ class RePrHook(HookBase):
             check_whole(name, arguments.get(name, 0))
         self.schedule = schedule
         self._mode = compact
-        # Whether to take pruned filters out; None: not decided yet.
-        self._compacts = {"auto": None, "on": True, "off": False}[compact]
-        self._compact: Compact
-        self._resized = False  # since the model was wrapped, if only for a while
+        # Whether pruned filters are taken out physically; None: not decided yet.
+        self._take_out: bool | None = {"auto": None, "on": True, "off": False}[compact]
+        self._smaller: Compact
+        # Whether parameters had other sizes since DistributedDataParallel made its buckets.
+        self._resized = False
         self.method: RePr
+        self._recorder: Recorder
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
         self._has_state = False
         self._eval_period = 0
         self._after_writers = False
-        self._overlaps: list[recording.Overlap] = []
         self._num_pruned = 0  # kept, since counting costs more than the rest of a step
         self._sums_at_start: dict[str, float] = {}  # of weights, to see what is loaded afterwards
+        self._alike_at_start: dict[str, Any] = {}  # what might be an average of the weights
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
@@ -140,6 +143,11 @@ class RePrHook(HookBase):
     @trainer.setter
     def trainer(self, trainer: TrainerBase) -> None:
         self._trainer = trainer
+        self._check(trainer)
+        self._build(trainer)
+
+    def _check(self, trainer: TrainerBase) -> None:
+        """Refuse a trainer that this hook cannot work with."""
         if isinstance(getattr(trainer, "_trainer", trainer), AMPTrainer) and not (
             torch.cuda.is_available()
         ):
@@ -156,24 +164,29 @@ class RePrHook(HookBase):
             )
         if hasattr(trainer, "max_iter"):
             self.check_fits(trainer.max_iter)
-        seed = self._arguments.get("seed", 0) + comm.get_rank()
-        if self._mode == "on" and _deeply_wrapped(trainer.model):
+        if self._mode == "on" and (reason := reason_against_other_sizes(trainer.model)):
             raise UserError(
-                "RePr: compact (REPR.COMPACT) is on, but the model's DistributedDataParallel lies "
-                "inside another wrapper and cannot be renewed: wrap it last, or turn compact off."
+                f"RePr: compact (REPR.COMPACT) is on, but {reason}, which cannot be renewed for a "
+                f"smaller network. Set compact to off."
             )
+
+    def _build(self, trainer: TrainerBase) -> None:
+        """Follow the trainer's model, and build the method and what belongs to it."""
+        self._group = group_of(trainer.model)
+        seed = self._arguments.get("seed", 0) + rank_in(self._group)
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
         defaults["batches"] = own_batches(getattr(trainer, "data_loader", None), seed)
         arguments = {**defaults, **self._arguments}
         self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
-        self._compact = Compact(
+        self._recorder = Recorder(self.method, trainer)
+        self._smaller = Compact(
             trainer.model,
             trainer.optimizer,
             copies=arguments.get("copies", ()),
             batches=arguments.get("batches"),
             loss=arguments["loss"],
             precision=_precision(trainer),
-            agree=lambda found: comm.all_gather(found)[0],
+            group=self._group,
         )
         layers = self.method.layers
         self._sums_at_start = _sums(layers)
@@ -196,9 +209,9 @@ class RePrHook(HookBase):
         self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
-        self._look_for_averages()
+        self._alike_at_start = self._alike()
         self._warn_of_loaded_weights()
-        self._begin_history()
+        self._recorder.begin()
         zero = self.method.count_zero_filters()
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
@@ -244,50 +257,57 @@ class RePrHook(HookBase):
                 f"or train without RePr (REPR.ENABLED False)."
             )
 
-    def _look_for_averages(self) -> None:
-        """Say where something is kept in step with the model by others, which RePr cannot."""
+    def _alike(self) -> dict[str, Any]:
+        """What other hooks hold that has the shapes of the model's weights, and its version."""
         trainer = self.trainer
-        others = [hook for hook in trainer._hooks if hook is not self]
-        holders = [trainer, getattr(trainer, "_trainer", None), *others]
-        known = self._arguments.get("copies", ())
-        mine = unknown_averages(holders, trainer.model, known)
+        holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
+        return weights_alike(
+            [holder for holder in holders if holder not in (None, self)],
+            trainer.model,
+            self._arguments.get("copies", ()),
+        )
+
+    def _warn_of_averages(self) -> None:
+        """Warn of weights that other hooks keep in step with the model, which RePr cannot.
+
+        What is only held, as a frozen teacher, has not changed since training began.
+        """
+        before, now = self._alike_at_start, self._alike()
+        mine = [name for name in now if now[name] != before.get(name)]
         # Some hooks are the first rank's alone, and all must go on alike.
-        averages = sorted(set().union(*comm.all_gather(mine)))
+        averages = sorted(set().union(*objects_of_all_ranks(mine, self._group)))
         if not averages:
             return
         stays = ""
         if self._mode == "auto":
-            self._compacts = False
-            stays = "; pruned filters stay in the network as zeros (REPR.COMPACT auto)"
+            self._take_out = False
+            stays = " Pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         logger.warning(
-            f"RePr: {', '.join(averages)} looks like an average of the model's weights, and at "
-            f"drops and returns it is left behind: pass it to RePrHook as copies=[...], or take no "
-            f"notice if it is none{stays}."
+            f"RePr: {', '.join(averages)} looks like an average of the model's weights, which "
+            f"drops and returns do not reach. Pass it to RePrHook as copies=[...].{stays}"
         )
 
     def before_step(self) -> None:
-        """Do what is due, log it, and record the phase."""
+        """Do what is due before this iteration.
+
+        In this order: the overlap before a drop is recorded; the network gets its full size;
+        filters are dropped or brought back, and that is recorded; pruned filters are taken out of
+        the network physically; DistributedDataParallel gets buckets of the new sizes.
+        """
         iteration = self.trainer.iter
-        if self.schedule.phase(iteration).name == SUB and self.method.phase == FULL:
-            self._record_overlap(detailed=True)
         if self.method.due(iteration):
+            if self.method.phase == FULL and self.schedule.phase(iteration).name == SUB:
+                self._recorder.overlap(detailed=True)
             self._grow()
-        for change in self.method.step(iteration):
-            self._num_pruned = self.method.num_pruned
-            logger.info(_one_line(change))
-            for line in _layer_lines(change):
-                logger.info(line)
-            if change.kind == "return":
-                self._record_overlap(detailed=True)
-            self._write_history()
-            if change.kind == "drop":
-                picture = recording.picture(self._history())
-                self.trainer.storage.put_image("repr/dropped", picture)
-        if self.method.phase == SUB and self._takes_out() and not self._compact.active:
+            for change in self.method.step(iteration):
+                self._report(change)
+        else:
+            self.method.step(iteration)
+        if self.method.phase == SUB and not self._smaller.active and self._removal_pays():
             self._shrink()
         if self._resized:
             if isinstance(self.trainer.model, DistributedDataParallel):
-                self.trainer.model = rewrapped(self.trainer.model)
+                renew_buckets(self.trainer.model)
             self._resized = False
         self.trainer.storage.put_scalars(
             **{
@@ -298,6 +318,16 @@ class RePrHook(HookBase):
             smoothing_hint=False,
         )
 
+    def _report(self, change: PhaseChange) -> None:
+        """Log and record a change of phase."""
+        self._num_pruned = self.method.num_pruned
+        logger.info(_one_line(change))
+        for line in _layer_lines(change):
+            logger.info(line)
+        if change.kind == "drop":
+            self._warn_of_averages()
+        self._recorder.change(change)
+
     def after_step(self) -> None:
         """Record the overlap where an evaluation is due, and at the end.
 
@@ -307,7 +337,7 @@ class RePrHook(HookBase):
         due = self._eval_period and done % self._eval_period == 0
         if due or done == self.trainer.max_iter:
             self.trainer.storage.iter = done if self._after_writers else self.trainer.iter
-            self._record_overlap()
+            self._recorder.overlap()
             self.trainer.storage.iter = self.trainer.iter
 
     def after_train(self) -> None:
@@ -316,7 +346,7 @@ class RePrHook(HookBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and what ``compact="auto"`` decided."""
-        decided = self._compacts if self._mode == "auto" else None
+        decided = self._take_out if self._mode == "auto" else None
         return {**self.method.state_dict(), "compact": decided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -324,31 +354,32 @@ class RePrHook(HookBase):
         self._grow()
         self.method.load_state_dict(state)
         if self._mode == "auto":
-            self._compacts = state.get("compact")
+            self._take_out = state.get("compact")
         self._has_state = True
 
     # --- the physically smaller network
 
     def _grow(self) -> None:
-        self._resized |= self._compact.active
-        self._compact.grow()
+        self._resized |= self._smaller.active
+        self._smaller.grow()
 
-    def _takes_out(self) -> bool:
-        if self._compacts is None:
-            self._compacts = self._measure()
-        return self._compacts
+    def _removal_pays(self) -> bool:
+        """Whether pruned filters are taken out physically; measured when first asked."""
+        if self._take_out is None:
+            self._take_out = self._measure()
+        return self._take_out
 
     def _shrink(self) -> None:
         problem = ""
         self._resized = True
         try:
             with RandomStream(0).active():
-                shrunk = self._compact.shrink(self.method)
+                shrunk = self._smaller.shrink(self.method)
         except RuntimeError as error:
             problem = str(error)
-        if problems := [found for found in comm.all_gather(problem) if found]:
-            self._compact.grow()
-            self._compacts = False
+        if problems := [found for found in objects_of_all_ranks(problem, self._group) if found]:
+            self._smaller.grow()
+            self._take_out = False
             logger.warning(f"RePr: {problems[0]}; pruned filters stay in the network as zeros.")
             return
         logger.info(_cost_line(shrunk))
@@ -362,11 +393,8 @@ class RePrHook(HookBase):
         if self._arguments.get("copies"):
             logger.info(f"RePr: an average may be updated through its state dict, so {stays}")
             return False
-        if _deeply_wrapped(self.trainer.model):
-            logger.info(
-                f"RePr: DistributedDataParallel lies inside another wrapper and cannot be renewed "
-                f"for a smaller network, so {stays}"
-            )
+        if reason := reason_against_other_sizes(self.trainer.model):
+            logger.info(f"RePr: {reason}, which cannot be renewed, so {stays}")
             return False
         total = self.schedule.s2 * self.schedule.cycles
         if total < MEASURING_PAYS_FROM:
@@ -375,65 +403,14 @@ class RePrHook(HookBase):
         self._resized = True
         try:
             with RandomStream(0).active():
-                mine = self._compact.speedup(self.method)
+                mine = self._smaller.speedup(self.method)
         except Exception as error:  # what a foreign model raises when it cannot be made smaller
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = 0.0
-        speedups = comm.all_gather(mine)
+        speedups = objects_of_all_ranks(mine, self._group)
         speedup = sum(speedups) / len(speedups) if min(speedups) > 0 else 0.0
         logger.info(f"RePr: measured, the smaller network of S2 is {speedup:.2f} times as fast.")
         return speedup >= WORTHWHILE
-
-    # --- the history of the run
-
-    def _history(self) -> recording.History:
-        return recording.of_state(self.method.state_dict(), self._overlaps)
-
-    @property
-    def _folder(self) -> Path | None:
-        """Where the history is written; None in a process that does not write."""
-        folder = getattr(getattr(self.trainer, "cfg", None), "OUTPUT_DIR", "")
-        return Path(folder) if folder and comm.is_main_process() else None
-
-    def _begin_history(self) -> None:
-        """Forget what came after the checkpoint of a resumed run, or is of another run."""
-        start, folder = self.trainer.start_iter, self._folder
-        self._overlaps = []
-        if folder is not None and start > 0:
-            try:
-                found = recording.read(folder)
-            except ValueError as error:
-                logger.warning(f"RePr: {error}")
-                found = None
-            if found is not None:
-                self._overlaps = [o for o in found.overlaps if o.iteration < start]
-        self._write_history()
-
-    def _write_history(self) -> None:
-        if (folder := self._folder) is None:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            recording.write(folder, self._history())
-        except OSError as error:  # the checkpoints hold it, too
-            logger.warning(f"RePr: {recording.FILE} could not be written ({error}).")
-
-    def _record_overlap(self, detailed: bool = False) -> None:
-        by_filter = self.method.filter_overlap()
-        overlap = mean_overlap(by_filter)
-        if detailed:
-            self._overlaps.append(recording.Overlap(self.trainer.iter, overlap))
-        if detailed and comm.is_main_process():
-            for name, values in by_filter.items():
-                values = values[~values.isnan()].cpu()
-                if len(values):
-                    self.trainer.storage.put_histogram(f"repr/filter_overlap/{name}", values, 30)
-        scalars = {f"repr/overlap/{name}": value for name, value in overlap.items()}
-        surviving = {name: int((~mask).sum()) for name, mask in self.method.pruned.items()}
-        scalars["repr/overlap"] = sum(
-            value * surviving[name] for name, value in overlap.items()
-        ) / sum(surviving.values())
-        self.trainer.storage.put_scalars(**scalars, smoothing_hint=False)
 
 
 def _sums(layers: Sequence[FilterLayer]) -> dict[str, float]:
@@ -463,18 +440,57 @@ def _precision(trainer: TrainerBase) -> Callable[[], Any]:
     return nullcontext
 
 
-def _deeply_wrapped(model: nn.Module) -> bool:
-    """Whether there is a DistributedDataParallel that is not the outermost module."""
-    return any(isinstance(m, DistributedDataParallel) for m in model.modules() if m is not model)
+def weights_alike(
+    holders: Iterable[Any], model: nn.Module, known: Iterable[nn.Module] = ()
+) -> dict[str, Any]:
+    """Attributes of objects that hold a tensor for each parameter of a model, and their versions.
+
+    Looks at modules and at dictionaries of tensors, also one object deeper, under any prefix.
+
+    Returns:
+        ``Class.attribute`` -> something that changes when the tensors do.
+    """
+    shapes = {name: p.shape for name, p in unwrap(model).named_parameters()}
+    shared = os.path.commonprefix(list(shapes)).rpartition(".")[0]
+    shapes = {name.removeprefix(shared).lstrip("."): shape for name, shape in shapes.items()}
+    last = next(reversed(shapes))
+    own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
+    found = {}
+    for holder in holders:
+        inner = [v for v in _attributes(holder).values() if hasattr(v, "__dict__")]
+        for one, prefix in ((holder, ""), *((v, f"{type(holder).__name__}.") for v in inner)):
+            for key, value in _attributes(one).items():
+                state = value.state_dict() if isinstance(value, nn.Module) else value
+                if not isinstance(state, Mapping):
+                    continue
+                tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+                for start in [k.removesuffix(last) for k in tensors if k.endswith(last)]:
+                    mine = [tensors.get(start + name) for name in shapes]
+                    if any(t is None for t in mine) or own & {t.data_ptr() for t in mine}:
+                        continue
+                    if [t.shape for t in mine] == list(shapes.values()):
+                        name = f"{prefix}{type(one).__name__}.{key}"
+                        found[name] = [(t.data_ptr(), t._version) for t in mine]
+    return found
+
+
+def _attributes(holder: Any) -> dict[str, Any]:
+    """What an object holds, but for modules and classes, whose own attributes are their matter."""
+    return {} if isinstance(holder, (nn.Module, type)) else dict(getattr(holder, "__dict__", {}))
 
 
 def _cost_line(shrunk: Shrunk) -> str:
     before, after = shrunk.before, shrunk.after
-    return (
+    line = (
         f"RePr: {shrunk.removed} of {shrunk.removed + shrunk.kept} pruned filters are out of the "
         f"network during S2, the others stay as zeros: {before.parameters:,} parameters become "
-        f"{after.parameters:,}, and {before.multiply_adds / 1e6:,.1f} million multiply-adds of a "
-        f"forward pass {after.multiply_adds / 1e6:,.1f} million."
+        f"{after.parameters:,}"
+    )
+    if None in (before.multiply_adds, after.multiply_adds):
+        return f"{line}. Multiply-adds could not be counted."
+    return (
+        f"{line}, and {before.multiply_adds / 1e6:,.1f} million multiply-adds of a forward pass "
+        f"{after.multiply_adds / 1e6:,.1f} million."
     )
 
 

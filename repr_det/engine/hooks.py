@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
@@ -20,6 +19,7 @@ from detectron2.utils.events import EventStorage, EventWriter
 from repr_det.engine.files import read_records
 from repr_det.engine.randomness import mixed_seed
 from repr_det.method.modules import named_modules
+from repr_det.method.ranks import from_first_rank_in_place, group_of
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -62,8 +62,7 @@ class SharedStatistics(HookBase):
         """Share them where one of the hooks behind this one evaluates or saves."""
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
-            for buffer in self.trainer.model.buffers():
-                dist.broadcast(buffer, 0)
+            from_first_rank_in_place(self.trainer.model.buffers(), group_of(self.trainer.model))
 
 
 class RecordKeeper(HookBase):

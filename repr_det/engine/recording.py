@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
+from detectron2.engine.train_loop import TrainerBase
+from detectron2.utils import comm
 from detectron2.utils.events import JSONWriter
 from numpy.typing import NDArray
 
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
+from repr_det.method.controller import PhaseChange, RePr
+from repr_det.method.criteria import mean_overlap
+
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 FILE = "repr_history.json"
 """Where the history lies in a run's folder."""
@@ -147,6 +154,81 @@ def read(folder: str | Path) -> History | None:
             f"{path} is damaged ({type(error).__name__}): delete it, and what the checkpoints "
             "hold is used."
         ) from error
+
+
+class Recorder:
+    """Records what the filters of a run go through; see :class:`repr_det.RePrHook`.
+
+    Args:
+        method: of the run.
+        trainer: its storage takes scalars, histograms and the picture; the history is written to
+            ``OUTPUT_DIR`` of its config, if it has one, by the main process.
+    """
+
+    def __init__(self, method: RePr, trainer: TrainerBase) -> None:
+        self._method, self._trainer = method, trainer
+        self._overlaps: list[Overlap] = []
+
+    @property
+    def _folder(self) -> Path | None:
+        folder = getattr(getattr(self._trainer, "cfg", None), "OUTPUT_DIR", "")
+        return Path(folder) if folder and comm.is_main_process() else None
+
+    def begin(self) -> None:
+        """Forget what came after the checkpoint of a resumed run, or is of another run."""
+        start, folder = self._trainer.start_iter, self._folder
+        self._overlaps = []
+        if folder is not None and start > 0:
+            try:
+                found = read(folder)
+            except UserError as error:
+                logger.warning(f"RePr: {error}")
+                found = None
+            if found is not None:
+                self._overlaps = [o for o in found.overlaps if o.iteration < start]
+        self._write()
+
+    def change(self, change: PhaseChange) -> None:
+        """Record a drop or a return that has just happened."""
+        if change.kind == "return":
+            self.overlap(detailed=True)
+        self._write()
+        if change.kind == "drop":
+            self._trainer.storage.put_image("repr/dropped", picture(self._history()))
+
+    def overlap(self, *, detailed: bool = False) -> None:
+        """Record the mean overlap of the filters of each layer, and of all.
+
+        Args:
+            detailed: also the overlap of each filter, as histograms, and in the history.
+        """
+        by_filter = self._method.filter_overlap()
+        overlap = mean_overlap(by_filter)
+        if detailed:
+            self._overlaps.append(Overlap(self._trainer.iter, overlap))
+        if detailed and comm.is_main_process():
+            for name, values in by_filter.items():
+                values = values[~values.isnan()].cpu()
+                if len(values):
+                    self._trainer.storage.put_histogram(f"repr/filter_overlap/{name}", values, 30)
+        scalars = {f"repr/overlap/{name}": value for name, value in overlap.items()}
+        surviving = {name: int((~mask).sum()) for name, mask in self._method.pruned.items()}
+        scalars["repr/overlap"] = sum(
+            value * surviving[name] for name, value in overlap.items()
+        ) / sum(surviving.values())
+        self._trainer.storage.put_scalars(**scalars, smoothing_hint=False)
+
+    def _history(self) -> History:
+        return of_state(self._method.state_dict(), self._overlaps)
+
+    def _write(self) -> None:
+        if (folder := self._folder) is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write(folder, self._history())
+        except OSError as error:  # the checkpoints hold it, too
+            logger.warning(f"RePr: {FILE} could not be written ({error}).")
 
 
 def shares(history: History) -> NDArray[np.float64]:

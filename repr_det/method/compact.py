@@ -12,27 +12,29 @@ Parameters stay the same objects with other data, so optimizers, schedules and c
 them, and so do averages that are passed as ``copies`` and are updated through their parameters.
 State dicts of the model and the optimizer are full-size, written and loaded, whoever asks for them,
 so an average that is updated in place through its own state dict stands still meanwhile.
-``torch.compile`` compiles anew for the shapes of each S2. What holds sizes of its own must be built
-anew by its owner: :func:`rewrapped` does so for DistributedDataParallel.
+``torch.compile`` compiles again for the shapes of each S2. Whoever holds sizes of parameters must
+renew them, as :func:`repr_det.engine.parallel.renew_buckets` does for DistributedDataParallel.
 
 Which filters can go is found in :mod:`repr_det.method.removal`. Nothing here needs Detectron2.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det.errors import UserError
@@ -40,6 +42,7 @@ from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged, unwrap
 from repr_det.method.optimizers import state_tensors
+from repr_det.method.ranks import Group, object_of_first_rank
 from repr_det.method.removal import Removal
 
 MODES = ("auto", "on", "off")
@@ -50,11 +53,12 @@ class Cost(NamedTuple):
 
     Attributes:
         parameters: number of trained values.
-        multiply_adds: of convolutions and matrix products in one forward pass.
+        multiply_adds: of convolutions and matrix products in one forward pass; None where they
+            could not be counted.
     """
 
     parameters: int
-    multiply_adds: int
+    multiply_adds: int | None
 
 
 class Shrunk(NamedTuple):
@@ -129,8 +133,7 @@ class Compact:
         batches: returns an iterator of training batches; see :class:`repr_det.RePr`.
         loss: ``loss(model, batch)`` returns a scalar.
         precision: returns a context to run the network in: that of mixed precision.
-        agree: given what each process found, returns what the first one did: one batch may lead
-            through other parts of the network than the next.
+        group: the ranks; all of them take out what the first one does.
 
     Without ``batches`` and ``loss`` the network is run on the example that the method followed.
     """
@@ -144,15 +147,14 @@ class Compact:
         batches: Callable[[], Iterator[Any]] | None = None,
         loss: Callable[[nn.Module, Any], Tensor] | None = None,
         precision: Callable[[], Any] = nullcontext,
-        agree: Callable[[Any], Any] = lambda found: found,
+        group: Group = None,
     ) -> None:
         self._model = unwrap(model)
         self._optimizer = optimizer
         self._copies = [unwrap(copy) for copy in copies]
         self._batches, self._loss = batches, loss
-        self._precision, self._agree = precision, agree
+        self._precision, self._group = precision, group
         self._warned = False
-        self._whole: Cost | None = None
         self._bodies: list[_Body] = []
         self._method: RePr | None = None
 
@@ -168,24 +170,34 @@ class Compact:
             method: what pruned them; stands on the smaller layers until :meth:`grow`.
 
         Raises:
-            RuntimeError: the network cannot be followed or the smaller one cannot be run, or what
-                would go is not zero; the network is as it was then.
+            RuntimeError: the network cannot be followed, what would go is not zero, or the smaller
+                network cannot be run or differs from the masked one; the network is as it was then.
         """
         removal = self._choose(method)
         try:
-            run = self._runner(method)
-            if self._whole is None:
-                self._whole = _cost(self._model, run)
-            self._take_out(method, removal)
-            after = _cost(self._model, run)
+            runs = self._runs(method)
+            masked = [self._outputs(run) for run in runs]
+            before = _cost(self._model, runs[0])
+            self._remove(method, removal)
+            # On each batch, rounding may change what a detector samples: one that agrees is enough.
+            differ = all(
+                _differ(whole, self._outputs(run)) for whole, run in zip(masked, runs, strict=True)
+            )
+            after = _cost(self._model, runs[0])
         except Exception as error:  # what running an unknown model raises
             self.grow()
             raise RuntimeError(
                 f"the smaller network could not be run ({type(error).__name__}: {error})"
             ) from error
+        if differ:
+            self.grow()
+            raise RuntimeError(
+                "the smaller network differs from the masked one, as where code reads a number of "
+                "channels"
+            )
         gone = (removal.filters[name] for name in method.pruned if name in removal.filters)
         removed = sum(int(mask.sum()) for mask in gone)
-        return Shrunk(self._whole, after, removed, method.num_pruned - removed)
+        return Shrunk(before, after, removed, method.num_pruned - removed)
 
     def _choose(self, method: RePr) -> Removal:
         """What can go. Every process must come here, and fails here if the first one does."""
@@ -204,12 +216,12 @@ class Compact:
             removal = method.removable.choose(method.pruned, multiple)
         except Exception as error:  # what running an unknown model raises
             removal = f"the network could not be followed ({type(error).__name__}: {error})"
-        removal = self._agree(removal)
+        removal = object_of_first_rank(removal, self._group)
         if isinstance(removal, str):
             raise RuntimeError(removal)
         return removal
 
-    def _take_out(self, method: RePr, removal: Removal) -> None:
+    def _remove(self, method: RePr, removal: Removal) -> None:
         self._bodies = [
             _Body(self._model, removal, self._optimizer),
             *(_Body(copy, removal, None) for copy in self._copies),
@@ -228,12 +240,28 @@ class Compact:
             self._method.full_size()
             self._method = None
 
-    def _runner(self, method: RePr) -> Callable[[], Any]:
-        """Runs the network forward, always on the same input."""
-        if self._batches is None:
-            return method.graph.example
-        batch = next(self._batches())
-        return lambda: self._loss(self._model, batch)
+    def _runs(self, method: RePr) -> list[Callable[[], Any]]:
+        """Runs of the network forward, on two batches, or on the example that was followed."""
+        if self._batches is None or self._loss is None:
+            if method.graph.example is None:
+                raise ValueError("there is no input")
+            return [method.graph.example]
+        batches = list(itertools.islice(self._batches(), 2))
+        if not batches:
+            raise ValueError("there are no batches")
+        return [partial(self._loss, self._model, batch) for batch in batches]
+
+    def _outputs(self, run: Callable[[], Any]) -> list[Tensor]:
+        """What a run returns, in the precision of the weights; in that of the run if need be."""
+        for precision in (nullcontext, self._precision):
+            try:
+                with unchanged(self._model), torch.no_grad(), eager(), precision():
+                    found = tree_leaves(run())
+                return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
+            except Exception:  # a model may need its autocast
+                if precision is self._precision:
+                    raise
+        raise AssertionError
 
     def speedup(self, method: RePr, rounds: int = 3) -> float:
         """Time of forward and backward of the masked network divided by the smaller one's.
@@ -259,7 +287,7 @@ class Compact:
         try:
             for _ in range(rounds):
                 seconds[0].append(self._seconds(batch))
-                self._take_out(method, removal)
+                self._remove(method, removal)
                 seconds[1].append(self._seconds(batch))
                 self.grow()
         finally:
@@ -525,39 +553,38 @@ def _multiple(device: torch.device, precision: Callable[[], Any]) -> int:
 
 
 def _cost(model: nn.Module, run: Callable[[], Any]) -> Cost:
-    counter = FlopCounterMode(display=False)
-    with unchanged(model), torch.no_grad(), eager(), counter:
-        run()
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    counter = FlopCounterMode(display=False)
+    try:
+        with unchanged(model), torch.no_grad(), eager(), counter:
+            run()
+    except Exception:  # a number for a log line
+        return Cost(parameters, None)
     return Cost(parameters, counter.get_total_flops() // 2)
+
+
+def _differ(masked: Sequence[Tensor], smaller: Sequence[Tensor]) -> bool:
+    """Whether outputs differ by more than rounding.
+
+    Sums of some thousand products a layer, added in another order, differ by some ten units in the
+    last place, and layers add up: a thousand units are allowed, three per mille in TF32, and never
+    more than three per cent.
+    """
+    if [x.shape for x in masked] != [x.shape for x in smaller]:
+        return True
+    for a, b in zip(masked, smaller, strict=True):
+        allowed = min(1000 * torch.finfo(a.dtype).eps, 0.03)
+        if a.is_cuda:
+            allowed = max(allowed, 0.003)
+        a, b = a.double(), b.double()
+        if not torch.equal(a.isfinite(), b.isfinite()):
+            return True
+        a, b = a[a.isfinite()], b[b.isfinite()]
+        if (a - b).norm() > allowed * a.norm():
+            return True
+    return False
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def rewrapped(model: DistributedDataParallel) -> DistributedDataParallel:
-    """The model in a new wrapper like the one it is in, whose buckets hold the parameters' sizes.
-
-    Every process does so at the same moment. Buffers stay each process's own; the size of buckets
-    becomes the default one, and communication hooks are taken over.
-    """
-    buffers = [(b, b.detach().clone()) for b in model.module.buffers()]
-    new = DistributedDataParallel(
-        model.module,
-        device_ids=model.device_ids,
-        output_device=model.output_device,
-        dim=model.dim,
-        broadcast_buffers=model.broadcast_buffers,
-        process_group=model.process_group,
-        find_unused_parameters=model.find_unused_parameters,
-        gradient_as_bucket_view=model.gradient_as_bucket_view,
-        static_graph=model.static_graph,
-    )
-    for hook, state in getattr(model, "_comm_hooks", []):
-        new.register_comm_hook(state, hook)
-    with torch.no_grad():
-        for buffer, value in buffers:
-            buffer.copy_(value)
-    return new

@@ -7,7 +7,7 @@ times that depends on the data: all ranks must make the same calls in the same o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -71,6 +71,12 @@ def from_first_rank(tensors: dict[str, Tensor], group: Group = None) -> dict[str
     for tensor in tensors.values():
         dist.broadcast(tensor, _first(group), group=group)
     return tensors
+
+
+def from_first_rank_in_place(tensors: Iterable[Tensor], group: Group = None) -> None:
+    """Set tensors to the first rank's values."""
+    for tensor in tensors if distributed(group) else ():
+        dist.broadcast(tensor, _first(group), group=group)
 
 
 def object_of_first_rank(found: Any, group: Group = None) -> Any:

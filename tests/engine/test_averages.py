@@ -1,4 +1,4 @@
-"""What a trainer keeps in step with the model without RePr's knowledge is found."""
+"""What other hooks keep in step with the model without RePr's knowledge is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.parallel import DataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from repr_det import RePrHook, RePrSchedule
-from repr_det.engine.averages import unknown_averages
+from repr_det.engine.hook import weights_alike
 from tests.method.nets import batch, chain, loss
 
 
@@ -28,7 +28,7 @@ class Hook:
 FORMS = {
     "module": AveragedModel,
     "state dict": lambda model: copy.deepcopy(model.state_dict()),
-    "list": lambda model: [p.detach().clone() for p in model.parameters()],
+    "prefix": lambda model: copy.deepcopy(DataParallel(model).state_dict()),
     "object": lambda model: SimpleNamespace(state=copy.deepcopy(model.state_dict())),
 }
 
@@ -37,8 +37,8 @@ FORMS = {
 def test_average_is_named(form):
     model = chain()
     hook = Hook(weights=FORMS[form](model), steps=3, model=model)
-    name = "Hook.weights.state" if form == "object" else "Hook.weights"
-    assert unknown_averages([None, hook], DataParallel(model)) == [name]
+    name = "Hook.SimpleNamespace.state" if form == "object" else "Hook.weights"
+    assert list(weights_alike([hook], DataParallel(model))) == [name]
 
 
 def test_model_itself_known_copies_and_other_networks_are_none():
@@ -48,7 +48,7 @@ def test_model_itself_known_copies_and_other_networks_are_none():
     other = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3))
     gradients = [torch.zeros(2)] * 30
     holder = Hook(a=model, b=model.state_dict(keep_vars=True), c=average, d=optimizer, e=other)
-    assert unknown_averages([holder, Hook(f=gradients)], model, [average.module]) == []
+    assert weights_alike([holder, Hook(f=gradients)], model, [average.module]) == {}
 
 
 class KeepsAverage(HookBase):
@@ -70,21 +70,61 @@ class Trains(nn.Module):
         return {"loss": loss(self.network, data)}
 
 
-@pytest.mark.parametrize("passed", [False, True])
-def test_hook_tells_and_leaves_the_network_its_size(passed, caplog):
-    """Or the average's next update would meet weights of another size, in the middle of a run."""
+class Keeps(HookBase):
+    """Keeps an average in step, in one of several forms, or a teacher that never changes."""
+
+    def __init__(self, form, model):
+        self.form = form
+        network = copy.deepcopy(model.network)
+        self.held = {
+            "module": network,
+            "teacher": network.requires_grad_(False),
+            "prefix": {f"module.network.{k}": v.clone() for k, v in network.state_dict().items()},
+            "new dict": network.state_dict(),
+        }[form]
+
+    def after_step(self):
+        state = self.trainer.model.network.state_dict()
+        if self.form == "module":
+            for mine, theirs in zip(self.held.state_dict().values(), state.values(), strict=True):
+                mine.copy_(theirs)
+        elif self.form == "prefix":
+            for key, value in state.items():
+                self.held[f"module.network.{key}"].copy_(value)
+        elif self.form == "new dict":
+            self.held = {key: value.clone() for key, value in state.items()}
+
+
+def run(form, passed=False):
     torch.manual_seed(0)
     model = Trains()
-    average = AveragedModel(model.network)
+    keeper = Keeps(form, model)
     data = [batch(i, torch.float32) for i in range(4)]
-    trainer = SimpleTrainer(model, data * 200, torch.optim.SGD(model.parameters(), lr=0.01))
-    copies = {"copies": [Trains()]} if passed else {}
-    if passed:
-        copies["copies"][0].network = average.module
-    hook = RePrHook(RePrSchedule(1, 600, 1), **copies)
-    trainer.register_hooks([hook, KeepsAverage(average)])
-    trainer.max_iter = 602
+    trainer = SimpleTrainer(model, data * 4, torch.optim.SGD(model.parameters(), lr=0.01))
+    copies = {"copies": [SimpleCopy(keeper.held)]} if passed else {}
+    hook = RePrHook(RePrSchedule(2, 2, 1), **copies)
+    trainer.register_hooks([hook, keeper])
+    trainer.train(0, 6)
+    return hook
+
+
+class SimpleCopy(Trains):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+
+@pytest.mark.parametrize("form", ["module", "prefix", "new dict"])
+def test_an_average_that_moves_is_named_and_filters_stay(form, caplog):
+    """Its next update would meet weights of another size, in the middle of a run."""
     with caplog.at_level(logging.WARNING):
-        hook.before_train()
-    assert ("KeepsAverage.average looks like an average" in caplog.text) != passed
-    assert hook._compacts is (None if passed else False)
+        hook = run(form)
+    assert "Keeps.held looks like an average of the model's weights" in caplog.text
+    assert hook._take_out is False
+
+
+@pytest.mark.parametrize(("form", "passed"), [("teacher", False), ("module", True)])
+def test_a_frozen_teacher_and_a_known_copy_are_not_named(form, passed, caplog):
+    with caplog.at_level(logging.WARNING):
+        run(form, passed)
+    assert "looks like an average" not in caplog.text

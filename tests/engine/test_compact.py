@@ -10,6 +10,7 @@ import torchvision
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.batches import training_loss
@@ -270,16 +271,17 @@ def test_processes_agree_once_whatever_fails_in_one_of_them(monkeypatch):
     """A second question that not all of them come to would be answered by another one."""
     asked = []
 
-    def agree(found):
+    def agree(found, group):
         asked.append(found)
         return found
 
     def fail(*arguments):
         raise MemoryError("made up")
 
-    run = Run(net("residual"), "sgd", True, agree=agree).until(S1)
+    run = Run(net("residual"), "sgd", True).until(S1)
     run.method.step(S1)
-    monkeypatch.setattr("repr_det.method.compact._cost", fail)
+    monkeypatch.setattr("repr_det.method.compact.object_of_first_rank", agree)
+    monkeypatch.setattr(Compact, "_outputs", fail)
     with pytest.raises(RuntimeError, match="could not be run .MemoryError: made up"):
         run.compact.shrink(run.method)
     assert len(asked) == 1
@@ -325,6 +327,60 @@ def test_network_stays_as_it_was_where_making_it_smaller_fails_halfway(monkeypat
     monkeypatch.undo()
     assert_untouched()
     assert run.compact.shrink(run.method).removed > 0
+
+
+class ReadsWidth(nn.Module):
+    """Code that reads a number of channels: with fewer of them it computes something else."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.SiLU())
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, images):
+        x = self.features(images)
+        scale = {
+            "shape": lambda: (x.shape[1] / 8) ** 0.5,
+            "parameters": lambda: sum(p.numel() for p in self.parameters()) ** 0.5,
+            "width": lambda: (self.features[2].out_channels / 8) ** 0.5,
+        }[self.how]()
+        return self.head(x.mean((2, 3))) * scale
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("how", ["shape", "parameters", "width"])
+def test_filters_stay_where_the_smaller_network_differs(how, dtype):
+    run = Run(ReadsWidth(how).to(dtype), "sgd", True).until(S1)
+    run.method.step(S1)
+    shapes = [p.shape for p in run.model.parameters()]
+    with pytest.raises(RuntimeError, match="the smaller network differs from the masked one"):
+        run.compact.shrink(run.method)
+    assert not run.compact.active and [p.shape for p in run.model.parameters()] == shapes
+
+
+def test_removal_goes_on_where_nothing_can_be_counted(monkeypatch):
+    def fail(self):
+        raise NotImplementedError("no formula for this operation")
+
+    monkeypatch.setattr(FlopCounterMode, "__enter__", fail)
+    shrunk = Run(net("chain"), "sgd", True).until(S1 + 1).shrunk
+    assert shrunk.removed > 0 and shrunk.before.multiply_adds is None
+
+
+def test_cost_is_compared_within_the_cycle():
+    """What a network costs may change: by layers that thaw, or by images of other sizes."""
+    run = Run(net("chain"), "sgd", True).until(S1)
+    run.method.step(S1)
+    first = run.compact.shrink(run.method)
+    run.compact.grow()
+    run.model[0].weight.requires_grad_(False)
+    second = run.compact.shrink(run.method)
+    frozen = run.model[0].weight.numel()
+    assert second.before.parameters < first.before.parameters
+    assert first.after.parameters - second.after.parameters == frozen
 
 
 def test_model_that_no_example_trains_is_refused_in_one_way():
