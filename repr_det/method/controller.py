@@ -209,7 +209,7 @@ class RePr:
         found, failure = None, None
         try:
             found = trace(self._model, self._run_on_a_batch if has_data else None)
-        except UserError as error:
+        except (UserError, RuntimeError) as error:  # raised below, or the other ranks would wait
             failure = error
         # Ranks see different batches, which may lead through different parts of the model.
         state = object_of_first_rank(found.state_dict() if found else None, self._group)
@@ -683,6 +683,7 @@ class RePr:
                 continue
             for mean, var in link.running_statistics():
                 mean[channels], var[channels] = 0.0, 1.0
+            link.begin_average()
         if not constant:
             return
         # Measured below; those that no batch reaches keep what they had before the drop.

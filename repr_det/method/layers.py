@@ -92,6 +92,17 @@ class NormLink:
         learns = [m.training for m in self.module.modules() if isinstance(m, _NormBase)]
         return not all(learns) or not learns
 
+    def begin_average(self) -> None:
+        """Let a cumulative average (``momentum=None``) begin with the next batch.
+
+        It counts the batches of all channels together: after many, new values would not change
+        those of a channel that is new.
+        """
+        for module in self.module.modules():
+            cumulative = isinstance(module, _NormBase) and module.momentum is None
+            if cumulative and module.num_batches_tracked is not None:
+                module.num_batches_tracked.zero_()
+
     def running_statistics(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs (running mean, running variance), each of shape (channels,)."""
         for module in self.module.modules():

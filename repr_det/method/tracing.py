@@ -783,6 +783,10 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
         RuntimeError: it could not be run on the batch, either.
     """
     model = unwrap(model)
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise UserError(
+            "RePr cannot look into modules that torch.jit has compiled. Pass the model itself."
+        )
     tracer = _Tracer(model)
     if not tracer.convs:
         raise UserError(f"RePr needs convolutions, but {type(model).__name__} has none.")

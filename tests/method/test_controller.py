@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from repr_det import Reinit, RePr, RePrSchedule
+from repr_det.errors import UserError
 from repr_det.method import controller, ranks
 from repr_det.method.criteria import chance_overlap
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
@@ -1148,3 +1149,40 @@ def test_weights_of_any_precision_come_back_orthogonal(dtype, limit):
                 mean = lengths[~gone].mean().expand(int(gone.sum()))
                 torch.testing.assert_close(lengths[gone], mean, rtol=limit, atol=0)
     assert sum(int(mask.sum()) for mask in pruned.values()) == 9
+
+
+def test_cumulative_averages_begin_again_at_a_return():
+    """``momentum=None``: a returned channel would keep the mean of 0 that it began with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8, momentum=None)
+    )
+    model.extend([nn.SiLU(), nn.Conv2d(8, 4, 3)])
+    method = RePr(model, torch.optim.SGD(model.parameters(), 0.0), RePrSchedule(1, 1, 1))
+    for i in range(200):
+        model(torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(i)))
+    method.step(1)
+    gone = method.pruned["2"]
+    method.step(2)
+    images = [torch.rand(2, 3, 16, 16) for _ in range(5)]
+    for x in images:
+        model(x)
+    outputs = [model[:3](x).transpose(0, 1).flatten(1) for x in images]
+    mean = torch.stack([out.mean(1) for out in outputs]).mean(0)
+    var = torch.stack([out.var(1) for out in outputs]).mean(0)
+    assert gone.any()
+    torch.testing.assert_close(model[3].running_mean[gone], mean[gone], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[3].running_var[gone], var[gone], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", ["script", "trace", "part"])
+def test_a_model_compiled_by_torch_jit_is_refused_in_one_sentence(compiled):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3))
+    images = torch.rand(1, 3, 8, 8)
+    model = {
+        "script": lambda: torch.jit.script(model),
+        "trace": lambda: torch.jit.trace(model, images),
+        "part": lambda: nn.Sequential(torch.jit.script(model), nn.Conv2d(8, 8, 1)),
+    }[compiled]()
+    with pytest.raises(UserError, match="torch.jit has compiled. Pass the model itself"):
+        RePr(model, torch.optim.SGD(model.parameters(), 0.1), SCHEDULE)
