@@ -101,7 +101,15 @@ def of_state(state: dict[str, Any], overlaps: Sequence[Overlap] = ()) -> History
         overlaps: which a state does not hold.
     """
     return History(
-        dict(state["layers"]),
+        {
+            # A layer that a drop took from may be frozen by now.
+            **{
+                name: len(mask)
+                for entry in state["history"]
+                for name, mask in entry["pruned"].items()
+            },
+            **state["layers"],
+        },
         [
             Drop(
                 entry["cycle"],

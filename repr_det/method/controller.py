@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ from repr_det.method.ranks import (
 from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
 from repr_det.method.removal import Removable
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
-from repr_det.method.selection import select_layers, separable
+from repr_det.method.selection import select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_same_settings, check_whole
 from repr_det.method.threads import over_layers
 from repr_det.method.tracing import ChannelGraph, Reader, trace
@@ -158,6 +158,7 @@ class RePr:
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
+        self._num_groups = len(optimizer.param_groups)  # those that were checked
         self.prune_ratio = prune_ratio
         self.max_layer_ratio = max_layer_ratio
         self.seed = int(seed)
@@ -217,12 +218,19 @@ class RePr:
             raise failure or UserError("RePr could not run the model in the first process.")
         return ChannelGraph.from_state(state, self._model, found.example if found else None)
 
-    def _build(self, graph: ChannelGraph) -> None:
+    def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
         """Find everything that follows from how channels go through the model."""
         self.graph = graph
         self.removable = Removable(graph)
-        self.layers: list[FilterLayer] = self._find_layers()
         self._readers = list(graph.readers.values())
+        self._take_stock(names)
+
+    def _take_stock(self, names: Collection[str] | None = None) -> None:
+        """Find the layers that take part: those of a checkpoint, or those that train now.
+
+        Layers may be frozen, unfrozen or passed to the optimizer at any time.
+        """
+        self.layers: list[FilterLayer] = self._find_layers(names)
         self._outgoing = self._factors_on_readers()
         self._copies = [self._rebound(copy) for copy in self._copied_models]
 
@@ -242,8 +250,14 @@ class RePr:
                 f"{error}), which it needs at phase changes; pass batches= and loss= that fit."
             ) from error
 
-    def _find_layers(self) -> list[FilterLayer]:
-        names = select_layers(
+    def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
+        layers = [
+            FilterLayer(name, conv, tuple(self.graph.norms.get(name, ())))
+            for name, conv in self.graph.convs.items()
+        ]
+        if names is not None:
+            return separable(layers, names)
+        selected = select_layers(
             self.graph.convs,
             stems=self.graph.stems,
             heads=self.graph.heads,
@@ -253,16 +267,25 @@ class RePr:
             include=self._include,
             exclude=self._exclude,
         )
-        layers = [
-            FilterLayer(name, conv, tuple(self.graph.norms.get(name, ())))
-            for name, conv in self.graph.convs.items()
-        ]
-        return separable(layers, set(names) - self.graph.unsuitable)
+        elsewhere = trained_elsewhere(layers, self._readers, self._trained())
+        names = set(selected) - self.graph.unsuitable - elsewhere.keys()
+        found = separable(layers, names)
+        if some := elsewhere.keys() & set(selected):
+            name = min(some)
+            told = (
+                f"RePr: {name}{' and others' * (len(some) > 1)} cannot lose filters, because the "
+                f"optimizer does not train {elsewhere[name]}, which requires gradients. Add it to "
+                f"the optimizer, or freeze it with requires_grad_(False)."
+            )
+            if not found:
+                raise UserError(told)
+            warnings.warn(told, stacklevel=4)
+        return found
 
     def _factors_on_readers(self) -> dict[str, float]:
         """The factor on what reads a returned filter, by reader name."""
         trained = self._trained()
-        outgoing = 1.0 if self.reinit.as_it_was else self.reinit.outgoing
+        outgoing = 1.0 if self.reinit.as_it_was else float(self.reinit.outgoing)
         # A frozen layer could never learn its weights again.
         return {
             reader.name: outgoing if id(reader.module.weight) in trained else 1.0
@@ -472,6 +495,12 @@ class RePr:
             return self._criterion(self.layers, self._data(cycle))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
+        self._take_stock()
+        self._check_reachable()
+        if len(self.optimizer.param_groups) != self._num_groups:
+            check_optimizer(self.optimizer)
+            self._num_groups = len(self.optimizer.param_groups)
+        self._pruned = self._none_pruned()
         self._check_finite("rank")
         scores = self._agreed_scores(self._scores(cycle))
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
@@ -618,6 +647,11 @@ class RePr:
     def _renew(self, returned: dict[str, Tensor], generator: torch.Generator) -> None:
         """Set returned filters to new ones, and hand them over to the copies."""
         rows = self._new_rows(generator)
+        trained = self._trained()
+        for layer in self.layers:
+            # What was frozen meanwhile could never learn new filters.
+            if layer.name in rows and id(layer.weight) not in trained:
+                rows[layer.name] = self._before[layer.name]["weight"].to(rows[layer.name])
 
         def write(layer: FilterLayer) -> None:
             chosen = returned[layer.name]
@@ -657,7 +691,8 @@ class RePr:
         """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""
         before = self._before[layer.name]
         if layer.bias is not None:
-            _write_choice(layer.bias, chosen, ~chosen, self.reinit.beta, before["bias"])
+            choice = self.reinit.beta if layer.bias.requires_grad else "previous"
+            _write_choice(layer.bias, chosen, ~chosen, choice, before["bias"])
         for key, old in before.get("per_filter", {}).items():
             gain = layer.per_filter[key]
             choice = self.reinit.gamma if gain.requires_grad else "previous"
@@ -761,6 +796,7 @@ class RePr:
             "before": self._before,
             "before_in_copies": self._before_in_copies,
             "aside": self._aside,
+            "outgoing": self._outgoing,
             "history": self.history,
         }
 
@@ -789,6 +825,7 @@ class RePr:
         self._phase, self._cycle = state["phase"], state["cycle"]
         self._before, self._aside = state["before"], state["aside"]
         self._before_in_copies = state.get("before_in_copies", [])
+        self._outgoing = state.get("outgoing", self._outgoing)
         self._history = list(state["history"])
         self._pruned = self._none_pruned()
         if self._phase == SUB:
@@ -800,14 +837,17 @@ class RePr:
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
             with suppress(KeyError):  # of another model, so its layers differ
-                self._build(ChannelGraph.from_state(state["graph"], self._model, mine.example))
+                graph = ChannelGraph.from_state(state["graph"], self._model, mine.example)
+                self._build(graph, state["layers"].keys())
+        else:
+            self._take_stock(state["layers"].keys())
         found = {layer.name: layer.num_filters for layer in self.layers}
         if state["layers"] != found:
             self._build(mine)
             changed = set(state["layers"].items()) ^ set(found.items())
             raise UserError(
                 f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
-                f"resume with the same model and frozen layers, or start a new run."
+                f"resume with the same model, or start a new run."
             )
         if "graph" not in state and state["phase"] == SUB and not _fits(self._readers, state):
             raise UserError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer
+from repr_det.method.tracing import Reader
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -77,11 +78,7 @@ def select_layers(
     names = [n for n in names if not matches(n, exclude or ())]
     trainable = [n for n in names if id(convs[n].weight) in trained]
     if not trainable:
-        raise UserError(
-            f"RePr found nothing to train: of the {len(names)} conv layers that match, none has a "
-            f"weight that requires gradients and is in the optimizer; "
-            f"change INCLUDE/EXCLUDE or unfreeze layers."
-        )
+        raise UserError(f"RePr found no filters to drop: {_why_none(convs, names)}")
     comparable = [n for n in trainable if convs[n].out_channels // convs[n].groups > 1]
     if not comparable:
         raise UserError(
@@ -89,6 +86,54 @@ def select_layers(
             f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
         )
     return comparable
+
+
+def _why_none(convs: dict[str, nn.Module], names: list[str]) -> str:
+    """Why none of the selected convs (``names``) trains, and what to set."""
+    if not names:
+        return (
+            f"of the {len(convs)} conv layers, all read the image, predict, are gates or match no "
+            f"pattern. Change INCLUDE/EXCLUDE, or train a model with more conv layers."
+        )
+    weights = [convs[name].weight for name in names]
+    if any(not isinstance(weight, nn.Parameter) for weight in weights):
+        return (
+            f"the weight of {names[0]} is computed from others, as by weight norm. Remove the "
+            f"parametrization before training."
+        )
+    if any(weight.requires_grad for weight in weights):
+        return f"of the {len(names)} that match, none is in the optimizer. Add their weights to it."
+    return f"the {len(names)} that match are frozen. Unfreeze some, or change INCLUDE/EXCLUDE."
+
+
+def trained_elsewhere(
+    layers: Sequence[FilterLayer], readers: Sequence[Reader], trained: Collection[int]
+) -> dict[str, str]:
+    """Layers whose filters could not be held exactly, and the module that is the reason.
+
+    What requires gradients and is not in the optimizer may be trained by another one. Its momentum
+    would move a pruned filter's bias, gamma or beta, or the weights that read it.
+
+    Args:
+        layers: of all convs.
+        readers: what reads filters.
+        trained: ``id`` of every parameter that the optimizer trains.
+    """
+
+    def elsewhere(*tensors: Tensor | None) -> bool:
+        return any(t is not None and t.requires_grad and id(t) not in trained for t in tensors)
+
+    found = {}
+    for layer in layers:
+        if elsewhere(layer.bias, *layer.per_filter.values()):
+            found[layer.name] = layer.name
+        for link in layer.norms:
+            if elsewhere(link.gamma, link.beta):
+                found[layer.name] = link.name
+    for reader in readers:
+        if elsewhere(reader.module.weight):
+            found.update(dict.fromkeys(reader.filters, reader.name))
+    return found
 
 
 def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[FilterLayer]:

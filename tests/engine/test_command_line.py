@@ -228,7 +228,7 @@ class TestErrors:
             capsys, "--config", "repr_faster_rcnn.yaml",
             *overrides(out, **data, **{"MODEL.ROI_HEADS.NUM_CLASSES": "6"}, **frozen),
         )  # fmt: skip
-        assert "nothing to train" in text
+        assert "are frozen. Unfreeze some" in text
 
     def test_number_of_classes(self, out, capsys):
         data = {"DATASETS.TRAIN": "('shapes_val',)", "DATASETS.TEST": "('shapes_val',)"}

@@ -777,7 +777,7 @@ def test_copies_are_kept_in_step(name):
         ({"prune_ratio": 0.6}, "wants 9 of 16 filters, but max_layer_ratio 0.5 lets go of 8 at"),
         ({"criterion": "orto"}, "unknown criterion 'orto'; the known ones are ortho, ortho_paper"),
         ({"include": ["nothing"]}, "INCLUDE pattern 'nothing' matches no conv layer"),
-        ({"exclude": ["*"]}, "nothing to train: of the 0 conv layers that match"),
+        ({"exclude": ["*"]}, "no filters to drop: of the 3 conv layers, all .* match no pattern"),
     ],
 )
 def test_arguments_out_of_range(arguments, told):

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel
 
 from repr_det import RePr, RePrSchedule
+from repr_det.errors import UserError
 from repr_det.method.selection import matches, select_layers
 from tests.method.nets import Residual, chain
 
@@ -104,8 +105,9 @@ def test_frozen_layers_and_layers_outside_the_optimizer_take_no_part():
     optimizer = torch.optim.SGD(
         [p for n, p in model.named_parameters() if not n.startswith("7")], 1
     )
+    model[7].requires_grad_(False)
     assert [x.name for x in RePr(model, optimizer, RePrSchedule(1, 1, 1)).layers] == ["3"]
-    with pytest.raises(ValueError, match="of the 1 conv layers that match, none has a weight"):
+    with pytest.raises(UserError, match="the 1 that match are frozen"):
         RePr(model, optimizer, RePrSchedule(1, 1, 1), include=["7"])
 
 
