@@ -316,3 +316,17 @@ def test_folder_without_images(tmp_path, make):
         datasets.read_image_folder(tmp_path)
     with pytest.raises(UserError, match="no folder of class folders with images"):
         datasets.read_image_folder(tmp_path / "nowhere")
+
+
+def test_hidden_files_and_folders_are_no_classes(tmp_path):
+    names = ("cat/1.png", "cat/._1.png", "dog/2.jfif", "dog/.x/3.png", ".ipynb_checkpoints/4.png")
+    for name in names:
+        path = tmp_path / ".data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path, format="JPEG" if path.suffix == ".jfif" else "PNG")
+    found = datasets.read_image_folder(tmp_path / ".data")
+    assert found.classes == ("cat", "dog") and found.labels.tolist() == [0, 1]
+    assert [Path(file).name for file in found.files] == ["1.png", "2.jfif"]
+    (tmp_path / "empty" / ".git").mkdir(parents=True)
+    with pytest.raises(UserError, match="no folder of class folders"):
+        datasets.read_image_folder(tmp_path / "empty")

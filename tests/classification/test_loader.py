@@ -274,5 +274,5 @@ def test_batch_that_cannot_be_shared(arrays, batch_size):
 def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
     path = tmp_path / "x_ray.png"
     Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path)
-    with pytest.raises(ValueError, match=r"x_ray.png has more than 8 bits a channel .*convert it"):
+    with pytest.raises(ValueError, match=r"x_ray.png has more than 8 bits a channel .*Convert it"):
         read_image(str(path))

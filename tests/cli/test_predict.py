@@ -16,7 +16,13 @@ from detectron2.structures import Boxes, Instances
 from PIL import Image
 
 from repr_det.cli import main
-from repr_det.detection.prediction import Labels, find_sources, labels_for, predict
+from repr_det.detection.prediction import (
+    Labels,
+    find_sources,
+    labels_for,
+    predict,
+    writable_fps,
+)
 from repr_det.tasks import trained_detector_cfg
 from tests.detectors import make_run
 from tests.images import written_in_many_ways
@@ -311,3 +317,56 @@ def test_no_encoder_for_videos(run, video, tmp_path, monkeypatch, capsys):
     assert call(run, video, "--output", tmp_path / "out") == 2
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith("frames a second). Set --json instead of --output.")
+
+
+def test_hidden_files_and_folders_are_left_alone(run, tmp_path):
+    content = (run.images / "0.png").read_bytes()
+    for name in ("a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "deep/.x/b.png"):
+        path = tmp_path / ".photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    folder = tmp_path / ".photos"
+    assert [source.path for source in find_sources([folder])] == [folder / "a.png"]
+    # Whoever names a hidden file means it.
+    assert find_sources([folder / "._a.png"])[0].path == folder / "._a.png"
+
+
+def test_an_extremely_thin_image_is_named_and_the_rest_is_written(run, tmp_path, capsys):
+    photos, out, found = tmp_path / "photos", tmp_path / "drawn", tmp_path / "found.json"
+    photos.mkdir()
+    for name in ("a.png", "c.png"):
+        (photos / name).write_bytes((run.images / "0.png").read_bytes())
+    Image.new("RGB", (1, 1000)).save(photos / "b.png")
+    Image.new("RGB", (100, 1)).save(photos / "d.png")  # one pixel is left of it
+    options = ["--output", out, "--json", found, "--score-threshold", 0, "--batch-size", 3]
+    assert call(run, photos, *options) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "1 could not be read: " in line and "b.png (it is too thin, 1 x 1000)" in line
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "c.png", "d.png"]
+    files = {entry["file_name"] for entry in json.loads(found.read_text())}
+    assert {str(photos / name) for name in ("a.png", "c.png")} <= files
+
+
+@pytest.mark.parametrize(
+    "fps", [1, 23.976, 29.97, 59.94, 65.535, 65.536, 119.881, 239.763, 655.351, 1000.5, 1e5]
+)
+def test_any_frame_rate_can_be_written(tmp_path, fps):
+    path = str(tmp_path / "clip.mp4")
+    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), writable_fps(fps), (64, 48))
+    assert writer.isOpened()
+    for _ in range(3):
+        writer.write(np.zeros((48, 64, 3), np.uint8))
+    writer.release()
+    written = frames_of(path)[1]
+    assert written == pytest.approx(min(fps, 65535), rel=2e-4)
+
+
+def test_a_video_of_an_odd_frame_rate_is_drawn(run, tmp_path):
+    source = tmp_path / "clip.avi"
+    writer = cv2.VideoWriter(str(source), cv2.VideoWriter_fourcc(*"MJPG"), 119.881, (64, 48))
+    for _ in range(3):
+        writer.write(np.full((48, 64, 3), 90, np.uint8))
+    writer.release()
+    assert frames_of(source)[1] == pytest.approx(119.881)
+    assert call(run, source, "--output", tmp_path / "drawn") == 0
+    assert frames_of(tmp_path / "drawn" / "clip.mp4")[1] == pytest.approx(119.88)
