@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from repr_det.cli import parse
 from repr_det.detection.prediction import labels_for
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.errors import UserError
