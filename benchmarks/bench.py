@@ -16,7 +16,7 @@ import datetime
 import json
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from typing import Any
 import ranking
 import speed
 from networks import NETWORKS
+from tabulate import tabulate
 
 from repr_det.engine.environment import environment
-from repr_det.report.markdown import aligned_table
 
 HERE = Path(__file__).resolve().parent
 RESULT, README = HERE / "speed.json", HERE / "README.md"
@@ -72,6 +72,12 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
 # --- tables
 
 
+def _table(cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table of rows, the heading first."""
+    align = ("left", *["right"] * (len(cells[0]) - 1))
+    return tabulate(cells[1:], cells[0], tablefmt="github", disable_numparse=True, colalign=align)
+
+
 def _times(found: dict[str, Any]) -> str:
     low, high = found["interval"]
     return f"{found['ratio']:.2f} ({low:.2f} to {high:.2f})"
@@ -85,7 +91,7 @@ def _steps(found: dict[str, Any]) -> str:
          f"{100 * one['holding']:.2f} %", _times(one["smaller"]), f"{one['multiply_adds']:.2f}"]
         for name, one in found.items()
     ]  # fmt: skip
-    return aligned_table([head, *rows])
+    return _table([head, *rows])
 
 
 def _whole(found: dict[str, Any]) -> str:
@@ -96,7 +102,7 @@ def _whole(found: dict[str, Any]) -> str:
          f"{one['bound']:.3f}", f"{one['iterations']}"]
         for name, one in found.items()
     ]  # fmt: skip
-    return aligned_table([head, *rows])
+    return _table([head, *rows])
 
 
 def _options(found: dict[str, Any]) -> str:
@@ -105,25 +111,25 @@ def _options(found: dict[str, Any]) -> str:
         [option, *(_times(one[option]) if option in one else "" for one in found.values())]
         for option in speed.OPTIONS
     ]
-    return aligned_table([head, *rows])
+    return _table([head, *rows])
 
 
 def _kept(found: dict[str, Any]) -> str:
     head = ["standard step, memory kept / given back", *(NETWORKS[name].title for name in found)]
-    return aligned_table([head, ["on a CPU", *(_times(one[speed.KEPT]) for one in found.values())]])
+    return _table([head, ["on a CPU", *(_times(one[speed.KEPT]) for one in found.values())]])
 
 
 def _ranking(found: dict[str, Any]) -> str:
     head = ["filters of", "layers", "filters", "drop, s", "return, s", "pivoted QR (SciPy), s",
             "times"]  # fmt: skip
-    return aligned_table([head, *([name, *map(str, one.values())] for name, one in found.items())])
+    return _table([head, *([name, *map(str, one.values())] for name, one in found.items())])
 
 
 def _growth(found: dict[str, Any]) -> str:
     head = ["width of a 3 x 3 layer", "ranking, s", "re-initialisation, s"]
     (one,) = found.values()
     rows = [[width, f"{times['rank']:.4f}", f"{times['back']:.4f}"] for width, times in one.items()]
-    return aligned_table([head, *rows])
+    return _table([head, *rows])
 
 
 def _loading_line(found: dict[str, Any]) -> str:
@@ -142,7 +148,7 @@ def _memory(found: dict[str, Any]) -> str:
          f"{one[speed.PRUNED]:.2f}"]
         for name, one in found.items()
     ]  # fmt: skip
-    return aligned_table([head, *rows])
+    return _table([head, *rows])
 
 
 TABLES = {

@@ -5,8 +5,8 @@
 
 The data is made up: 36,000 boxes of 80 classes on 5,000 images, classes as unequal as COCO's, and
 100 detections an image on each of two sides, some right, some nearly, most wrong, with scores of
-four digits so that there are ties. Evaluation is pycocotools', once for each side; resampling is
-what the bound is about. Where the machine does other work at the same time, the seconds of CPU say
+four digits so that there are ties. Evaluation is once for each side; resampling is what the bound
+is about. Where the machine does other work at the same time, the seconds of CPU say
 more than the others. Peak memory is that of the whole process.
 """
 
@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from pycocotools.coco import COCO
 
-from repr_det.detection.bootstrap import match, paired_bootstrap
+from repr_det.detection.bootstrap import paired_bootstrap
 from repr_det.detection.coco_results import BBOX
+from repr_det.detection.matching import match
 from repr_det.engine.environment import environment
 
 BOUND = 120.0
@@ -119,7 +120,8 @@ def main() -> None:
         sides.append(match(truth, results, BBOX, progress=True))
         evaluation.append(round(time.perf_counter() - begin, 1))
     begin, cpu = time.perf_counter(), time.process_time()
-    found = paired_bootstrap([sides[0]], [sides[1]], resamples=args.resamples, progress=True)
+    arms = {"first": sides[:1], "second": sides[1:]}
+    found = paired_bootstrap(arms, "first", resamples=args.resamples, progress=True)["second"]
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     ap = found.overall["AP"]
     record = {

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 
 from repr_det import RePr, RePrSchedule
@@ -15,7 +17,6 @@ from repr_det.engine.data import held_out_name
 from repr_det.engine.hook import filter_progress
 from repr_det.method.criteria import CRITERIA, Data
 from repr_det.method.data_criteria import BATCHES
-from repr_det.report.statistics import pearson, spearman
 
 EVERYWHERE = "all layers"
 IMAGES = 5000
@@ -63,22 +64,27 @@ def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
         )
         for name, criterion in CRITERIA.items()
     }
+    oracle = scores.pop("oracle")
+    names = [layer.name for layer in method.layers]
+    places = {EVERYWHERE: names, **{name: [name] for name in names}}
     return {
         name: {
-            place: {
-                "rank": spearman(_listed(found, layers), _listed(scores["oracle"], layers)),
-                "value": pearson(_listed(found, layers), _listed(scores["oracle"], layers)),
-            }
-            for place, layers in _places([layer.name for layer in method.layers])
+            place: agreement(_joined(found, layers), _joined(oracle, layers))
+            for place, layers in places.items()
         }
         for name, found in scores.items()
-        if name != "oracle"
     }
 
 
-def _places(names: list[str]) -> list[tuple[str, list[str]]]:
-    return [(EVERYWHERE, names), *((name, [name]) for name in names)]
+def agreement(scores: np.ndarray, oracle: np.ndarray) -> dict[str, float | None]:
+    """Correlations of two scores of the same filters, each (n,); None where one is constant."""
+    if np.ptp(scores) == 0 or np.ptp(oracle) == 0:
+        return {"rank": None, "value": None}
+    return {
+        "rank": float(stats.spearmanr(scores, oracle).statistic),
+        "value": float(stats.pearsonr(scores, oracle).statistic),
+    }
 
 
-def _listed(scores: dict[str, Tensor], names: list[str]) -> list[float]:
-    return torch.cat([scores[name].double().cpu() for name in names]).tolist()
+def _joined(scores: dict[str, Tensor], names: list[str]) -> np.ndarray:
+    return torch.cat([scores[name].double().cpu() for name in names]).numpy()

@@ -56,7 +56,8 @@ def run_of(cell: Cell, output: Path, changed: Overrides = ()) -> Run:
         UserError: data that is not there.
     """
     metric = AP if STUDIES[cell.study].metric == "AP" else ACCURACY
-    overrides = cell.overrides + changed
+    keys = cell.overrides + changed
+    overrides = dict(zip(keys[::2], keys[1::2], strict=True))
     row = Row(cell.row, cell.row, None, STUDIES[cell.study].config, overrides)
     table = Table(f"{cell.study}-{cell.stage}", cell.study, (row,), metric)
     return plan(table, row, cell.seed, FULL, output)

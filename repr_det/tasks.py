@@ -26,6 +26,8 @@ from repr_det.engine.trained import merge_trained
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
 
+DETECTION, CLASSIFICATION = "detection", "classification"
+
 
 def get_cfg() -> CfgNode:
     """The default config with the keys of every task."""
@@ -84,8 +86,12 @@ def trained_detector_cfg(
     return cfg
 
 
+def task_of(cfg: CfgNode) -> str:
+    """:data:`DETECTION` or :data:`CLASSIFICATION`."""
+    image_classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
+    return CLASSIFICATION if image_classifier else DETECTION
+
+
 def trainer_for(cfg: CfgNode) -> type[RePrTrainer]:
     """The trainer of a config's task."""
-    if cfg.MODEL.META_ARCHITECTURE == "ImageClassifier":
-        return ClassificationTrainer
-    return DetectionTrainer
+    return {DETECTION: DetectionTrainer, CLASSIFICATION: ClassificationTrainer}[task_of(cfg)]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from repr_det.errors import UserError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -135,3 +137,56 @@ def words_after_run(
         return list(others)
     args.run_folder = old_run
     return [str(first), *others]
+
+
+def add_arms(parser: argparse._ActionsContainer, what: str) -> None:
+    """Add ``--arm NAME RUN...``, repeated, and ``--baseline NAME``.
+
+    Args:
+        parser: of a command line.
+        what: an arm is made of, in capital letters.
+    """
+    parser.add_argument(
+        "--arm",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", what),
+        help="an arm and its seeds; repeat for each arm",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="NAME",
+        help="the arm that others are compared with; by default the first",
+    )
+
+
+def named_arms(args: argparse.Namespace) -> dict[str, list[str]]:
+    """What ``--arm`` names, by arm.
+
+    Raises:
+        UserError: an arm without runs, a name given twice, or a baseline without arms.
+    """
+    if args.baseline is not None and not args.arm:
+        raise UserError("--baseline names an arm, but there are none. Set --arm NAME RUN...")
+    found: dict[str, list[str]] = {}
+    for name, *members in args.arm:
+        if not members:
+            raise UserError(f"Arm {name} has no runs. Set --arm {name} RUN...")
+        if name in found:
+            raise UserError(f"Arm {name} is given twice. Set another name for one of them.")
+        found[name] = members
+    return found
+
+
+def baseline_of(groups: Mapping[str, object], baseline: str | None) -> str:
+    """The name of the baseline, by default the first arm.
+
+    Raises:
+        UserError: no such arm.
+    """
+    if baseline is None:
+        return next(iter(groups))
+    if baseline not in groups:
+        raise UserError(f"There is no arm {baseline!r}. Set --baseline to {' or '.join(groups)}.")
+    return baseline

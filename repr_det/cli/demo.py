@@ -50,22 +50,21 @@ def run(args: argparse.Namespace) -> int:
             return done.returncode  # the process has said why
     from tabulate import tabulate
 
+    from repr_det.report.arms import by_method
     from repr_det.report.compare import outcome
     from repr_det.report.page import write_report
     from repr_det.report.run import read_run
 
-    runs = [read_run(folder) for folder in folders]
-    page = write_report(runs, output / "report.html")
-    found = outcome(runs)
-    rows = [
-        [
-            row.title,
-            *(f"{estimate.mean:.1f}" for estimate in row.sides.values()),
-            f"{row.difference:+.1f}",
-            "" if row.low is None else f"{row.low:+.1f} to {row.high:+.1f}",
-        ]
-        for row in found.rows.values()
-    ]
+    arms = by_method([read_run(folder) for folder in folders])
+    page = write_report(arms, output / "report.html")
+    found = outcome(arms)
+    rows = []
+    for row in found.rows.values():
+        means = [f"{estimate.mean:.1f}" for estimate in row.arms.values()]
+        (difference,) = row.differences.values()
+        _, low, high = difference
+        interval = "" if low is None else f"{low:+.1f} to {high:+.1f}"
+        rows.append([row.title, *means, f"{difference.mean:+.1f}", interval])
     headers = ["in %", "standard", "RePr", "difference", "95 % interval"]
     print(f"\n{tabulate(rows, headers, disable_numparse=True)}\n\n{found.interval}")
     print(f"Report: {page}")

@@ -1,4 +1,4 @@
-"""COCO's AP of resampled images from the matches of one evaluation, and two sides compared by it.
+"""COCO's AP of resampled images from the matches of one evaluation, and arms compared by it.
 
 A resample draws as many images as there are, with replacement, and AP on it is what pycocotools
 would say of a dataset that holds an image as often as it was drawn. Which detection matches which
@@ -9,67 +9,33 @@ weights their detections (Efron and Tibshirani 1993, chapters 6 and 13).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
+from scipy import sparse
 from tqdm import tqdm
 
-from repr_det.detection.coco_results import IOU_75, METRICS, evaluated_classes
+from repr_det.detection.coco_results import IOU_75, METRICS
+from repr_det.detection.matching import ClassMatches, Matches
 from repr_det.errors import UserError
-
-AREAS = 4
-"""pycocotools' ranges of area: all, small, medium, large."""
 
 RECALLS = 101
 """pycocotools' recall levels: 0, 0.01, ..., 1."""
 
 _BLOCK = 2**20
-"""Detections times resamples that are worked on at once: more need memory, fewer need time."""
-
-
-@dataclass(frozen=True)
-class ClassMatches:
-    """Matches of one class; D detections in the order in which pycocotools counts them.
-
-    Attributes:
-        images: (D,) integers, position of a detection's image among all images.
-        scores: (D,) falling; equal ones by image, and inside an image as the evaluation has them.
-        positives: (areas, IoU thresholds, D) booleans, counts as a true positive.
-        falses: (areas, IoU thresholds, D) booleans, counts as a false positive. A detection that is
-            neither is ignored (a crowd, or an area out of range).
-        objects: by area (G,) integers, images of the objects that are to be found.
-    """
-
-    images: NDArray[np.int64]
-    scores: NDArray[np.float64]
-    positives: NDArray[np.bool_]
-    falses: NDArray[np.bool_]
-    objects: tuple[NDArray[np.int64], ...]
-
-
-@dataclass(frozen=True)
-class Matches:
-    """One evaluation.
-
-    Attributes:
-        image_ids: all images, ascending.
-        classes: by name, in the order of category ids.
-    """
-
-    image_ids: tuple[int, ...]
-    classes: dict[str, ClassMatches]
+"""Matched detections times resamples that are worked on at once: more need memory, fewer time."""
 
 
 class Difference(NamedTuple):
-    """A metric of two sides, as shares of 1; None where no image holds an object that counts.
+    """A metric of two arms, as shares of 1; None where no image holds an object that counts.
 
     Attributes:
-        first: mean over the runs of the first side, all images once.
+        first: mean over the runs of the first arm, all images once.
         second: the same of the second.
         difference: second minus first.
         low: lower end of the percentile interval of the difference.
@@ -85,77 +51,11 @@ class Difference(NamedTuple):
     better: float | None
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Two sides by metric, overall (mean over classes, as COCO's) and by class."""
+class Comparison(NamedTuple):
+    """Two arms by metric, overall (mean over classes, as COCO's) and by class."""
 
     overall: dict[str, Difference]
     classes: dict[str, dict[str, Difference]]
-
-
-def match(
-    truth: COCO,
-    results: Sequence[dict[str, Any]],
-    iou_type: str,
-    *,
-    label: str = "Evaluating",
-    progress: bool = False,
-) -> Matches:
-    """Evaluate once, with pycocotools.
-
-    Args:
-        truth: from :func:`repr_det.detection.coco_results.read_truth`.
-        results: from :func:`repr_det.detection.coco_results.read_results`.
-        iou_type: ``"bbox"`` or ``"segm"``. As in Detectron2, masks are small or large by their own
-            area, not by that of a box beside them.
-        label: of the progress bar.
-        progress: show one.
-
-    Raises:
-        UserError: a detection or an object has no such box or mask.
-    """
-    image_ids = tuple(sorted(truth.getImgIds()))
-    positions = {image: position for position, image in enumerate(image_ids)}
-    classes = {
-        name: _class_matches(
-            evaluation.evalImgs, positions, thresholds=len(evaluation.params.iouThrs)
-        )
-        for name, evaluation in evaluated_classes(
-            truth, results, iou_type, label=label, progress=progress
-        )
-    }
-    return Matches(image_ids, classes)
-
-
-def _class_matches(
-    entries: Sequence[dict[str, Any]], positions: dict[int, int], thresholds: int
-) -> ClassMatches:
-    """What pycocotools' ``evalImgs`` of one class say, all images of one area after another."""
-    by_area = np.array(entries, dtype=object).reshape(AREAS, -1)
-    images = _repeated(by_area[0], positions, [len(e["dtScores"]) for e in by_area[0]])
-    scores = np.array([s for e in by_area[0] for s in e["dtScores"]], dtype=float)
-    order = np.argsort(-scores, kind="mergesort")
-
-    def sorted_flags(key: str) -> NDArray[np.bool_]:
-        nothing = np.zeros((thresholds, 0))
-        flags = [np.concatenate([nothing, *(e[key] for e in area)], axis=1) for area in by_area]
-        return np.stack(flags)[..., order].astype(bool)
-
-    matched, counted = sorted_flags("dtMatches"), ~sorted_flags("dtIgnore")
-    objects = tuple(
-        _repeated(area, positions, [np.count_nonzero(e["gtIgnore"] == 0) for e in area])
-        for area in by_area
-    )
-    return ClassMatches(
-        images[order], scores[order], matched & counted, ~matched & counted, objects
-    )
-
-
-def _repeated(
-    entries: Sequence[dict[str, Any]], positions: dict[int, int], times: Sequence[int]
-) -> NDArray[np.int64]:
-    images = np.array([positions[entry["image_id"]] for entry in entries], dtype=np.int64)
-    return np.repeat(images, np.array(times, dtype=np.int64))
 
 
 def resample_counts(images: int, resamples: int, seed: int) -> NDArray[np.int32]:
@@ -196,95 +96,151 @@ def average_precision(
         is the mean over classes without NaN.
     """
     values = np.empty((len(counts), len(matches.classes), len(METRICS)))
-    copies = int(counts.max(initial=0))
-    bar = tqdm(matches.classes.values(), label, unit="class", disable=not progress)
-    for number, found in enumerate(bar):
-        areas = _prepare(found, copies)
-        rows = max(1, _BLOCK // max(1, len(found.images)))
-        for begin in range(0, len(counts), rows):
-            block = slice(begin, begin + rows)
-            values[block, number] = _class_precision(areas, counts[block])
+
+    def one(number: int, found: ClassMatches) -> None:
+        values[:, number] = _class_precision(found, counts)
+
+    # NumPy works outside of Python's lock, so threads share the classes.
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        tqdm(total=len(matches.classes), desc=label, unit="class", disable=not progress) as bar,
+    ):
+        jobs = [pool.submit(one, *pair) for pair in enumerate(matches.classes.values())]
+        for job in jobs:
+            job.result()
+            bar.update()
     return values
 
 
-def _class_precision(areas: Sequence[_Area], counts: NDArray[np.int32]) -> NDArray[np.float64]:
+def _class_precision(found: ClassMatches, counts: NDArray[np.int32]) -> NDArray[np.float64]:
     """(R, METRICS) of a class in each of R resamples."""
-    everything, *sized = (_area_precision(area, counts) for area in areas)
-    metrics = [everything.mean(axis=1), everything[:, 0], everything[:, IOU_75]]
-    return np.stack([*metrics, *(precision.mean(axis=1) for precision in sized)], axis=1)
+    columns = _Columns(found, int(counts.max(initial=0)))
+    areas = [
+        _Area(columns, objects, positives, falses)
+        for objects, positives, falses in zip(
+            found.objects,
+            found.positives[..., columns.detections],
+            found.falses[..., columns.detections],
+            strict=True,
+        )
+    ]
+    rows = max(1, _BLOCK // max(1, *(len(area.matched) for area in areas)))
+    values = np.empty((len(counts), len(METRICS)))
+    for begin in range(0, len(counts), rows):
+        block = counts[begin : begin + rows]
+        weights = columns.weights(block)
+        everything, *sized = (area.precision(block, weights) for area in areas)
+        values[begin : begin + rows] = np.stack(
+            [
+                *(everything.mean(axis=1), everything[:, 0], everything[:, IOU_75]),
+                *(precision.mean(axis=1) for precision in sized),
+            ],
+            axis=1,
+        )
+    return values
 
 
-class _Columns(NamedTuple):
-    """Some detections, whose weights in a resample are how often their image occurs.
+class _Columns:
+    """The detections of a class, and how often each occurs in a resample.
+
+    A detection occurs as often as its image. Where the order of an image's copies matters, see
+    :func:`_expand_ties`, a column is one copy, which occurs or does not.
 
     Attributes:
-        images: (C,)
-        tied: where a column stands for one copy only.
-        copies: that copy, from 1.
+        detections: (C,) indices of the columns' detections.
+        sources: (C,) indices of what :meth:`weights` returns.
     """
 
-    images: NDArray[np.int64]
-    tied: NDArray[np.int64]
-    copies: NDArray[np.int32]
+    def __init__(self, found: ClassMatches, copies: int) -> None:
+        self.detections, copy = _expand_ties(found, copies)
+        pairs = found.images[self.detections] * (copies + 1) + copy
+        occurring, self.sources = np.unique(pairs, return_inverse=True)
+        self._images, self._copies = np.divmod(occurring, copies + 1)
 
     def weights(self, counts: NDArray[np.int32]) -> NDArray[np.int32]:
-        """(rows of counts, C)."""
-        weights = counts.take(self.images, axis=1)
-        if self.tied.size:
-            weights[:, self.tied] = weights[:, self.tied] >= self.copies
+        """(R, S), how often each of S images or copies of them occurs."""
+        weights = counts.take(self._images, axis=1)
+        tied = np.flatnonzero(self._copies)
+        weights[:, tied] = weights[:, tied] >= self._copies[tied]
         return weights
 
 
-class _Threshold(NamedTuple):
-    """The detections of an IoU threshold that are more than one false positive among others.
+class _Area:
+    """A range of area of one class.
+
+    Precision matters at matched detections alone. Of all others it matters how many false positives
+    stand between them. These are the same at every IoU threshold, but for those that are matched at
+    another one.
 
     Attributes:
-        columns: E detections.
-        positive: (E,) 1 for true positives.
-        shift: (E,) what the detection counts, less what it counts in the area's columns.
-        before: (E,) how many of the area's columns stand before and at the detection.
+        matched: (M,) columns that are a true positive at some threshold, or false positives at some
+            thresholds and ignored at others.
     """
 
-    columns: _Columns
-    positive: NDArray[np.int32]
-    shift: NDArray[np.int32]
-    before: NDArray[np.int64]
-
-
-class _Area(NamedTuple):
-    """A range of area: the detections that are false positives at some threshold, and the rest.
-
-    A detection out of range is no false positive at any threshold. So the area's columns are nearly
-    right for every threshold, and only the few matched detections are looked at for each.
-    """
-
-    objects: NDArray[np.int64]
-    columns: _Columns
-    thresholds: tuple[_Threshold, ...]
-
-
-def _prepare(found: ClassMatches, copies: int) -> list[_Area]:
-    order, copy = _expand_ties(found, copies)
-    images = found.images[order]
-
-    def columns(chosen: NDArray[np.int64]) -> _Columns:
-        tied = np.flatnonzero(copy[chosen])
-        return _Columns(images[chosen], tied, copy[chosen][tied])
-
-    areas = []
-    for objects, positives, falses in zip(
-        found.objects, found.positives[..., order], found.falses[..., order], strict=True
-    ):
+    def __init__(
+        self,
+        columns: _Columns,
+        objects: NDArray[np.int64],
+        positives: NDArray[np.bool_],
+        falses: NDArray[np.bool_],
+    ) -> None:
         base = falses.any(axis=0)
-        before = np.cumsum(base)
-        thresholds = []
-        for positive, false in zip(positives, falses, strict=True):
-            shift = (positive | false).astype(np.int32) - base
+        self._objects = objects
+        self.matched = np.flatnonzero((positives | (falses != base)).any(axis=0))
+        self._sources = columns.sources[self.matched]
+        # (M, S), how many false positives of an image stand after a matched column and up to the
+        # next.
+        false = np.flatnonzero(base)
+        segment = np.searchsorted(self.matched, false)
+        inside = segment < len(self.matched)
+        shape = len(self.matched), int(columns.sources.max(initial=-1)) + 1
+        entries = np.ones(int(inside.sum()), dtype=np.int32)
+        places = segment[inside], columns.sources[false[inside]]
+        self._between = sparse.csr_matrix((entries, places), shape=shape, dtype=np.int32)
+        self._thresholds = []
+        for positive, false_here in zip(
+            positives[:, self.matched], falses[:, self.matched], strict=True
+        ):
+            # What a column counts as a detection, less what it counts among the false positives.
+            shift = (positive | false_here).astype(np.int32) - base[self.matched]
             chosen = np.flatnonzero(positive | (shift != 0))
-            gain = positive[chosen].astype(np.int32)
-            thresholds.append(_Threshold(columns(chosen), gain, shift[chosen], before[chosen]))
-        areas.append(_Area(objects, columns(np.flatnonzero(base)), tuple(thresholds)))
-    return areas
+            self._thresholds.append((chosen, positive[chosen].astype(np.int32), shift[chosen]))
+
+    def precision(
+        self, counts: NDArray[np.int32], weights: NDArray[np.int32]
+    ) -> NDArray[np.float64]:
+        """(R, IoU thresholds), AP in each of R resamples; NaN in those without objects.
+
+        Args:
+            counts: (R, I), how often each image occurs.
+            weights: from :meth:`_Columns.weights` for the same resamples.
+        """
+        objects = counts.take(self._objects, axis=1).sum(axis=1)
+        values = np.zeros((len(counts), len(self._thresholds)))
+        values[objects == 0] = np.nan
+        if not objects.any() or not len(self.matched):
+            return values
+        levels = _levels(objects)
+        falses = np.cumsum((self._between @ weights.T).T, axis=1, dtype=np.int32)
+        occurring = weights.take(self._sources, axis=1)
+        rows = np.arange(len(counts), dtype=np.int32)[:, None] * np.int32(levels.shape[1])
+        for number, (chosen, positive, shift) in enumerate(self._thresholds):
+            if not positive.any():
+                continue
+            here = occurring.take(chosen, axis=1)
+            hits = here if positive.all() else here * positive
+            hits = np.cumsum(hits, axis=1, dtype=np.int32)
+            total = falses.take(chosen, axis=1)
+            if shift.any():
+                total += np.cumsum(here * shift, axis=1, dtype=np.int32)
+            precision = hits / (total + np.spacing(1))
+            np.maximum.accumulate(precision[:, ::-1], axis=1, out=precision[:, ::-1])
+            # Recall grows at true positives only, and each level takes the best precision from
+            # where recall first reaches it: a detection's counts once for each level it reaches.
+            reached = levels.ravel().take(hits + rows)
+            reached[:, 1:] -= reached[:, :-1].copy()
+            values[:, number] += np.einsum("re,re->r", precision, reached) / RECALLS
+        return values
 
 
 def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
@@ -319,37 +275,6 @@ def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], N
     return order[sorting], copy[sorting]
 
 
-def _area_precision(area: _Area, counts: NDArray[np.int32]) -> NDArray[np.float64]:
-    """(R, IoU thresholds), AP in each of R resamples; NaN in those without objects."""
-    objects = counts.take(area.objects, axis=1).sum(axis=1)
-    values = np.zeros((len(counts), len(area.thresholds)))
-    values[objects == 0] = np.nan
-    if not objects.any():
-        return values
-    levels = _levels(objects)
-    counted = np.zeros((len(counts), len(area.columns.images) + 1), dtype=np.int32)
-    weights = area.columns.weights(counts)
-    np.cumsum(weights, axis=1, dtype=np.int32, out=counted[:, 1:])
-    rows = np.arange(len(counts), dtype=np.int32)[:, None] * np.int32(levels.shape[1])
-    for number, threshold in enumerate(area.thresholds):
-        if not threshold.positive.any():
-            continue
-        weights = threshold.columns.weights(counts)
-        positives = weights if threshold.positive.all() else weights * threshold.positive
-        positives = np.cumsum(positives, axis=1, dtype=np.int32)
-        total = counted.take(threshold.before, axis=1)
-        if threshold.shift.any():
-            total += np.cumsum(weights * threshold.shift, axis=1, dtype=np.int32)
-        precision = positives / (total + np.spacing(1))
-        np.maximum.accumulate(precision[:, ::-1], axis=1, out=precision[:, ::-1])
-        # Recall grows at true positives only, and each level takes the best precision from where
-        # recall first reaches it: a detection's counts once for each level that it reaches.
-        reached = levels.ravel().take(positives + rows)
-        reached[:, 1:] -= reached[:, :-1].copy()
-        values[:, number] += np.einsum("re,re->r", precision, reached) / RECALLS
-    return values
-
-
 def _levels(objects: NDArray[np.int64]) -> NDArray[np.float64]:
     """How many of the recall levels are reached when so many objects are found.
 
@@ -373,26 +298,29 @@ def _levels(objects: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 def paired_bootstrap(
-    first: Sequence[Matches],
-    second: Sequence[Matches],
+    arms: Mapping[str, Sequence[Matches]],
+    baseline: str,
     *,
     resamples: int = 1000,
     seed: int = 0,
     level: float = 0.95,
     progress: bool = False,
-) -> Comparison:
-    """Compare two sides on the same resamples of the images.
+) -> dict[str, Comparison]:
+    """Compare arms with one of them on the same resamples of the images.
 
-    The intervals say how far the difference depends on which images were evaluated. Runs (seeds)
-    are not resampled: a side's value is the mean over its runs inside each resample.
+    The intervals say how far a difference depends on which images were evaluated. Runs (seeds) are
+    not resampled: an arm's value is the mean over its runs inside each resample.
 
     Args:
-        first: a run or more, of the same images and classes as all others.
-        second: a run or more.
+        arms: by name, a run or more of each, all of the same images and classes.
+        baseline: the name of the arm that all others are compared with.
         resamples: R.
         seed: of the resamples.
-        level: of the interval.
+        level: of each interval; see :func:`corrected_level`.
         progress: show a bar for each run.
+
+    Returns:
+        By arm, the baseline left out: the baseline first, the arm second.
 
     Raises:
         UserError: no runs, runs of different images or classes, or an argument out of range.
@@ -402,36 +330,46 @@ def paired_bootstrap(
             f"There is no bootstrap with {resamples} resamples and level {level}: give at least 1 "
             "and a level between 0 and 1."
         )
-    if not first or not second:
-        raise UserError("A side without runs cannot be compared: give at least one for each.")
-    for one, other in pairwise([*first, *second]):
+    if len(arms) < 2 or not all(arms.values()):
+        raise UserError("An arm without runs cannot be compared: give at least one for each.")
+    every = list(chain.from_iterable(arms.values()))
+    for one, other in pairwise(every):
         if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
             raise UserError(
                 "Evaluations of different images or classes cannot be compared: evaluate all runs "
                 "on the same annotations."
             )
-    images = len(first[0].image_ids)
+    images = len(every[0].image_ids)
     # The first row is every image once, so that it goes the same way.
     once = np.ones((1, images), dtype=np.int32)
     counts = np.concatenate([once, resample_counts(images, resamples, seed)])
-    sides = []
-    for name, runs in (("first", first), ("second", second)):
-        total = np.zeros((len(counts), len(first[0].classes), len(METRICS)))
+    values = {}
+    for name, runs in arms.items():
+        total = np.zeros((len(counts), len(every[0].classes), len(METRICS)))
         for number, run in enumerate(runs, 1):
             label = f"Resampling {name}, run {number}"
             total += average_precision(run, counts, label=label, progress=progress)
-        sides.append(total / len(runs))
-    overall = [_class_mean(side) for side in sides]
-    return Comparison(
-        _differences(*overall, level),
-        {
-            name: _differences(*(side[:, number] for side in sides), level)
-            for number, name in enumerate(first[0].classes)
-        },
-    )
+        values[name] = total / len(runs)
+    first = values[baseline]
+    return {
+        name: Comparison(
+            _differences(class_mean(first), class_mean(second), level),
+            {
+                category: _differences(first[:, number], second[:, number], level)
+                for number, category in enumerate(every[0].classes)
+            },
+        )
+        for name, second in values.items()
+        if name != baseline
+    }
 
 
-def _class_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def corrected_level(comparisons: int, level: float = 0.95) -> float:
+    """The level of each interval at which all of them together have a level (Bonferroni)."""
+    return 1 - (1 - level) / max(comparisons, 1)
+
+
+def class_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """(R, METRICS) from (R, classes, METRICS); NaN where no class has objects."""
     present = ~np.isnan(values)
     number = present.sum(axis=1)

@@ -1,18 +1,15 @@
-"""COCO's annotation and results files, and pycocotools' evaluation of one on the other."""
+"""COCO's annotation and results files."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
-from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from tqdm import tqdm
 
 from repr_det.detection.annotations import MASKS, CocoFile, read_coco, read_json
 from repr_det.detection.masks import are_pixels, rle_fault
@@ -227,57 +224,3 @@ def check_iou_type(results: Sequence[dict[str, Any]], iou_type: str, truth: Trut
         )
     if iou_type == SEGM:
         truth.file.require([MASKS])
-
-
-def _detections(truth: Truth, results: Sequence[dict[str, Any]], iou_type: str) -> COCO:
-    # A box next to a mask would decide whether the mask counts as small: Detectron2 drops it, too.
-    # Other keys could mean something to pycocotools.
-    kept = ("image_id", "category_id", "score", _KEYS[iou_type])
-    results = [{key: result[key] for key in kept} for result in results]
-    if not results:
-        return Truth(truth.file, ())
-    with contextlib.redirect_stdout(io.StringIO()):
-        return truth.loadRes(results)
-
-
-def evaluated_classes(
-    truth: Truth,
-    results: Sequence[dict[str, Any]],
-    iou_type: str,
-    *,
-    label: str = "Evaluating",
-    progress: bool = False,
-) -> Iterator[tuple[str, COCOeval]]:
-    """Evaluate class by class, so that only what is needed stays in memory.
-
-    Args:
-        truth: from :func:`read_truth`.
-        results: from :func:`read_results`.
-        iou_type: ``"bbox"`` or ``"segm"``. As in Detectron2, masks are small or large by their own
-            area, not by that of a box beside them.
-        label: of the progress bar.
-        progress: show one.
-
-    Yields:
-        Name and evaluation of each class, in the order of category ids. It is one evaluation, which
-        the next class overwrites; ``evalImgs`` is empty for a class that nothing is of.
-
-    Raises:
-        UserError: a detection or an object has no such box or mask.
-    """
-    check_iou_type(results, iou_type, truth)
-    found = _detections(truth, results, iou_type)
-    images_of = defaultdict(set)
-    for entry in (*truth.dataset["annotations"], *found.dataset["annotations"]):
-        images_of[entry["category_id"]].add(entry["image_id"])
-    evaluation = COCOeval(truth, found, iou_type)
-    for category in tqdm(sorted(truth.getCatIds()), label, unit="class", disable=not progress):
-        evaluation.params.catIds = [category]
-        evaluation.params.imgIds = sorted(images_of[category])
-        # Without images pycocotools would load all of them.
-        if evaluation.params.imgIds:
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation.evaluate()
-        else:
-            evaluation.evalImgs = []
-        yield truth.cats[category]["name"], evaluation

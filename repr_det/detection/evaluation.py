@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +17,13 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from repr_det.detection.bootstrap import average_precision, class_mean
 from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import (
-    IOU_75,
     METRICS,
     Annotations,
     Truth,
     check_iou_type,
-    evaluated_classes,
     read_results,
     read_truth,
     results_path,
@@ -36,6 +33,7 @@ from repr_det.detection.datasets import (
     check_dataset,
     check_trained_classes,
 )
+from repr_det.detection.matching import match
 from repr_det.detection.parts import register_held_out
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.data import held_out_name
@@ -115,37 +113,19 @@ def evaluate(
     label: str = "Evaluating",
     progress: bool = False,
 ) -> Evaluation:
-    """COCO's metrics by pycocotools, 100 detections an image; see :func:`evaluated_classes`."""
-    classes = {}
-    for name, evaluation in evaluated_classes(
-        truth, results, iou_type, label=label, progress=progress
-    ):
-        precision = None
-        if evaluation.evalImgs:
-            with contextlib.redirect_stdout(io.StringIO()):
-                evaluation.accumulate()
-            precision = evaluation.eval["precision"][:, :, 0, :, -1]
-        classes[name] = _metrics(precision)
-    overall = {metric: _mean([table[metric] for table in classes.values()]) for metric in METRICS}
-    return Evaluation(overall, classes)
+    """COCO's metrics, 100 detections an image; see :func:`repr_det.detection.matching.match`."""
+    found = match(truth, results, iou_type, label=label, progress=progress)
+    once = np.ones((1, len(found.image_ids)), dtype=np.int32)
+    values = average_precision(found, once)
+    classes = {name: _metrics(row) for name, row in zip(found.classes, values[0], strict=True)}
+    return Evaluation(_metrics(class_mean(values)[0]), classes)
 
 
-def _metrics(precision: NDArray[np.float64] | None) -> Metrics:
-    """From pycocotools' precision of one class, (IoU thresholds, recall levels, areas)."""
-    if precision is None:
-        return dict.fromkeys(METRICS)
-    everything, *sized = precision.transpose(2, 0, 1)
-    parts = (everything, everything[0], everything[IOU_75], *sized)
-    # pycocotools writes -1 where there are no objects.
+def _metrics(values: NDArray[np.float64]) -> Metrics:
     return {
-        metric: None if part.flat[0] < 0 else float(part.mean())
-        for metric, part in zip(METRICS, parts, strict=True)
+        metric: None if np.isnan(value) else float(value)
+        for metric, value in zip(METRICS, values, strict=True)
     }
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def read_detections(results: Path, annotations: Path, dataset: str) -> Detections:

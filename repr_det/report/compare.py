@@ -1,272 +1,285 @@
-"""What runs came to: final metrics by side, their difference, its interval, and time."""
+"""How arms of runs differ: final metrics, differences with their intervals, and time."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from scipy import stats
 
-from repr_det.detection.bootstrap import Matches, average_precision, match, paired_bootstrap
+from repr_det.detection.bootstrap import (
+    average_precision,
+    class_mean,
+    corrected_level,
+    paired_bootstrap,
+)
 from repr_det.detection.coco_results import (
-    BBOX,
-    METRICS,
-    SEGM,
     Annotations,
     evaluable_types,
     read_results,
     read_truth,
 )
 from repr_det.detection.evaluation import annotations_of
+from repr_det.detection.matching import Matches, match
 from repr_det.errors import UserError, sentence
-from repr_det.report.plots import REPR, STANDARD
-from repr_det.report.run import CLASSIFICATION, RunFolder, training_seconds
-from repr_det.report.statistics import Estimate, estimate, paired_difference
-
-Sides = dict[str, list[RunFolder]]
-
-_TITLES = {
-    **{
-        f"{kind}/{m}": f"{word} {m}"
-        for kind, word in ((BBOX, "box"), (SEGM, "mask"))
-        for m in METRICS
-    },
-    "accuracy/top1": "top-1 accuracy",
-    "accuracy/top5": "top-5 accuracy",
-    "accuracy/loss": "held-out loss",
-}
-"""The metrics of the summary, best known first."""
-
-MAIN = {False: f"{BBOX}/AP", True: "accuracy/top1"}
-"""The metric that a run is judged by, by whether it is of classification."""
+from repr_det.report.arms import Arms, last_common_evaluation, value_at
+from repr_det.report.metrics import BY_NAME, MAIN, METRICS
+from repr_det.report.run import RunFolder, training_seconds
+from repr_det.tasks import CLASSIFICATION
 
 
-class Row(NamedTuple):
-    """A metric of both sides at one iteration.
+class Estimate(NamedTuple):
+    """A mean with its spread.
 
     Attributes:
-        title: of the metric.
-        unit: ``"%"`` or empty.
-        sides: mean and spread over the runs of each side.
-        difference: RePr minus standard, means over runs; None with one side only.
-        low: lower end of its 95 % interval; None where there is no interval.
-        high: upper end.
+        mean: of the values.
+        deviation: sample standard deviation (n - 1); None for a single value.
+        count: n.
+        half_width: half of Student's t-interval of the mean; None for a single value.
     """
 
-    title: str
-    unit: str
-    sides: dict[str, Estimate]
-    difference: float | None
+    mean: float
+    deviation: float | None
+    count: int
+    half_width: float | None
+
+
+def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
+    """Mean, standard deviation and t-interval of the mean with n - 1 degrees of freedom.
+
+    Args:
+        values: n numbers, at least one.
+        level: of the interval.
+    """
+    count, mean = len(values), float(np.mean(values))
+    if count == 1:
+        return Estimate(mean, None, 1, None)
+    width = stats.t.ppf((1 + level) / 2, count - 1) * stats.sem(values)
+    return Estimate(mean, float(np.std(values, ddof=1)), count, float(width))
+
+
+def paired_difference(
+    ours: Mapping[int, float], reference: Mapping[int, float], level: float = 0.95
+) -> Estimate | None:
+    """The difference of two arms, taken seed by seed.
+
+    Args:
+        ours: a value by seed.
+        reference: a value by seed, subtracted.
+        level: of the interval.
+
+    Returns:
+        Over the seeds that both have; None where there are none.
+    """
+    seeds = sorted(ours.keys() & reference.keys())
+    return estimate([ours[s] - reference[s] for s in seeds], level) if seeds else None
+
+
+class Difference(NamedTuple):
+    """An arm minus the baseline, means over runs; without ends where there is no interval."""
+
+    mean: float
     low: float | None = None
     high: float | None = None
 
 
 @dataclass(frozen=True)
+class Row:
+    """A metric of all arms at one iteration.
+
+    Attributes:
+        title: of the metric.
+        unit: ``"%"`` or empty.
+        arms: mean and spread over the runs of each arm.
+        differences: by arm, the baseline left out.
+    """
+
+    title: str
+    unit: str
+    arms: dict[str, Estimate]
+    differences: dict[str, Difference] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What is known of the difference.
+    """What is known of the differences.
 
     Attributes:
         iteration: of the evaluations that are compared; None where there is none that all have.
         rows: by metric.
         interval: in words, what the intervals are or why there are none.
+        level: of each interval.
     """
 
     iteration: int | None
     rows: dict[str, Row]
     interval: str
+    level: float = 0.95
 
 
-def by_side(runs: Sequence[RunFolder]) -> Sides:
-    """Standard runs and RePr runs, a side without runs left out."""
-    sides = {
-        STANDARD: [run for run in runs if not run.uses_repr],
-        REPR: [run for run in runs if run.uses_repr],
-    }
-    return {side: found for side, found in sides.items() if found}
+def outcome(arms: Arms, resamples: int = 1000, progress: bool = False) -> Outcome:
+    """Final metrics by arm, and intervals of their differences where there can be any.
 
-
-def check_comparable(runs: Sequence[RunFolder]) -> None:
-    """Refuse runs whose metrics do not mean the same.
-
-    Raises:
-        UserError: no runs, one given twice, or of different tasks or test sets; a held-out part
-            of another size holds other images.
-    """
-    if not runs:
-        raise UserError("There are no runs to report on: give at least one folder.")
-    folders = [run.folder.resolve() for run in runs]
-    for folder in folders:
-        if folders.count(folder) > 1:
-            raise UserError(f"{folder} was given twice: give each run once.")
-    for run in runs[1:]:
-        for what, mine, first in (
-            ("task", run.task, runs[0].task),
-            ("test set", run.test_set, runs[0].test_set),
-            ("number of held-out images", run.held_out, runs[0].held_out),
-        ):
-            if mine != first:
-                raise UserError(
-                    f"The {what} of {run.folder} is {mine}, that of {runs[0].folder} {first}: "
-                    "their metrics cannot be compared, so report on them one by one."
-                )
-
-
-def last_common_evaluation(runs: Sequence[RunFolder]) -> int | None:
-    """The last iteration at which all runs were evaluated; None where there is none."""
-    metric = MAIN[runs[0].task == CLASSIFICATION]
-    found = [run.evaluations(metric) for run in runs]
-    if any(series is None for series in found):
-        return None
-    common = set.intersection(*(set(series[0].astype(int).tolist()) for series in found))
-    return max(common, default=None)
-
-
-def value_at(run: RunFolder, metric: str, iteration: int) -> float | None:
-    """A metric as it was evaluated at an iteration; None where it was not, or is not finite."""
-    series = run.evaluations(metric)
-    if series is None:
-        return None
-    values = series[1][series[0] == iteration]
-    return float(values[0]) if len(values) and np.isfinite(values[0]) else None
-
-
-def outcome(runs: Sequence[RunFolder], resamples: int = 1000, progress: bool = False) -> Outcome:
-    """Final metrics by side, and intervals of their differences where there can be any.
-
-    They are paired over the seeds that both sides have, where these are at least two and no side
-    has two runs of one seed. Else detection has a paired bootstrap over the images of the last
-    evaluation.
+    They are paired over the seeds that every arm shares with the baseline, where these are at least
+    two and no arm has two runs of one seed. Else detection has a paired bootstrap over the images
+    of the last evaluation. With several comparisons the intervals are corrected for their number;
+    see :func:`repr_det.detection.bootstrap.corrected_level`.
 
     Args:
-        runs: comparable ones, see :func:`check_comparable`.
+        arms: comparable runs.
         resamples: of the bootstrap; 0 leaves it out.
         progress: show bars.
     """
-    sides = by_side(runs)
+    runs, task = arms.runs, arms.runs[0].task
     iteration = last_common_evaluation(runs)
     if iteration is None:
         return Outcome(None, {}, "There is no evaluation yet that all runs have.")
     rows = {}
-    for metric, title in _TITLES.items():
+    for metric in METRICS[task]:
         values = {
-            side: [value_at(run, metric, iteration) for run in group]
-            for side, group in sides.items()
+            name: [value_at(run, metric.name, iteration) for run in group]
+            for name, group in arms.groups.items()
         }
         if any(value is None for group in values.values() for value in group):
             continue
-        estimates = {side: estimate(group) for side, group in values.items()}
-        difference = None
-        if len(sides) == 2:
-            difference = estimates[REPR].mean - estimates[STANDARD].mean
-        unit = "" if metric.endswith("loss") else "%"
-        rows[metric] = Row(title, unit, estimates, difference)
-    if len(sides) < 2:
-        return Outcome(iteration, rows, _one_side(sides))
-    if (found := _with_seeds(iteration, rows, sides)) is not None:
-        return found
-    if runs[0].task == CLASSIFICATION:
+        means = {name: estimate(group) for name, group in values.items()}
+        differences = {
+            n: Difference(means[n].mean - means[arms.baseline].mean) for n in arms.others
+        }
+        rows[metric.name] = Row(metric.title, metric.unit, means, differences)
+    found = Outcome(iteration, rows, "", corrected_level(len(arms.others)))
+    if not arms.others:
+        words = f"Only {arms.baseline} runs were given, so there is no difference to look at."
+        return replace(found, interval=words)
+    if (by_seed := _with_seeds(found, arms)) is not None:
+        return by_seed
+    if task == CLASSIFICATION:
         words = (
             "One run each has no interval: seeds alone can make such a difference."
-            if len(runs) == 2
-            else "There is no interval: the sides share fewer than two seeds (SEED, one run each)."
+            if len(runs) == len(arms.groups)
+            else "There is no interval: the arms share fewer than two seeds (SEED, one run each)."
         )
-        return Outcome(iteration, rows, words)
+        return replace(found, interval=words)
     try:
-        return _with_bootstrap(iteration, rows, sides, resamples, progress)
+        return _with_bootstrap(found, arms, resamples, progress)
     except UserError as error:
-        return Outcome(iteration, rows, f"No interval could be computed. {sentence(error)}")
+        return replace(found, interval=f"No interval could be computed. {sentence(error)}")
 
 
-def _one_side(sides: Sides) -> str:
-    (side,) = sides
-    return f"Only {side} runs were given, so there is no difference to look at."
-
-
-def _with_seeds(iteration: int, rows: dict[str, Row], sides: Sides) -> Outcome | None:
-    """Paired over seeds; None where the sides share fewer than two, or have several runs of one."""
-    seeds = {side: [run.cfg.SEED for run in group] for side, group in sides.items()}
-    common = set(seeds[STANDARD]) & set(seeds[REPR]) - {-1}
-    unique = all(numbers.count(seed) == 1 for numbers in seeds.values() for seed in common)
-    if len(common) < 2 or not unique:
-        return None
-    found = {}
-    for metric, row in rows.items():
-        by_seed = {
-            side: {
-                run.cfg.SEED: value_at(run, metric, iteration)
-                for run in group
-                if run.cfg.SEED in common
-            }
-            for side, group in sides.items()
-        }
-        paired = paired_difference(by_seed[REPR], by_seed[STANDARD])
-        low, high = paired.mean - paired.half_width, paired.mean + paired.half_width
-        found[metric] = row._replace(difference=paired.mean, low=low, high=high)
-    words = (
-        f"Differences and intervals (95 %, Student's t) are over {len(common)} pairs of runs with "
-        "the same seed."
+def _level_in_words(outcome: Outcome, arms: Arms) -> tuple[str, str]:
+    """The level of each interval, and a sentence about several."""
+    count = len(arms.others)
+    level = f"{100 * outcome.level:.4g} %"
+    if count == 1:
+        return level, ""
+    return level, (
+        f" Each of the {count} differences from {arms.baseline} has an interval of {level}, so "
+        "that all of one metric hold together with 95 % (Bonferroni)."
     )
-    return Outcome(iteration, found, words)
 
 
-def _with_bootstrap(
-    iteration: int, rows: dict[str, Row], sides: Sides, resamples: int, progress: bool
-) -> Outcome:
+def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
+    """Paired over seeds; None where an arm shares fewer than two, or has several runs of one."""
+    seeds = {name: [run.cfg.SEED for run in group] for name, group in arms.groups.items()}
+    pairs = {name: set(seeds[arms.baseline]) & set(seeds[name]) - {-1} for name in arms.others}
+    for name, common in pairs.items():
+        several = any(seeds[n].count(s) > 1 for n in (arms.baseline, name) for s in common)
+        if len(common) < 2 or several:
+            return None
+    rows = {}
+    for metric, row in outcome.rows.items():
+        by_seed = {
+            name: {
+                run.cfg.SEED: value_at(run, metric, outcome.iteration)
+                for run in group
+                if run.cfg.SEED >= 0
+            }
+            for name, group in arms.groups.items()
+        }
+        differences = {}
+        for name in arms.others:
+            paired = paired_difference(by_seed[name], by_seed[arms.baseline], outcome.level)
+            ends = paired.mean - paired.half_width, paired.mean + paired.half_width
+            differences[name] = Difference(paired.mean, *ends)
+        rows[metric] = replace(row, differences=differences)
+    level, several = _level_in_words(outcome, arms)
+    counts = " and ".join(map(str, sorted({len(common) for common in pairs.values()})))
+    words = (
+        f"Differences and intervals ({level}, Student's t) are over {counts} pairs of runs with "
+        f"the same seed.{several}"
+    )
+    return replace(outcome, rows=rows, interval=words)
+
+
+def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int, progress: bool) -> Outcome:
     if not resamples:
-        return Outcome(iteration, rows, "The bootstrap was left out, so there is no interval.")
-    runs = [run for group in sides.values() for run in group]
+        return replace(outcome, interval="The bootstrap was left out, so there is no interval.")
+    runs = arms.runs
     for run in runs:
-        last = int(run.evaluations(MAIN[False])[0][-1])
-        if last != iteration:
+        last = int(run.evaluations(MAIN[run.task]).index[-1])
+        if last != outcome.iteration:
             raise UserError(
-                f"{run.folder} was evaluated last at iteration {last}, not at {iteration}, so its "
-                "detections are of another moment."
+                f"{run.folder} was evaluated last at iteration {last}, not at {outcome.iteration}, "
+                "so its detections are of another moment."
             )
     truth = read_truth(*annotations_of(runs[0].cfg, runs[0].test_set))
-    results = [[read_results(run.folder, truth) for run in group] for group in sides.values()]
-    found, images = dict(rows), len(truth.imgs)
-    detected = [each for side in results for found_by_run in side for each in found_by_run]
+    detected = [found for run in runs for found in read_results(run.folder, truth)]
+    rows = dict(outcome.rows)
     for iou_type in evaluable_types(detected, truth):
-        matches = [[matches_of(run, iou_type) for run in sides[side]] for side in (STANDARD, REPR)]
-        compared = paired_bootstrap(*matches, resamples=resamples, progress=progress).overall
-        for metric, difference in compared.items():
-            row = found.get(f"{iou_type}/{metric}")
-            if row is not None and difference.low is not None:
-                low, high = 100 * difference.low, 100 * difference.high
-                found[f"{iou_type}/{metric}"] = row._replace(low=low, high=high)
-    several = "" if len(runs) == 2 else ", a side being the mean of its runs"
+        compared = paired_bootstrap(
+            {
+                name: [matches_of(run, iou_type) for run in group]
+                for name, group in arms.groups.items()
+            },
+            arms.baseline,
+            resamples=resamples,
+            level=outcome.level,
+            progress=progress,
+        )
+        for name, comparison in compared.items():
+            for metric, found in comparison.overall.items():
+                row = rows.get(f"{iou_type}/{metric}")
+                if row is not None and found.low is not None:
+                    ends = Difference(row.differences[name].mean, 100 * found.low, 100 * found.high)
+                    differences = {**row.differences, name: ends}
+                    rows[f"{iou_type}/{metric}"] = replace(row, differences=differences)
+    level, several = _level_in_words(outcome, arms)
+    one_each = len(runs) == len(arms.groups)
     words = (
-        f"Intervals (95 %) are of a paired bootstrap of {resamples:,} resamples of the {images:,} "
-        f"images{several}. They say how far a difference depends on the images; "
+        f"Intervals ({level}) are of a paired bootstrap of {resamples:,} resamples of the "
+        f"{len(truth.imgs):,} images{'' if one_each else ', an arm being the mean of its runs'}. "
+        "They say how far a difference depends on the images; "
         + (
             "with one run each they say nothing about other seeds."
-            if len(runs) == 2
+            if one_each
             else "seeds are not resampled."
         )
+        + several
     )
-    return Outcome(iteration, found, words)
+    return replace(outcome, rows=rows, interval=words)
 
 
 def matches_of(run: RunFolder, iou_type: str) -> Matches:
     """The evaluation of the detections that a run left in its folder.
 
     Raises:
-        UserError: no detections or no annotations, or others than those of the
-            run's last evaluation.
+        UserError: no detections or no annotations, or others than those of the run's last
+            evaluation.
     """
-    annotations = annotations_of(run.cfg, run.test_set)
+    annotations, metric = annotations_of(run.cfg, run.test_set), f"{iou_type}/AP"
     found = _matches(annotations, run.folder, iou_type)
-    series = run.evaluations(f"{iou_type}/AP")
+    series = run.evaluations(metric)
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
-    here = 100 * float(np.nanmean(average_precision(found, once)[..., 0]))
-    if series is not None and abs(here - series[1][-1]) > 0.05:
+    here = 100 * float(class_mean(average_precision(found, once))[0, 0])
+    if series is not None and abs(here - series.iloc[-1]) > 0.05:
         raise UserError(
-            f"The detections of {run.folder} have {_TITLES[f'{iou_type}/AP']} {here:.1f} on "
-            f"{annotations.path}, but {series[1][-1]:.1f} was recorded: the dataset has changed, "
-            "or they are of another evaluation, so evaluate the run again."
+            f"The detections in {run.folder} have {BY_NAME[metric].title} {here:.1f} on "
+            f"{annotations.path}, but the run recorded {series.iloc[-1]:.1f}. The dataset or the "
+            "detections have changed. Evaluate the run again."
         )
     return found
 
@@ -279,14 +292,14 @@ def _matches(annotations: Annotations, folder: Path, iou_type: str) -> Matches:
 
 def seconds_per_step(run: RunFolder) -> dict[str, float]:
     """Median time of a training step in seconds, by phase (``"full"``, ``"S2"``)."""
-    if "time" not in run.metrics:
+    seconds = run.series("time")
+    if seconds is None:
         return {}
-    iterations, seconds = run.metrics["time"]
-    inside = np.zeros(len(iterations), dtype=bool)
+    inside = np.zeros(len(seconds), dtype=bool)
     for begin, end in run.spans:
-        inside |= (iterations >= begin) & (iterations < end)
+        inside |= (seconds.index >= begin) & (seconds.index < end)
     phases = {"full": seconds[~inside], "S2": seconds[inside]}
-    return {name: float(np.median(found)) for name, found in phases.items() if len(found)}
+    return {name: float(found.median()) for name, found in phases.items() if len(found)}
 
 
 def duration(run: RunFolder) -> str:

@@ -11,8 +11,8 @@ import torch
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 
-from repr_det.detection.bootstrap import Matches
 from repr_det.detection.drawing import ground_truth
+from repr_det.detection.matching import Matches
 
 MIN_SCORE = 0.5
 """Detections with a lower score neither count nor show."""

@@ -2,64 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+import pandas as pd
+from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-from repr_det.detection.coco_results import BBOX, read_results, read_truth
-from repr_det.detection.evaluation import annotations_of
+from repr_det.detection.coco_results import BBOX
+from repr_det.detection.metrics import DETECTION_METRICS, SIZES
 from repr_det.engine import recording
-from repr_det.engine.files import write_text_whole
 from repr_det.engine.recording import History
-from repr_det.errors import UserError, sentence
-from repr_det.report import examples, plots
-from repr_det.report.cca import svcca
-from repr_det.report.compare import (
-    Sides,
-    by_side,
-    last_common_evaluation,
-    matches_of,
-    value_at,
+from repr_det.errors import UserError
+from repr_det.report import plots
+from repr_det.report.arms import REPR, last_common_evaluation, value_at
+from repr_det.report.material import (
+    Material,
+    in_depth,
+    kept_contributions,
+    overlap_over_time,
 )
-from repr_det.report.examples import Example
-from repr_det.report.plots import BEFORE, REPR, STANDARD, Line, Panel
+from repr_det.report.metrics import BY_NAME, MAIN
+from repr_det.report.plots import Line, Panel
 from repr_det.report.probes import (
-    Network,
-    Responses,
-    contributions,
+    Matrix,
     filter_correlations,
     first_filters,
-    held_out_images,
-    load_network,
-    load_weights,
     map_correlations,
     overlap,
-    responses,
+    similarity,
 )
-from repr_det.report.run import CLASSIFICATION, DETECTION, FINAL, RunFolder, Series
-
-logger = logging.getLogger(f"detectron2.{__name__}")
-
-CONTRIBUTIONS = "contributions.json"
-"""Where the greedy oracle's values of a run's newest checkpoint are kept, in its folder."""
-
-SIZES = {"APs": "small", "APm": "medium", "APl": "large"}
+from repr_det.report.run import RunFolder
+from repr_det.tasks import CLASSIFICATION, DETECTION
 
 _MOST_CLASSES = 20
-_MOST_CHECKPOINTS = 6
 _RECORDS = 60
-"""Curves of training are averaged until about so many points are left to tell apart."""
+"""Curves of training are averaged until about this many points are left to tell apart."""
 
 
 class Drawn(NamedTuple):
@@ -76,269 +56,80 @@ class Drawn(NamedTuple):
     values: dict[str, dict[str, float]] | None = None
 
 
-@dataclass(frozen=True)
-class Material:
-    """Runs, and what is computed from them once and only if something asks for it.
-
-    Attributes:
-        runs: comparable ones.
-        images: held-out images that networks are run on.
-        progress: show bars.
-
-    Raises:
-        UserError: too few images.
-    """
-
-    runs: Sequence[RunFolder]
-    images: int = 32
-    progress: bool = False
-
-    def __post_init__(self) -> None:
-        if self.images < 4:
-            raise UserError(
-                f"{self.images} images are too few to correlate filters on: give at least 4."
-            )
-
-    @property
-    def sides(self) -> Sides:
-        """The runs by side."""
-        return by_side(self.runs)
-
-    @property
-    def with_repr(self) -> RunFolder:
-        """The first RePr run.
-
-        Raises:
-            UserError: there is none.
-        """
-        if REPR not in self.sides:
-            raise UserError("This is of RePr runs, and none was given.")
-        return self.sides[REPR][0]
-
-    @property
-    def dropped(self) -> History:
-        """What the drops of the first RePr run took.
-
-        Raises:
-            UserError: nothing is known of them.
-        """
-        if self.with_repr.history is None:
-            raise UserError(
-                "Nothing is known of drops: there is neither a record of them nor a checkpoint "
-                "with RePr's state."
-            )
-        return self.with_repr.history
-
-    @cached_property
-    def networks(self) -> dict[str, Network]:
-        """What training began with, and the newest checkpoint of the first run of each side.
-
-        The former is left out where it is not known or cannot be had.
-
-        Raises:
-            UserError: no run has a checkpoint.
-        """
-        trained = {s: g[0] for s, g in self.sides.items() if g[0].checkpoint or g[0].checkpoints}
-        if not trained:
-            raise UserError("There is no checkpoint yet whose filters could be looked at.")
-        first = next(iter(trained.values()))
-        begun = _begun(first) if first.checkpoint is None else None
-        found = {} if begun is None else {BEFORE: begun}
-        for side, run in trained.items():
-            found[side] = load_network(run.cfg, run.weights)
-        return found
-
-    @property
-    def layers(self) -> list[str]:
-        """Names of the filter layers of all networks, in depth.
-
-        Raises:
-            UserError: no checkpoint, or no layer that all networks have.
-        """
-        names = [{layer.name for layer in network.layers} for network in self.networks.values()]
-        common = set.intersection(*names)
-        if not common:
-            raise UserError("The networks have no filter layer in common that could be compared.")
-        first = next(iter(self.networks.values()))
-        return in_depth([layer.name for layer in first.layers if layer.name in common])
-
-    @property
-    def shown_layers(self) -> list[str]:
-        """The first, a middle and the last layer."""
-        names = self.layers
-        return list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
-
-    @cached_property
-    def responses(self) -> dict[str, Responses]:
-        """Of each network to the same held-out images.
-
-        Raises:
-            UserError: the images are not there.
-        """
-        first = next(iter(self.networks.values()))
-        batches = held_out_images(first.cfg, self.images)
-        bar = tqdm(self.networks.items(), "Responses", unit="network", disable=not self.progress)
-        return {name: responses(net, batches, self.shown_layers) for name, net in bar}
-
-    @cached_property
-    def examples(self) -> list[Example]:
-        """Held-out images: where the first runs of two sides differ most, else the first ones.
-
-        Raises:
-            UserError: no results, or no images.
-        """
-        _detection_only(self)
-        firsts = [group[0] for group in self.sides.values()]
-        truth = read_truth(*annotations_of(firsts[0].cfg, firsts[0].test_set))
-        results = [read_results(run.folder, truth) for run in firsts]
-        counts, ids = [], sorted(truth.getImgIds())
-        for run in firsts:
-            counts.append(examples.mistakes(matches_of(run, BBOX)))
-        chosen = examples.choose(*counts, 6) if len(firsts) == 2 else range(min(4, len(ids)))
-        records = {record["image_id"]: record for record in DatasetCatalog.get(firsts[0].test_set)}
-        classes = MetadataCatalog.get(firsts[0].test_set).thing_dataset_id_to_contiguous_id
-        return [
-            examples.example(records[ids[i]], classes, results, [int(count[i]) for count in counts])
-            for i in chosen
-        ]
-
-
-def _begun(run: RunFolder) -> Network | None:
-    """The network that a run began with; None where it is not known or cannot be had."""
-    if run.cfg.SEED < 0 and not run.cfg.MODEL.WEIGHTS:
-        return None  # random numbers that nobody kept
-    try:
-        return load_network(run.cfg, None)
-    except UserError as error:
-        logger.warning(f"What training began with is left out. {sentence(error)}")
-        return None
-
-
-def in_depth(names: Sequence[str]) -> list[str]:
-    """Layer names in the order of their depth: a feature pyramid is built before what it reads."""
-    return sorted(names, key=lambda name: ".fpn_" in f".{name}")
-
-
 # --- what is recorded
 
 
-def _smoothed(series: Series) -> Series:
+def _smoothed(series: pd.Series) -> pd.Series:
     """Running means that leave about :data:`_RECORDS` points to tell apart."""
-    iterations, values = series
-    window = max(1, len(values) // _RECORDS)
-    if window == 1:
-        return series
-    kernel = np.ones(window) / window
-    return np.convolve(iterations, kernel, "valid"), np.convolve(values, kernel, "valid")
+    window = max(1, len(series) // _RECORDS)
+    means = series.rolling(window).mean()
+    means.index = series.index.to_series().rolling(window).mean()
+    return means.iloc[window - 1 :]
 
 
 def _lines(
-    sides: Sides, find: Callable[[RunFolder], Series | None], what: str, **style: str
+    material: Material, find: Callable[[RunFolder], pd.Series | None], what: str, **style: str
 ) -> Iterator[Line]:
-    for side, group in sides.items():
+    for arm, group in material.arms.groups.items():
         for run in group:
             series = find(run)
             if series is not None:
-                yield Line(*series, side, f"{side}{what}", **style)
+                colour = material.colours[arm]
+                yield Line(series.index, series, colour, f"{arm}{what}", **style)
 
 
 def _curves(material: Material) -> Drawn:
-    sides, task = material.sides, material.runs[0].task
+    def trained(name: str, what: str = "") -> list[Line]:
+        def find(run: RunFolder) -> pd.Series | None:
+            series = run.series(name)
+            return None if series is None else _smoothed(series)
 
-    def trained(name: str) -> Callable[[RunFolder], Series | None]:
-        return lambda run: _smoothed(run.metrics[name]) if name in run.metrics else None
+        return list(_lines(material, find, what))
 
-    def evaluated(name: str) -> Callable[[RunFolder], Series | None]:
-        return lambda run: run.evaluations(name)
+    def evaluated(name: str, what: str, **style: str) -> list[Line]:
+        return list(_lines(material, lambda run: run.evaluations(name), what, **style))
 
-    if task == CLASSIFICATION:
+    if material.task == CLASSIFICATION:
         dots = {"style": "--", "marker": "o"}
         panels = [
-            Panel(f"{what}", [
-                *_lines(sides, trained(train), ", training"),
-                *_lines(sides, evaluated(held_out), ", held-out", **dots),
-            ], bottom)
-            for what, train, held_out, bottom in (
-                ("loss", "total_loss", "accuracy/loss", None),
-                ("top-1 accuracy (%)", "train/top1", "accuracy/top1", None),
+            Panel(
+                title,
+                [*trained(train, ", training"), *evaluated(held_out, ", held-out", **dots)],
             )
-        ]  # fmt: skip
+            for title, train, held_out in (
+                ("loss", "total_loss", "accuracy/loss"),
+                (f"{BY_NAME[MAIN[CLASSIFICATION]].title} (%)", "train/top1", MAIN[CLASSIFICATION]),
+            )
+        ]
         what = "Training curves are running means; held-out ones are of the test set."
     else:
-        panels = [Panel("training loss", list(_lines(sides, trained("total_loss"), "")), 0)]
-        for kind, word in ((BBOX, "box"), ("segm", "mask")):
+        panels = [Panel("training loss", trained("total_loss"), 0)]
+        for metric in (m for m in DETECTION_METRICS if m.name.endswith("/AP")):
             lines = [
-                *_lines(sides, evaluated(f"{kind}/AP50"), " AP50", style="--", marker="s"),
-                *_lines(sides, evaluated(f"{kind}/AP"), " AP", marker="o"),
+                *evaluated(f"{metric.name}50", " AP50", style="--", marker="s"),
+                *evaluated(metric.name, " AP", marker="o"),
             ]
-            panels.append(Panel(f"held-out {word} AP (%)", lines, 0))
+            panels.append(Panel(f"held-out {metric.title} (%)", lines, 0))
         what = "The loss is of training batches; AP is of the held-out images."
-    spans = material.sides[REPR][0].spans if REPR in sides else []
-    drawn = plots.curves(panels, spans, material.runs[0].rate_drops)
-    several = any(len(group) > 1 for group in sides.values())
+    drawn = plots.curves(panels, material.spans, material.arms.runs[0].rate_drops)
+    several = any(len(group) > 1 for group in material.arms.groups.values())
     return Drawn(drawn, what + (" A line is a run." if several else ""))
 
 
-def _pruned_at(run: RunFolder, iterations: np.ndarray) -> np.ndarray:
-    """How many filters were pruned when overlap was recorded; at a drop, before it."""
-    pruned = np.zeros(len(iterations))
-    for drop, (begin, end) in zip(run.history.drops, run.spans, strict=True):
-        inside = (iterations > begin) & (iterations < end)
-        pruned[inside] = sum(map(len, drop.pruned.values()))
-    return pruned
-
-
-def _overlap_series(run: RunFolder) -> tuple[Series, Series | None]:
-    """Mean overlap over time, and its sum over filters where their number is known."""
-    if "repr/overlap" in run.metrics:
-        if run.history is None:
-            return run.metrics["repr/overlap"], None
-        filters = run.history.layers
-        total = sum(filters.values())
-        points = dict(zip(*run.metrics["repr/overlap"], strict=True))
-        for moment in run.history.overlaps:  # of the whole network
-            points[moment.iteration] = sum(moment.layers[n] * filters[n] for n in filters) / total
-        iterations = np.array(sorted(points), dtype=float)
-        mean = np.array([points[iteration] for iteration in iterations])
-        return (iterations, mean), (iterations, mean * (total - _pruned_at(run, iterations)))
-    if not run.checkpoints:
-        nothing = np.zeros(0)
-        return (nothing, nothing), None
-    moments = [(int(path.name[6:-4]) + 1, path) for path in run.checkpoints if path.name != FINAL]
-    if run.finished and (not moments or moments[-1][0] < run.iterations):
-        moments.append((run.iterations, run.folder / FINAL))
-    points = {}
-    if (network := _begun(run)) is not None:
-        points[0] = overlap(network)
-    else:
-        network = load_network(run.cfg, run.weights)
-    step = max(1, -(-len(moments) // _MOST_CHECKPOINTS))
-    for iteration, path in moments[::-step]:
-        load_weights(network, path)
-        points[iteration] = overlap(network)
-    filters = {layer.name: layer.num_filters for layer in network.layers}
-    iterations = np.array(sorted(points), dtype=float)
-    sums = np.array([sum(points[i][n] * filters[n] for n in filters) for i in sorted(points)])
-    return (iterations, sums / sum(filters.values())), (iterations, sums)
-
-
 def _overlap(material: Material) -> Drawn:
-    if not any(run.metrics for run in material.runs):
+    if all(run.metrics.empty for run in material.arms.runs):
         return _overlap_by_layer(material)
     means, sums, looked_at = [], [], False
-    for side, group in material.sides.items():
+    for arm, group in material.arms.groups.items():
         for run in group:
-            recorded = "repr/overlap" in run.metrics
+            recorded = run.series("repr/overlap") is not None
             looked_at |= not recorded
             style = {} if recorded else {"style": "--", "marker": "s"}
-            mean, total = _overlap_series(run)
-            if len(mean[0]):
-                means.append(Line(*mean, side, side, **style))
-            if total is not None and len(total[0]):
-                sums.append(Line(*total, side, side, **style))
-    spans = material.sides[REPR][0].spans if REPR in material.sides else []
+            for found, lines in zip(overlap_over_time(run), (means, sums), strict=True):
+                if found is not None:
+                    lines.append(Line(found.index, found, material.colours[arm], arm, **style))
     panels = [Panel("sum over filters", sums), Panel("mean over filters", means)]
-    drawn = plots.curves(panels, spans, material.runs[0].rate_drops)
+    drawn = plots.curves(panels, material.spans, material.arms.runs[0].rate_drops)
     note = " Without RePr it is not recorded: squares are of checkpoints." if looked_at else ""
     return Drawn(
         drawn,
@@ -350,19 +141,18 @@ def _overlap(material: Material) -> Drawn:
 
 def _overlap_over_time(material: Material) -> Drawn:
     run, start = material.with_repr, "repr/overlap/"
-    recorded = {n.removeprefix(start): s for n, s in run.metrics.items() if n.startswith(start)}
-    points: dict[float, dict[str, float]] = {}
-    for name, series in recorded.items():
-        for iteration, value in zip(*series, strict=True):
-            points.setdefault(iteration, {})[name] = value
+    columns = [name for name in run.metrics if name.startswith(start)]
+    recorded = run.metrics[columns].rename(columns=lambda name: name.removeprefix(start))
+    points = recorded.dropna(how="all").T.to_dict()
     for moment in run.history.overlaps if run.history else ():
         points[moment.iteration] = moment.layers
     if not points:
         raise UserError("No overlap was recorded yet.")
     names = in_depth(list(run.history.layers if run.history else recorded))
-    values = np.array([[points[i].get(name, math.nan) for i in sorted(points)] for name in names])
-    columns = [f"{moment:.0f}" for moment in sorted(points)]
-    drawn = plots.map_of_layers(names, columns, values, "mean filter overlap", "iteration")
+    moments = sorted(points)
+    values = np.array([[points[i].get(name, math.nan) for i in moments] for name in names])
+    labels = [f"{moment:.0f}" for moment in moments]
+    drawn = plots.map_of_layers(names, labels, values, "mean filter overlap", "iteration")
     return Drawn(
         drawn,
         f"{REPR}, layers from the image (top) on. Recorded before each drop, after each return and "
@@ -373,11 +163,11 @@ def _overlap_over_time(material: Material) -> Drawn:
 def _overlap_by_layer(material: Material) -> Drawn:
     names = material.layers
     values = {}
-    for side, network in material.networks.items():
+    for arm, network in material.networks.items():
         found = overlap(network)
-        values[side] = {name: found[name] for name in names}
+        values[arm] = {name: found[name] for name in names}
     return Drawn(
-        _dots(names, values, "mean filter overlap"),
+        _dots(material, values, "mean filter overlap"),
         "Of the newest checkpoints, layers from the image (top) on. Layers of few dimensions have "
         "more overlap by chance.",
         values,
@@ -440,24 +230,23 @@ def _times(material: Material) -> Drawn:
 # --- what networks do
 
 
-def _dots(names: Sequence[str], values: dict[str, dict[str, float]], xlabel: str) -> Figure:
-    listed = {side: [by_layer[name] for name in names] for side, by_layer in values.items()}
-    return plots.dots_by_layer(names, listed, xlabel)
+def _dots(material: Material, values: dict[str, dict[str, float]], xlabel: str) -> Figure:
+    names = list(next(iter(values.values())))
+    listed = {arm: [by_layer[name] for name in names] for arm, by_layer in values.items()}
+    return plots.dots_by_layer(names, listed, xlabel, material.colours)
 
 
-def _maps(
-    material: Material, compare: Callable[[Responses, str], np.ndarray | None], label: str
-) -> Figure:
-    short = dict(zip(material.layers, plots.short_names(material.layers), strict=True))
-    tables = {
-        short[layer]: {name: compare(found, layer) for name, found in material.responses.items()}
-        for layer in material.shown_layers
-    }
-    return plots.heat_maps(tables, label)
+def _maps(material: Material, kind: str, compare: Callable[[Matrix], Matrix], label: str) -> Figure:
+    tables = {}
+    for layer, short in zip(material.layers, plots.shortened(material.layers), strict=True):
+        if layer in material.shown_layers:
+            found = {arm: getattr(r, kind).get(layer) for arm, r in material.responses.items()}
+            tables[short] = {n: None if x is None else compare(x) for n, x in found.items()}
+    return plots.heat_maps(tables, label, material.colours)
 
 
 def _cca(material: Material) -> Drawn:
-    drawn = _maps(material, filter_correlations, "canonical correlation of two filters")
+    drawn = _maps(material, "sampled", filter_correlations, "canonical correlation of two filters")
     return Drawn(
         drawn,
         "Rows and columns are the filters of a layer: its first, a middle and its last layer. A "
@@ -467,7 +256,7 @@ def _cca(material: Material) -> Drawn:
 
 
 def _svcca(material: Material) -> Drawn:
-    drawn = _maps(material, map_correlations, "SVCCA of two filters")
+    drawn = _maps(material, "pooled", map_correlations, "SVCCA of two filters")
     return Drawn(
         drawn,
         f"The same layers, at most 64 filters of each: here a filter's map, pooled to a few cells, "
@@ -477,16 +266,16 @@ def _svcca(material: Material) -> Drawn:
 
 
 def _cca_by_layer(material: Material) -> Drawn:
-    names = material.layers
     values = {}
-    for side, found in material.responses.items():
-        tables = {name: filter_correlations(found, name) for name in names}
-        values[side] = {
-            name: math.nan if table is None else plots.mean_correlation(table)
-            for name, table in tables.items()
+    for arm, found in material.responses.items():
+        values[arm] = {
+            name: plots.mean_correlation(filter_correlations(found.sampled[name]))
+            if name in found.sampled
+            else math.nan
+            for name in material.layers
         }
     return Drawn(
-        _dots(names, values, "mean correlation of two filters"),
+        _dots(material, values, "mean correlation of two filters"),
         "Mean of the heat map's values over all pairs of different filters, for every layer from "
         "the image (top) on.",
         values,
@@ -494,77 +283,41 @@ def _cca_by_layer(material: Material) -> Drawn:
 
 
 def _similarity(material: Material) -> Drawn:
-    if not {STANDARD, REPR} <= material.networks.keys():
-        raise UserError("This compares checkpoints of both sides: give a run of each.")
-    first, second = (material.responses[side].sampled for side in (STANDARD, REPR))
-    names = [name for name in material.layers if name in first and name in second]
-    found = {}
-    for name in tqdm(names, "SVCCA", unit="layer", disable=not material.progress):
-        try:
-            found[name] = svcca(first[name], second[name])
-        except ValueError:  # too few positions for so many directions
-            found[name] = math.nan
-    if np.isnan(list(found.values())).all():
-        raise UserError("Too few positions for SVCCA between layers: raise --images.")
-    values = {f"{STANDARD} and {REPR}": found}
+    baseline = material.arms.baseline
+    others = [name for name in material.arms.others if name in material.networks]
+    if baseline not in material.networks or not others:
+        raise UserError("This figure compares checkpoints of two arms. Set a run of each.")
+    first = material.responses[baseline].sampled
+    values = {}
+    for arm in others:
+        second = material.responses[arm].sampled
+        values[f"{baseline} and {arm}"] = {
+            name: similarity(first[name], second[name])
+            for name in material.layers
+            if name in first and name in second
+        }
     return Drawn(
-        _dots(names, values, "SVCCA of the layer in both networks"),
-        "How much the two networks' layers say the same: 1 if the responses of one are a linear "
-        "map of the other's, directions beyond 99 % of variance left out. Layers with too few "
-        "positions for it have no dot.",
+        _dots(material, values, "CKA of the layer in both networks"),
+        "How similar two networks' layers respond to the same images: 1 if the responses of one "
+        "are those of the other, rotated and scaled; 0 for unrelated ones (debiased linear CKA).",
         values,
     )
 
 
 def _contributions(material: Material) -> Drawn:
-    values = {}
-    for side, group in material.sides.items():
-        kept = _kept_contributions(group[0])
-        if kept:
-            values[side] = np.concatenate(list(kept.values()))
+    kept = {arm: kept_contributions(group[0]) for arm, group in material.arms.groups.items()}
+    values = {arm: np.concatenate(list(found.values())) for arm, found in kept.items() if found}
     if not values:
         raise UserError(
-            "It was not computed: tools/analyze.py contributions RUN does, with one forward pass a "
-            "filter."
+            "Not computed yet. Run tools/analyze.py contributions RUN (one forward pass a filter)."
         )
-    share = {s: 100 * float((v <= 0).mean()) for s, v in values.items()}
-    words = ", ".join(f"{value:.0f} % of {side}" for side, value in share.items())
+    share = {arm: 100 * float((found <= 0).mean()) for arm, found in values.items()}
+    words = ", ".join(f"{value:.0f} % of {arm}" for arm, value in share.items())
+    label = "training loss gained by zeroing the filter"
     return Drawn(
-        plots.contributions(values, "training loss gained by zeroing the filter"),
+        plots.contributions(values, label, material.colours),
         f"The greedy oracle: one filter at a time. Zeroing does not raise the loss for {words}.",
     )
-
-
-def _kept_contributions(run: RunFolder) -> dict[str, list[float]] | None:
-    """What was computed for the checkpoint that is looked at, by layer."""
-    path = run.folder / CONTRIBUTIONS
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())
-    if content["checkpoint"] != run.weights.name or content.get("sha256") != _sha256(run.weights):
-        return None  # of an earlier checkpoint, or of an earlier training in the same folder
-    return content["layers"]
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
-
-
-def compute_contributions(run: RunFolder) -> None:
-    """Compute a run's contributions by its newest checkpoint and keep them in its folder.
-
-    Raises:
-        UserError: no checkpoint, or no data.
-    """
-    if _kept_contributions(run):
-        return
-    content = {"checkpoint": run.weights.name, "sha256": _sha256(run.weights)}
-    content |= {"layers": contributions(load_network(run.cfg, run.weights))}
-    write_text_whole(run.folder / CONTRIBUTIONS, json.dumps(content) + "\n")
 
 
 def _filters(material: Material) -> Drawn:
@@ -573,7 +326,7 @@ def _filters(material: Material) -> Drawn:
     if not found:
         raise UserError("The networks have no convolution over two dimensions that reads images.")
     return Drawn(
-        plots.filter_images(found),
+        plots.filter_images(found, material.colours),
         "Each filter by itself: grey is its mean. RePr does not rank this layer by default, so it "
         "differs only through the others.",
     )
@@ -584,12 +337,12 @@ def _filters(material: Material) -> Drawn:
 
 def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
     """Bars of some metrics at the last evaluation that all runs have."""
-    at = last_common_evaluation(material.runs)
+    at = last_common_evaluation(material.arms.runs)
     if at is None:
         raise UserError("There is no evaluation yet that all runs have.")
     values = {
-        side: [[value_at(run, metric, at) for metric in names] for run in group]
-        for side, group in material.sides.items()
+        arm: [[value_at(run, metric, at) for metric in names] for run in group]
+        for arm, group in material.arms.groups.items()
     }
     caption = f"{title}, at iteration {at:,}."
     order = range(len(names))
@@ -599,30 +352,28 @@ def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
         order = np.sort(np.argsort(-spread, kind="stable")[:_MOST_CLASSES])
         which = "differ most" if len(means) > 1 else "are worst"
         caption += f" Of {len(names)} classes the {_MOST_CLASSES} that {which}."
-        values = {s: [[run[i] for i in order] for run in runs] for s, runs in values.items()}
+        values = {n: [[run[i] for i in order] for run in runs] for n, runs in values.items()}
     labels = [list(names.values())[i] for i in order]
-    return Drawn(plots.bars(labels, values, "AP (%)"), caption)
-
-
-def _detection_only(material: Material) -> None:
-    if material.runs[0].task != DETECTION:
-        raise UserError("This is of detection.")
+    return Drawn(plots.bars(labels, values, "AP (%)", material.colours), caption)
 
 
 def _finite(material: Material, names: Mapping[str, str]) -> dict[str, str]:
     """Those of some metrics that every run has values of: no objects, no AP."""
-    at = last_common_evaluation(material.runs)
+    runs = material.arms.runs
+    at = last_common_evaluation(runs)
     return {
         metric: name
         for metric, name in names.items()
-        if at is not None and all(value_at(run, metric, at) is not None for run in material.runs)
+        if at is not None and all(value_at(run, metric, at) is not None for run in runs)
     }
 
 
 def _classes(material: Material) -> Drawn:
-    _detection_only(material)
+    material.check_detection()
     start = f"{BBOX}/AP-"
-    names = {n: n.removeprefix(start) for n in material.runs[0].evaluated() if n.startswith(start)}
+    names = {
+        n: n.removeprefix(start) for n in material.arms.runs[0].evaluated() if n.startswith(start)
+    }
     names = _finite(material, names)
     if not names:
         raise UserError("No AP by class was recorded yet.")
@@ -630,7 +381,7 @@ def _classes(material: Material) -> Drawn:
 
 
 def _sizes(material: Material) -> Drawn:
-    _detection_only(material)
+    material.check_detection()
     names = _finite(material, {f"{BBOX}/{key}": word for key, word in SIZES.items()})
     if not names:
         raise UserError("No AP by size was recorded yet.")
@@ -649,14 +400,16 @@ class Entry(NamedTuple):
         draw: draws it; raises ValueError, FileNotFoundError or KeyError with one sentence where it
             cannot.
         tasks: it is of.
-        sides: that it needs at least.
+        repr_only: it needs a RePr run.
+        arms: how many it needs at least.
         by_layer: it has a number for each layer, see :class:`Drawn`.
     """
 
     title: str
     draw: Callable[[Material], Drawn]
     tasks: tuple[str, ...] = (DETECTION, CLASSIFICATION)
-    sides: tuple[str, ...] = ()
+    repr_only: bool = False
+    arms: int = 1
     by_layer: bool = False
 
 
@@ -664,11 +417,11 @@ FIGURES: dict[str, Entry] = {
     "curves": Entry("Loss and metrics over training", _curves),
     "classes": Entry("AP by class", _classes, (DETECTION,)),
     "sizes": Entry("AP by size", _sizes, (DETECTION,)),
-    "drops": Entry("Which filters were dropped when", _drops, sides=(REPR,)),
-    "times": Entry("Filters dropped again", _times, sides=(REPR,)),
+    "drops": Entry("Which filters were dropped when", _drops, repr_only=True),
+    "times": Entry("Filters dropped again", _times, repr_only=True),
     "overlap": Entry("Filter overlap over training", _overlap),
     "overlap_over_time": Entry(
-        "Filter overlap by layer over training", _overlap_over_time, sides=(REPR,)
+        "Filter overlap by layer over training", _overlap_over_time, repr_only=True
     ),
     "overlap_by_layer": Entry(
         "Filter overlap by layer, before and after", _overlap_by_layer, by_layer=True
@@ -677,9 +430,9 @@ FIGURES: dict[str, Entry] = {
     "svcca": Entry("The same by SVCCA", _svcca),
     "cca_by_layer": Entry("Correlation of filters by layer", _cca_by_layer, by_layer=True),
     "similarity": Entry(
-        "Standard and RePr compared layer by layer",
+        "The arms compared layer by layer",
         _similarity,
-        sides=(STANDARD, REPR),
+        arms=2,
         by_layer=True,
     ),
     "contributions": Entry("What each filter contributes", _contributions),

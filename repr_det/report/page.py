@@ -16,26 +16,14 @@ from repr_det.detection.drawing import draw_instances
 from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError, sentence
 from repr_det.report import plots
-from repr_det.report.compare import (
-    MAIN,
-    Outcome,
-    Row,
-    check_comparable,
-    duration,
-    outcome,
-    seconds_per_step,
-)
+from repr_det.report.arms import REPR, STANDARD, Arms
+from repr_det.report.compare import Outcome, Row, duration, outcome, seconds_per_step
 from repr_det.report.examples import MIN_SCORE
-from repr_det.report.gallery import FIGURES, Material, class_names
-from repr_det.report.plots import REPR, STANDARD
-from repr_det.report.run import (
-    CLASSIFICATION,
-    DETECTION,
-    RunFolder,
-    rate_steps,
-    settings_that_differ,
-    short_names,
-)
+from repr_det.report.gallery import FIGURES, class_names
+from repr_det.report.material import Material
+from repr_det.report.metrics import MAIN
+from repr_det.report.run import RunFolder, rate_steps, settings_that_differ, short_names
+from repr_det.tasks import CLASSIFICATION, DETECTION
 
 _TILE, _LARGEST_TILE = 480, 1440
 """Pixels of the longer side of a held-out image: smaller ones are enlarged, larger ones shrunk."""
@@ -92,7 +80,7 @@ _SECTIONS = (
 
 
 def write_report(
-    runs: Sequence[RunFolder],
+    arms: Arms,
     path: str | Path,
     *,
     images: int = 32,
@@ -104,7 +92,7 @@ def write_report(
     What the runs do not hold is left out, and the page says why.
 
     Args:
-        runs: of one task and test set, with RePr or without.
+        arms: of runs of one task and test set.
         path: of the page; an earlier one is replaced when the new one is whole.
         images: held-out images on which responses of filters are compared.
         resamples: of the paired bootstrap, for detection without seeds to pair; 0 leaves it out.
@@ -117,12 +105,11 @@ def write_report(
         UserError: runs that cannot be compared, arguments out of range, or a folder as the page.
         UserError: the folder of the page does not exist.
     """
-    check_comparable(runs)
     path = Path(path)
     check_folder_of("the report", path)
     if resamples < 0:
         raise UserError(f"There are no {resamples} resamples: give 0 or more.")
-    page = _template().render(_content(runs, images, resamples, progress))
+    page = _template().render(_content(arms, images, resamples, progress))
     write_text_whole(path, page)
     return path
 
@@ -133,11 +120,9 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def _content(
-    runs: Sequence[RunFolder], images: int, resamples: int, progress: bool
-) -> dict[str, Any]:
-    material = Material(runs, images, progress)
-    task, found = runs[0].task, outcome(runs, resamples, progress)
+def _content(arms: Arms, images: int, resamples: int, progress: bool) -> dict[str, Any]:
+    material, runs = Material(arms, images, progress), arms.runs
+    task, found = runs[0].task, outcome(arms, resamples, progress)
     names = short_names(runs)
     missing: Missing = []
     sections = []
@@ -145,7 +130,9 @@ def _content(
         name
         for section in _SECTIONS
         for name in section.figures
-        if task in FIGURES[name].tasks and material.sides.keys() >= set(FIGURES[name].sides)
+        if task in FIGURES[name].tasks
+        and len(arms.groups) >= FIGURES[name].arms
+        and (arms.with_repr or not FIGURES[name].repr_only)
     ]
     with tqdm(total=len(wanted), desc="Figures", disable=not progress) as bar:
         for section in _SECTIONS:
@@ -155,23 +142,23 @@ def _content(
                 content |= _tried("Held-out images", lambda: _examples(material), missing) or {}
             if drawn or content.get("examples"):
                 sections.append(content)
-    sides = list(material.sides)
     differences = settings_that_differ(runs) if len(runs) > 1 else {}
     return {
-        "title": f"{' and '.join(sides)}: {_model(runs[0])}"
+        "title": f"{_listed(list(arms.groups))}: {_model(runs[0])}"
         + (f" on {runs[0].test_set}" if runs[0].test_set else ""),
         "subtitle": f"{task.capitalize()}. Written {time.strftime('%Y-%m-%d %H:%M')} by repr_det.",
-        "summary": _summary(material, found, names),
+        "summary": _summary(arms, found, names),
         "iteration": None if found.iteration is None else f"{found.iteration:,}",
         "test_set": runs[0].test_set,
-        "several": any(len(group) > 1 for group in material.sides.values()),
-        "sides": sides,
+        "several": any(len(group) > 1 for group in arms.groups.values()),
+        "arms": list(arms.groups),
+        "level": f"{100 * found.level:.4g}",
         "rows": [_cells(row) for row in found.rows.values()],
-        "runs": [_run(run, name) for run, name in zip(runs, names, strict=True)],
-        "schedule": _schedule(material),
+        "runs": _runs(arms, names),
+        "schedule": _schedule(arms),
         "differences": list(differences.items()),
         "sections": sections,
-        "columns": 1 + len(sides),
+        "columns": 1 + len(arms.groups),
         "missing": missing,
     }
 
@@ -202,13 +189,13 @@ def _drawn(
 
 
 def _examples(material: Material) -> dict[str, Any]:
-    sides, rows = list(material.sides), []
+    arms, rows = list(material.arms.groups), []
     examples = material.examples  # reads the dataset, and only then its classes are known
-    names = class_names(material.runs[0]) if examples else []
+    names = class_names(material.arms.runs[0]) if examples else []
     for example in examples:
         captions = ["ground truth"] + [
-            f"{side}: {count} {'mistake' if count == 1 else 'mistakes'}"
-            for side, count in zip(sides, example.mistakes, strict=True)
+            f"{arm}: {count} {'mistake' if count == 1 else 'mistakes'}"
+            for arm, count in zip(arms, example.mistakes, strict=True)
         ]
         rows.append(
             [
@@ -220,9 +207,9 @@ def _examples(material: Material) -> dict[str, Any]:
             ]
         )
     which = (
-        "Where the two differ most: first images on which RePr makes fewer mistakes, then images "
-        "on which standard training does, as many of each as there are."
-        if len(sides) == 2
+        f"Where the two differ most: first images on which {arms[1]} makes fewer mistakes, then "
+        f"images on which {arms[0]} does, as many of each as there are."
+        if len(arms) == 2
         else "The first images of the test set."
     )
     caption = (
@@ -260,44 +247,33 @@ def _model(run: RunFolder) -> str:
 
 
 def _cells(row: Row) -> dict[str, Any]:
+    """An arm's value, and of all but the baseline the difference and its interval."""
     digits = 1 if row.unit else 3
     cells = []
-    for side in row.sides.values():
-        spread = "" if side.deviation is None else f" ± {side.deviation:.{digits}f}"
-        cells.append(f"{side.mean:.{digits}f}{spread}")
-    if row.difference is not None:
-        cells.append(f"{row.difference:+.{digits}f}")
-        cells.append("" if row.low is None else f"{row.low:+.{digits}f} to {row.high:+.{digits}f}")
+    for name, arm in row.arms.items():
+        spread = "" if arm.deviation is None else f" ± {arm.deviation:.{digits}f}"
+        cells.append(f"{arm.mean:.{digits}f}{spread}")
+        if (found := row.differences.get(name)) is not None:
+            cells.append(f"{found.mean:+.{digits}f}")
+            ends = (found.low, found.high)
+            cells.append("" if None in ends else " to ".join(f"{e:+.{digits}f}" for e in ends))
     return {"title": f"{row.title} ({row.unit})" if row.unit else row.title, "cells": cells}
 
 
-def _summary(material: Material, found: Outcome, names: Sequence[str]) -> list[str]:
+def _how(arm: str) -> str:
+    return {REPR: "With RePr", STANDARD: "Without RePr"}.get(arm, f"With {arm}")
+
+
+def _summary(arms: Arms, found: Outcome, names: Sequence[str]) -> list[str]:
     sentences = []
-    row = found.rows.get(MAIN[material.runs[0].task == CLASSIFICATION])
-    if row is not None and row.difference is not None:
-        points = f"{abs(row.difference):.1f}"
-        way = f"{points} points {'higher' if row.difference > 0 else 'lower'}"
-        ours, theirs = row.sides[REPR].mean, row.sides[STANDARD].mean
-        text = (
-            f"With RePr the {row.title} was {ours:.1f} %, without it {theirs:.1f} %: "
-            f"{'the same' if points == '0.0' else way}"
-        )
-        if row.low is None:
-            text += "."
-        elif row.low <= 0 <= row.high:
-            text += (
-                f", with a 95 % interval from {row.low:+.1f} to {row.high:+.1f} that does not tell "
-                "which is better."
-            )
-        else:
-            text += f", with a 95 % interval from {row.low:+.1f} to {row.high:+.1f}."
-        sentences.append(text)
+    row = found.rows.get(MAIN[arms.runs[0].task])
+    if row is not None and not arms.others:
+        value = row.arms[arms.baseline].mean
+        sentences.append(f"{_how(arms.baseline)} the {row.title} was {value:.1f} %.")
     elif row is not None:
-        ((side, value),) = row.sides.items()
-        with_it = "With RePr" if side == REPR else "Without RePr"
-        sentences.append(f"{with_it} the {row.title} was {value.mean:.1f} %.")
+        sentences += [_difference(arms, row, arm, found.level) for arm in arms.others]
     sentences.append(found.interval)
-    unfinished = [n for run, n in zip(material.runs, names, strict=True) if not run.finished]
+    unfinished = [n for run, n in zip(arms.runs, names, strict=True) if not run.finished]
     if unfinished:
         sentences.append(
             f"Not finished, still going or stopped: {', '.join(unfinished)}. What follows is what "
@@ -306,23 +282,48 @@ def _summary(material: Material, found: Outcome, names: Sequence[str]) -> list[s
     return sentences
 
 
-def _run(run: RunFolder, name: str) -> dict[str, str]:
-    steps = seconds_per_step(run)
-    step = ", ".join(f"{1000 * value:,.0f} ms in {phase}" for phase, value in steps.items())
-    if list(steps) == ["full"]:
-        step = step.removesuffix(" in full")
-    state = "finished" if run.finished else "not finished"
-    return {
-        "side": REPR if run.uses_repr else STANDARD,
-        "name": name,
-        "state": f"{state}, {run.iterations:,} iterations",
-        "duration": duration(run),
-        "step": step,
-    }
+def _difference(arms: Arms, row: Row, arm: str, level: float) -> str:
+    difference = row.differences[arm]
+    points = f"{abs(difference.mean):.1f}"
+    way = f"{points} points {'higher' if difference.mean > 0 else 'lower'}"
+    without = "without it" if (arms.baseline, arm) == (STANDARD, REPR) else f"with {arms.baseline}"
+    text = (
+        f"{_how(arm)} the {row.title} was {row.arms[arm].mean:.1f} %, {without} "
+        f"{row.arms[arms.baseline].mean:.1f} %: {'the same' if points == '0.0' else way}"
+    )
+    if difference.low is None:
+        return f"{text}."
+    text += (
+        f", with a {100 * level:.4g} % interval from {difference.low:+.1f} to "
+        f"{difference.high:+.1f}"
+    )
+    if difference.low <= 0 <= difference.high:
+        text += " that does not tell which is better"
+    return f"{text}."
 
 
-def _schedule(material: Material) -> list[str]:
-    run = material.runs[0]
+def _runs(arms: Arms, names: Sequence[str]) -> list[dict[str, str | int]]:
+    owners = [number for number, group in enumerate(arms.groups.values()) for _ in group]
+    rows = []
+    for run, name, number in zip(arms.runs, names, owners, strict=True):
+        steps = seconds_per_step(run)
+        step = ", ".join(f"{1000 * value:,.0f} ms in {phase}" for phase, value in steps.items())
+        rows.append(
+            {
+                "arm": list(arms.groups)[number],
+                "number": number,
+                "name": name,
+                "state": f"{'finished' if run.finished else 'not finished'}, "
+                f"{run.iterations:,} iterations",
+                "duration": duration(run),
+                "step": step.removesuffix(" in full") if list(steps) == ["full"] else step,
+            }
+        )
+    return rows
+
+
+def _schedule(arms: Arms) -> list[str]:
+    run = arms.runs[0]
     keys, epochs = run.cfg.SOLVER, run.cfg.SOLVER.get("MAX_EPOCHS", 0)
     length = f"{epochs:g} epochs" if epochs else f"{keys.MAX_ITER:,} iterations"
     steps = rate_steps(keys, keys.MAX_ITER)
@@ -336,8 +337,8 @@ def _schedule(material: Material) -> list[str]:
         f"Trained on {', '.join(run.cfg.DATASETS.TRAIN)} for {length} of {keys.IMS_PER_BATCH} "
         f"images; {keys.get('OPTIMIZER', 'SGD')}, learning rate {keys.BASE_LR:g}{falls}."
     ]
-    if REPR in material.sides:
-        settings = material.sides[REPR][0].cfg.REPR
+    if arms.with_repr:
+        settings = arms.with_repr[0].cfg.REPR
         sentences.append(
             f"RePr: {settings.N} cycles of {settings.S1:g} {settings.UNIT}s of the full network "
             f"(S1) and {settings.S2:g} of the sub-network (S2); each drop takes "
@@ -348,5 +349,5 @@ def _schedule(material: Material) -> list[str]:
 
 
 def _listed(values: Sequence[Any]) -> str:
-    *most, last = (f"{value:,.10g}" for value in values)
+    *most, last = (value if isinstance(value, str) else f"{value:,.10g}" for value in values)
     return f"{', '.join(most)} and {last}" if most else last

@@ -1,14 +1,14 @@
 """Figures of runs: plain data in, a matplotlib figure out.
 
 All are drawn for a column of a page: legible at 350 pixels of width. Colours are those of Okabe and
-Ito, which colour-blind people can tell apart; standard training and RePr have the same ones
-everywhere.
+Ito, which colour-blind people can tell apart; an arm has the same one everywhere.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import seaborn as sns
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -31,13 +33,13 @@ from repr_det.detection.drawing import COLOURS
 from repr_det.detection.fonts import families
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
-
-STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
+from repr_det.report.arms import BEFORE, REPR, STANDARD
 
 _BLUE, _ORANGE, _GREEN, _PURPLE, _SKY, _VERMILION, _ = (to_hex(np.array(c) / 255) for c in COLOURS)
+_GREY = "#808080"
 
-SIDE_COLOURS = {STANDARD: _BLUE, REPR: _VERMILION, BEFORE: "#808080"}
-"""Of standard training, of RePr, and of what both began with."""
+ARM_COLOURS = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)
+"""Of the baseline, and of the other arms in their order."""
 
 _INK, _FAINT, _SHADE = "#1a1a1a", "#cfcfcf", "#ececec"
 """Text and axes, grids, and the spans of S2; a page replaces them by its own."""
@@ -57,7 +59,7 @@ class Line(NamedTuple):
     Attributes:
         x: (n,)
         y: (n,)
-        side: :data:`STANDARD` or :data:`REPR`, gives the colour.
+        colour: of matplotlib.
         label: in the legend, the same for lines that mean the same.
         style: of matplotlib.
         marker: of matplotlib, or empty.
@@ -66,7 +68,7 @@ class Line(NamedTuple):
 
     x: ArrayLike
     y: ArrayLike
-    side: str
+    colour: str
     label: str
     style: str = "-"
     marker: str = ""
@@ -89,6 +91,15 @@ class Panel(NamedTuple):
     bottom: float | None = None
     spans: Sequence[tuple[float, float]] = ()
     rate_drops: Sequence[float] = ()
+
+
+def colours(arms: Sequence[str]) -> dict[str, str]:
+    """The colour of each arm, the baseline first, and of what training began with.
+
+    RePr keeps its colour where it is the only arm.
+    """
+    own = {} if list(arms) == [REPR] else zip(arms, itertools.cycle(ARM_COLOURS), strict=False)
+    return {STANDARD: _BLUE, REPR: _VERMILION, BEFORE: _GREY} | dict(own)
 
 
 def _style(names: Sequence[str] = ()) -> AbstractContextManager:
@@ -171,7 +182,7 @@ def curves(
                 axes.plot(
                     line.x,
                     line.y,
-                    color=SIDE_COLOURS[line.side],
+                    color=line.colour,
                     linestyle=line.style,
                     marker=line.marker,
                     label=line.label,
@@ -179,8 +190,7 @@ def curves(
                 if line.spread is not None:
                     middle, around = np.asarray(line.y), np.asarray(line.spread)
                     low, high = middle - around, middle + around
-                    colour = SIDE_COLOURS[line.side]
-                    axes.fill_between(line.x, low, high, color=colour, alpha=0.25, linewidth=0)
+                    axes.fill_between(line.x, low, high, color=line.colour, alpha=0.25, linewidth=0)
             axes.set_ylabel(panel.ylabel)
             axes.set_ylim(bottom=panel.bottom)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -228,7 +238,7 @@ def map_of_layers(
     values = np.asarray(values, dtype=float)
     if not values.size:
         raise UserError("There are no drops or records of layers yet.")
-    names = short_names(names)
+    names = shortened(names)
     with _style():
         figure = _figure(1.3 + min(9.0, max(0.9, 0.19 * len(names))))
         axes = figure.subplots()
@@ -266,7 +276,7 @@ def map_of_layers(
     return figure
 
 
-def short_names(names: Sequence[str]) -> list[str]:
+def shortened(names: Sequence[str]) -> list[str]:
     """Names without the dotted parts with which all of them begin; a number never stands alone."""
     parts = [name.split(".") for name in names]
     common = len(os.path.commonprefix([p[:-1] for p in parts])) if len(parts) > 1 else 0
@@ -282,29 +292,35 @@ def _row_labels(axes: Axes, names: Sequence[str]) -> None:
     axes.tick_params(axis="y", length=0)
 
 
-def dots_by_layer(names: Sequence[str], values: Mapping[str, ArrayLike], xlabel: str) -> Figure:
+def dots_by_layer(
+    names: Sequence[str],
+    values: Mapping[str, ArrayLike],
+    xlabel: str,
+    palette: Mapping[str, str],
+) -> Figure:
     """One number for each layer and network, layers down.
 
     Args:
         names: of the layers.
         values: by network, (layers,); NaN where there is none.
         xlabel: what the number is, with its unit.
+        palette: from :func:`colours`.
     """
     with _style():
         figure = _figure(1.0 + min(9.0, max(0.9, 0.19 * len(names))))
         axes = figure.subplots()
         size = 20 if len(names) <= _MANY else 8
-        markers = {STANDARD: "s", REPR: "o", BEFORE: "|"}
+        markers = {BEFORE: "|", next((n for n in values if n != BEFORE), None): "s"}
         for network, numbers in values.items():
             axes.scatter(
                 numbers,
                 range(len(names)),
                 size,
-                color=SIDE_COLOURS.get(network, _INK),
-                marker=markers.get(network, "o"),
+                color=palette.get(network, _INK),
+                marker=markers.get(network, "o") if len(values) > 1 else "o",
                 label=network,
             )
-        _row_labels(axes, short_names(names))
+        _row_labels(axes, shortened(names))
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
@@ -323,12 +339,11 @@ def times_dropped(counts: ArrayLike, by_chance: ArrayLike) -> Figure:
     with _style():
         figure = _figure(2.2)
         axes = figure.subplots()
-        ticks = np.arange(len(np.asarray(counts)))
-        axes.bar(ticks - 0.2, counts, 0.4, color=SIDE_COLOURS[REPR], label="RePr")
-        axes.bar(ticks + 0.2, by_chance, 0.4, color="#808080", label="by chance")
-        for tick, count in zip(ticks, np.asarray(counts), strict=True):
-            axes.annotate(f"{count:.0f}", (tick - 0.2, count), ha="center", va="bottom", fontsize=8)
-        axes.set_xticks(ticks)
+        frame = pd.DataFrame({"RePr": counts, "by chance": by_chance}).melt(ignore_index=False)
+        palette = {"RePr": _VERMILION, "by chance": _GREY}
+        kind = {"x": frame.index, "y": "value", "hue": "variable", "palette": palette}
+        sns.barplot(frame, **kind, saturation=1, ax=axes)
+        axes.bar_label(axes.containers[0], fmt="%.0f", fontsize=8)
         axes.set_xlabel("times dropped")
         axes.set_ylabel("filters")
         axes.margins(y=0.15)
@@ -337,13 +352,18 @@ def times_dropped(counts: ArrayLike, by_chance: ArrayLike) -> Figure:
     return figure
 
 
-def heat_maps(layers: Mapping[str, Mapping[str, NDArray[np.float64] | None]], label: str) -> Figure:
+def heat_maps(
+    layers: Mapping[str, Mapping[str, NDArray[np.float64] | None]],
+    label: str,
+    palette: Mapping[str, str],
+) -> Figure:
     """Square tables of correlations: a row for each layer, a column for each network.
 
     Args:
         layers: by layer, then by network, (filters, filters) in [0, 1]; NaN for constant filters,
             None where there is none. All layers have the same networks.
         label: of the colours.
+        palette: from :func:`colours`.
     """
     networks = list(next(iter(layers.values())))
     with _style():
@@ -358,7 +378,7 @@ def heat_maps(layers: Mapping[str, Mapping[str, NDArray[np.float64] | None]], la
                 axes.grid(False)
                 axes.set_box_aspect(1)
                 if number == 0:
-                    axes.set_title(network, color=SIDE_COLOURS.get(network, _INK))
+                    axes.set_title(network, color=palette.get(network, _INK))
                 if table is None:
                     axes.text(0.5, 0.5, "none", ha="center", va="center")
                     continue
@@ -369,7 +389,7 @@ def heat_maps(layers: Mapping[str, Mapping[str, NDArray[np.float64] | None]], la
                     cmap="viridis",
                     interpolation="none" if len(table) <= 128 else "antialiased",
                 )
-                axes.set_xlabel(f"mean {_off_diagonal_mean(table):.2f}", fontsize=8.5)
+                axes.set_xlabel(f"mean {mean_correlation(table):.2f}", fontsize=8.5)
             row[0].set_ylabel(f"{layer}\n{_size(tables)} filters", fontsize=8)
         bar = figure.colorbar(image, ax=list(grid[-1]), location="bottom", aspect=40, pad=0.05)
         bar.set_label(label)
@@ -381,47 +401,46 @@ def _size(tables: Mapping[str, NDArray[np.float64] | None]) -> int:
     return next(len(table) for table in tables.values() if table is not None)
 
 
-def _off_diagonal_mean(table: NDArray[np.float64]) -> float:
-    """Mean correlation of two different filters; NaN where fewer than two respond at all."""
-    others = table[~np.eye(len(table), dtype=bool)]
-    others = others[~np.isnan(others)]
-    return float(others.mean()) if others.size else float("nan")
-
-
 def mean_correlation(table: ArrayLike) -> float:
     """Mean over the pairs of different filters of a table of correlations.
 
     Args:
         table: (filters, filters); NaN for constant filters, which do not count.
+
+    Returns:
+        NaN where fewer than two filters respond at all.
     """
-    return _off_diagonal_mean(np.asarray(table, dtype=float))
+    array = np.asarray(table, dtype=float)
+    others = array[~np.eye(len(array), dtype=bool) & ~np.isnan(array)]
+    return float(others.mean()) if others.size else float("nan")
 
 
-def contributions(values: Mapping[str, ArrayLike], xlabel: str) -> Figure:
-    """How much each filter contributes: distributions, one a network.
+def contributions(
+    values: Mapping[str, ArrayLike], xlabel: str, palette: Mapping[str, str]
+) -> Figure:
+    """How much each filter contributes: distributions, one for each arm.
 
     Args:
-        values: by side, (filters,).
+        values: by arm, (filters,).
         xlabel: what a contribution is, with its unit.
+        palette: from :func:`colours`.
     """
-    arrays = {side: np.asarray(v, dtype=float) for side, v in values.items()}
     with _style():
         figure = _figure(2.3)
         axes = figure.subplots()
-        together = np.concatenate(list(arrays.values()))
-        edges = np.histogram_bin_edges(together, bins=40)
-        for side, array in arrays.items():
-            colour = SIDE_COLOURS.get(side, _INK)
-            label = f"{side}, median {np.median(array):.2g}"
-            axes.hist(array, edges, histtype="stepfilled", color=colour, alpha=0.25)
-            axes.hist(array, edges, histtype="step", color=colour, linewidth=1.5, label=label)
+        labels = {arm: f"{arm}, median {np.median(array):.2g}" for arm, array in values.items()}
+        frame = pd.concat([pd.DataFrame({"x": v, "arm": labels[n]}) for n, v in values.items()])
+        by_label = {labels[arm]: palette.get(arm, _INK) for arm in values}
+        sns.histplot(
+            frame, x="x", hue="arm", bins=40, element="step", palette=by_label, alpha=0.25, ax=axes
+        )
+        axes.get_legend().set_title(None)
         axes.set_xlabel(xlabel)
         axes.set_ylabel("filters")
-        axes.legend()
     return figure
 
 
-def filter_images(filters: Mapping[str, NDArray[np.float64]]) -> Figure:
+def filter_images(filters: Mapping[str, NDArray[np.float64]], palette: Mapping[str, str]) -> Figure:
     """The filters of a first layer as small images, one sheet a network.
 
     Each filter is shown by itself: its mean is grey and its largest weight full colour.
@@ -429,6 +448,7 @@ def filter_images(filters: Mapping[str, NDArray[np.float64]]) -> Figure:
     Args:
         filters: by network, (filters, channels, height, width); three channels are shown as RGB,
             others as their mean.
+        palette: from :func:`colours`.
     """
     with _style():
         columns = len(filters)
@@ -437,7 +457,7 @@ def filter_images(filters: Mapping[str, NDArray[np.float64]]) -> Figure:
             figure.subplots(1, columns, squeeze=False)[0], filters.items(), strict=True
         ):
             axes.imshow(_tiled(np.asarray(weights, dtype=float)), interpolation="none")
-            axes.set_title(network, color=SIDE_COLOURS.get(network, _INK))
+            axes.set_title(network, color=palette.get(network, _INK))
             axes.axis("off")
     return figure
 
@@ -460,33 +480,44 @@ def _tiled(weights: NDArray[np.float64]) -> NDArray[np.float64]:
     return sheet
 
 
-def bars(names: Sequence[str], values: Mapping[str, Sequence[ArrayLike]], xlabel: str) -> Figure:
-    """A number for each name and side, names down; a dot for each run where there are several.
+def bars(
+    names: Sequence[str],
+    values: Mapping[str, Sequence[ArrayLike]],
+    xlabel: str,
+    palette: Mapping[str, str],
+) -> Figure:
+    """A number for each name and arm, names down; a dot for each run where there are several.
 
     Args:
-        names: of what is compared, classes say.
-        values: by side, (names,) of each of its runs.
+        names: of what is compared, for example classes.
+        values: by arm, (names,) of each of its runs.
         xlabel: what the number is, with its unit.
+        palette: from :func:`colours`.
     """
-    with _style(names):
+    frame = pd.DataFrame(
+        [
+            {"name": name, "arm": arm, "value": value}
+            for arm, runs in values.items()
+            for run in runs
+            for name, value in zip(names, np.asarray(run, dtype=float), strict=True)
+        ]
+    )
+    with _style([*names, *values]):
         figure = _figure(0.9 + 0.13 * len(values) * len(names) + 0.1 * len(names))
         axes = figure.subplots()
-        thick = 0.8 / len(values)
-        for number, (side, runs) in enumerate(values.items()):
-            table = np.array(runs, dtype=float)
-            places = np.arange(len(names)) + (number - (len(values) - 1) / 2) * thick
-            colour = SIDE_COLOURS[side]
-            axes.barh(places, table.mean(axis=0), 0.92 * thick, color=colour, label=side)
-            if len(table) > 1:
-                for run in table:
-                    axes.plot(run, places, ".", color=_INK)
-        axes.set_yticks(range(len(names)), names)
+        kind = {"data": frame, "x": "value", "y": "name", "hue": "arm", "ax": axes, "orient": "h"}
+        arms = {arm: palette[arm] for arm in values}
+        sns.barplot(**kind, palette=arms, saturation=1, errorbar=None, legend=False)
+        if any(len(runs) > 1 for runs in values.values()):
+            ink = dict.fromkeys(values, _INK)
+            sns.stripplot(**kind, palette=ink, dodge=True, jitter=False, size=3, legend=False)
         axes.tick_params(axis="y", length=0)
-        axes.set_ylim(len(names) - 0.45, -0.55)
         axes.set_xlabel(xlabel)
+        axes.set_ylabel(None)
         axes.grid(axis="y", visible=False)
         if len(values) > 1:
-            figure.legend(loc="outside upper center", ncols=len(values))
+            handles = [Patch(color=colour, label=arm) for arm, colour in arms.items()]
+            figure.legend(handles=handles, loc="outside upper center", ncols=len(values))
     return figure
 
 

@@ -31,7 +31,6 @@ from repr_det.method.data_criteria import BATCHES, oracle
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import named_modules, unchanged
 from repr_det.method.schedule import RePrSchedule
-from repr_det.report.cca import IMAGES, filter_cca
 from repr_det.tasks import trainer_for
 
 OBSERVATIONS = 2048
@@ -69,7 +68,7 @@ class Responses:
 
     Attributes:
         sampled: (observations, filters) by layer, at the same positions for every network.
-        pooled: (images, filters, side, side) by layer, of at most :data:`POOLED_FILTERS` filters.
+        pooled: (images, filters, positions) by layer, of at most :data:`POOLED_FILTERS` filters.
     """
 
     sampled: dict[str, Matrix]
@@ -180,7 +179,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
         pooled: names of the layers whose pooled maps are kept.
     """
     images = sum(map(_size, batches))
-    # CCA of two maps needs more images than both maps have positions.
+    # SVCCA of two maps needs more images than both maps have positions.
     side = max(1, min(4, math.isqrt(max(0, (images - 2) // 2))))
     filters = sum(layer.num_filters for layer in network.layers)
     kept = min(OBSERVATIONS, int(_MOST_RESPONSES / filters))
@@ -198,7 +197,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
         samples[name].append(values.reshape(-1, out.shape[1]).cpu())
         if name in maps:
             few = np.linspace(0, out.shape[1] - 1, min(POOLED_FILTERS, out.shape[1])).astype(int)
-            maps[name].append(F.adaptive_avg_pool2d(out[:, few], side).cpu())
+            maps[name].append(F.adaptive_avg_pool2d(out[:, few], side).flatten(2).cpu())
 
     handles = [
         layer.module.register_forward_hook(lambda _, __, out, name=layer.name: look(name, out))
@@ -218,22 +217,99 @@ def _joined(parts: Sequence[Tensor]) -> Matrix:
     return torch.cat(list(parts)).double().numpy()
 
 
-def filter_correlations(found: Responses, layer: str) -> Matrix | None:
-    """|Correlation| of the filters of a layer over positions, (filters, filters); None without."""
-    if layer not in found.sampled:
-        return None
-    return filter_cca(found.sampled[layer][:, :, None, None])
+def filter_correlations(samples: Matrix) -> Matrix:
+    """|Pearson's correlation| of the filters of a layer.
+
+    That is the canonical correlation of two filters whose observations are positions, each filter
+    being one variable.
+
+    Args:
+        samples: (observations, filters).
+
+    Returns:
+        (filters, filters), 1 on the diagonal; NaN for filters that are constant.
+    """
+    constant = np.ptp(samples, axis=0) <= 1e-12 * np.abs(samples).max(axis=0)
+    table = np.full((samples.shape[1],) * 2, np.nan)
+    varying = np.flatnonzero(~constant)
+    if varying.size:
+        found = np.atleast_2d(np.corrcoef(samples[:, varying], rowvar=False))
+        table[np.ix_(varying, varying)] = np.clip(np.abs(found), 0, 1)
+    return table
 
 
-def map_correlations(found: Responses, layer: str) -> Matrix | None:
-    """SVCCA of the pooled maps of the filters of a layer over images; None where none were kept.
+def _main_directions(values: Matrix, variance: float) -> Matrix:
+    """(n, r), an orthonormal basis of the fewest directions that explain the variance."""
+    left, singular, _ = np.linalg.svd(values - values.mean(axis=0), full_matrices=False)
+    # Rounding errors are no direction: the limit is that of a rank, by the raw values.
+    rank = int((singular > max(values.shape) * np.finfo(float).eps * np.linalg.norm(values)).sum())
+    explained = np.cumsum(singular[:rank] ** 2)
+    needed = int(np.searchsorted(explained, (variance - 1e-12) * explained[-1])) + 1 if rank else 0
+    return left[:, : min(rank, needed)]
+
+
+def map_correlations(maps: Matrix, variance: float = 0.99) -> Matrix:
+    """SVCCA of the maps of a layer's filters over images (Raghu et al. 2017, section 2).
+
+    Each map is replaced by its fewest principal directions that explain the variance; then the
+    canonical correlations of two maps are averaged.
+
+    Args:
+        maps: (images, filters, positions), more than twice as many images as positions.
+        variance: share to be explained, in (0, 1].
+
+    Returns:
+        (filters, filters), 1 on the diagonal; NaN for maps that are constant.
 
     Raises:
-        UserError: too few images.
+        UserError: so few images that some correlations are 1 whatever the values.
     """
-    if layer not in found.pooled:
-        return None
-    return filter_cca(found.pooled[layer], observations=IMAGES, variance=0.99)
+    bases = [_main_directions(values, variance) for values in np.moveaxis(maps, 1, 0)]
+    directions = 2 * max(basis.shape[1] for basis in bases)
+    if directions > len(maps) - 1:
+        raise UserError(
+            f"SVCCA of {directions} directions needs more than {directions} images, not "
+            f"{len(maps)}. Raise --images."
+        )
+    table = np.full((len(bases),) * 2, np.nan)
+    for i, first in enumerate(bases):
+        for j, second in enumerate(bases):
+            if first.size and second.size:
+                cosines = np.linalg.svd(first.T @ second, compute_uv=False)
+                table[i, j] = np.clip(cosines, 0, 1).mean()
+    return table
+
+
+def similarity(first: Matrix, second: Matrix) -> float:
+    """Debiased linear CKA of two layers' responses to the same observations.
+
+    The estimate of HSIC is unbiased (Song et al. 2012, equation 5; Kornblith et al. 2019, Nguyen et
+    al. 2021), so unrelated layers have 0 on average however many filters they have.
+
+    Args:
+        first: (observations, filters), at least 4 observations.
+        second: (observations, other filters)
+
+    Returns:
+        At most 1; NaN where a side is constant.
+    """
+    grams = []
+    for values in (first, second):
+        centred = values - values.mean(axis=0)
+        gram = centred @ centred.T
+        np.fill_diagonal(gram, 0)
+        grams.append(gram)
+
+    def hsic(k: Matrix, m: Matrix) -> float:
+        n = len(k)
+        return (
+            (k * m).sum()
+            + k.sum() * m.sum() / ((n - 1) * (n - 2))
+            - 2 / (n - 2) * (k.sum(axis=0) @ m.sum(axis=0))
+        )
+
+    scale = hsic(grams[0], grams[0]) * hsic(grams[1], grams[1])
+    return float(hsic(*grams) / math.sqrt(scale)) if scale > 0 else math.nan
 
 
 def first_filters(network: Network) -> Matrix | None:

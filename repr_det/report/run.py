@@ -9,11 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 from detectron2.config import CfgNode
-from numpy.typing import NDArray
 
-from repr_det.detection.coco_results import BBOX, SEGM
 from repr_det.engine import recording
 from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
@@ -22,84 +20,63 @@ from repr_det.engine.data import held_out_name
 from repr_det.engine.files import read_records
 from repr_det.engine.hook import STATE_KEY
 from repr_det.errors import UserError
-from repr_det.tasks import get_cfg
-
-DETECTION, CLASSIFICATION = "detection", "classification"
+from repr_det.report.metrics import KINDS, counted
+from repr_det.tasks import get_cfg, task_of
 
 FINAL, _LAST = "model_final.pth", "last_checkpoint"
 
-_KINDS = (BBOX, SEGM, "accuracy")
-"""What the names of evaluated metrics begin with."""
 
-_ZERO_IF_NAN = {f"{kind}/{m}" for kind in (BBOX, SEGM) for m in ("AP", "AP50", "AP75")}
-"""Metrics that are NaN where nothing was detected; of sizes and classes also without objects."""
-
-Series = tuple[NDArray[np.float64], NDArray[np.float64]]
-Metrics = dict[str, Series]
-
-
-def read_metrics(folder: str | Path) -> Metrics:
+def read_metrics(folder: str | Path) -> pd.DataFrame:
     """Read the scalars that Detectron2's ``JSONWriter`` wrote to ``metrics.json``.
 
-    Where a run was resumed or begun anew in the same folder, so that iterations come again, what
-    was written of them and of later ones before does not count. A last line that was cut off in
-    writing is ignored.
+    Where iterations repeat, because a run was resumed or restarted in the folder, only what the
+    last run wrote is kept. A last line that was cut off is ignored.
 
     Returns:
-        name -> (iterations, values), both float (n,), by increasing iteration; empty where there is
-        no such file.
+        A column for each scalar, a row for each iteration, increasing. NaN where nothing was
+        written, or what was written does not count; see :func:`repr_det.report.metrics.counted`.
 
     Raises:
         UserError: it is no record of training.
     """
     path = Path(folder) / "metrics.json"
-    beginnings: list[list[tuple[float, dict[str, float]]]] = []
+    restarts: list[list[dict[str, float]]] = []
     last: dict[str, float] = {}
     for record in read_records(path) if path.is_file() else ():
         iteration = record.pop("iteration")
-        # Lines are not in order, but those of one scalar are: the writer puts what is new of each.
-        if not beginnings or any(last.get(name, iteration) > iteration for name in record):
-            beginnings.append([])
+        # Lines are not in order, but those of one scalar are.
+        if not restarts or any(last.get(name, iteration) > iteration for name in record):
+            restarts.append([])
             last.clear()
-        beginnings[-1].append((iteration, record))
         last |= dict.fromkeys(record, iteration)
-    series: dict[str, dict[float, float]] = {}
-    for lines in beginnings:
-        first = min(iteration for iteration, _ in lines)
-        series = {n: {i: v for i, v in s.items() if i < first} for n, s in series.items()}
-        for iteration, record in lines:
-            for name, value in record.items():
-                series.setdefault(name, {})[iteration] = value
-    return {
-        name: (np.array(sorted(s), dtype=float), np.array([s[i] for i in sorted(s)], dtype=float))
-        for name, s in series.items()
-        if s
-    }
+        values = {name: counted(name, value) for name, value in record.items()}
+        restarts[-1].append({"iteration": iteration, **values})
+    found = pd.DataFrame()
+    for lines in restarts:
+        new = pd.DataFrame(lines).groupby("iteration").last()
+        found = pd.concat([found[found.index < new.index.min()], new]) if len(found) else new
+    return found.astype(float).dropna(how="all")
 
 
-def sub_network_spans(iterations: np.ndarray, phases: np.ndarray) -> list[tuple[float, float]]:
+def sub_network_spans(phases: pd.Series) -> list[tuple[float, float]]:
     """Where the run trained the sub-network (S2).
 
     Args:
-        iterations: when ``repr/phase`` was written, increasing.
-        phases: what it was, 0 full and 1 sub; a value holds since the entry before it.
+        phases: ``repr/phase`` by iteration, 0 full and 1 sub; a value holds since the entry before.
 
     Returns:
         First iteration and end (exclusive) of each span.
     """
-    starts = np.concatenate([[0], iterations[:-1] + 1])
     spans: list[tuple[float, float]] = []
-    for start, last, phase in zip(starts, iterations, phases, strict=True):
+    start = 0.0
+    for last, phase in phases.items():
         if phase == 1:
             if spans and spans[-1][1] == start:
-                start = spans.pop()[0]
-            spans.append((float(start), float(last) + 1))
+                spans[-1] = (spans[-1][0], last + 1.0)
+            else:
+                spans.append((start, last + 1.0))
+        start = last + 1.0
     return spans
-
-
-def learning_rate_drops(iterations: np.ndarray, rates: np.ndarray) -> list[float]:
-    """Iterations by which the learning rate had fallen to less than 0.6 of the entry before."""
-    return iterations[1:][rates[1:] < 0.6 * rates[:-1]].tolist()
 
 
 def rate_steps(solver: Mapping[str, Any], end: int) -> list[float] | None:
@@ -117,15 +94,15 @@ def rate_steps(solver: Mapping[str, Any], end: int) -> list[float] | None:
     return [float(step) for step in solver["STEPS"] if step < end]
 
 
-def training_seconds(metrics: Metrics) -> float | None:
+def training_seconds(metrics: pd.DataFrame) -> float | None:
     """Wall-clock time of the training steps alone; None where no time was recorded.
 
     Each recorded time of a step stands for the iterations since the record before it.
     """
     if "time" not in metrics:
         return None
-    iterations, seconds = metrics["time"]
-    return float((seconds * np.diff(iterations, prepend=-1)).sum())
+    seconds = metrics["time"].dropna()
+    return float((seconds * seconds.index.to_series().diff().fillna(seconds.index[0] + 1)).sum())
 
 
 @dataclass(frozen=True)
@@ -135,13 +112,13 @@ class RunFolder:
     Attributes:
         folder: its ``OUTPUT_DIR``.
         cfg: its config; ``MODEL.DEVICE`` is a device of this machine.
-        metrics: its scalars.
+        metrics: its scalars, see :func:`read_metrics`.
         checkpoint: the one to look at; None for the newest.
     """
 
     folder: Path
     cfg: CfgNode
-    metrics: Metrics
+    metrics: pd.DataFrame
     checkpoint: Path | None = None
 
     @property
@@ -151,8 +128,13 @@ class RunFolder:
 
     @property
     def task(self) -> str:
-        """:data:`DETECTION` or :data:`CLASSIFICATION`."""
+        """See :func:`repr_det.tasks.task_of`."""
         return task_of(self.cfg)
+
+    def series(self, name: str) -> pd.Series | None:
+        """A scalar by iteration; None where it was never written."""
+        found = self.metrics[name].dropna() if name in self.metrics else ()
+        return found if len(found) else None
 
     @property
     def finished(self) -> bool:
@@ -170,8 +152,8 @@ class RunFolder:
     @property
     def iterations(self) -> int:
         """How many iterations of training are recorded."""
-        done, _ = self.metrics.get("total_loss", ((), ()))
-        return 1 + int(done[-1]) if len(done) else 0
+        losses = self.series("total_loss")
+        return 0 if losses is None else 1 + int(losses.index[-1])
 
     @property
     def spans(self) -> list[tuple[float, float]]:
@@ -190,16 +172,16 @@ class RunFolder:
                 (d.iteration, max(d.iteration, min(d.iteration + length, self.iterations)))
                 for d in drops
             ]
-        if "repr/phase" not in self.metrics:
-            return []
-        return sub_network_spans(*self.metrics["repr/phase"])
+        phases = self.series("repr/phase")
+        return [] if phases is None else sub_network_spans(phases)
 
     @property
     def rate_drops(self) -> list[float]:
         """Where the learning rate falls: the config's steps in iterations, else as was recorded."""
         if (steps := rate_steps(self.cfg.SOLVER, self.iterations)) is not None:
             return steps
-        return learning_rate_drops(*self.metrics["lr"]) if "lr" in self.metrics else []
+        rates = self.series("lr")
+        return [] if rates is None else rates.index[rates < 0.6 * rates.shift()].tolist()
 
     @property
     def test_set(self) -> str:
@@ -212,27 +194,20 @@ class RunFolder:
         names = map(held_out_name, self.cfg.DATASETS.TRAIN)
         return self.cfg.DATASETS.HELD_OUT if self.test_set in names else 0
 
-    def evaluations(self, metric: str) -> Series | None:
-        """An evaluated metric of the test set over time, ``bbox/AP`` say; None without any.
-
-        A detector that detected nothing has an AP of 0, which Detectron2 records as NaN.
-        """
-        series = self.metrics.get(f"{self._prefix}{metric}")
-        if series is not None and metric in _ZERO_IF_NAN:
-            return series[0], np.nan_to_num(series[1])
-        return series
+    def evaluations(self, metric: str) -> pd.Series | None:
+        """An evaluated metric of the test set by iteration, e.g. ``bbox/AP``; None without any."""
+        return self.series(f"{self._prefix}{metric}")
 
     def evaluated(self) -> list[str]:
         """Names of all metrics of the test set."""
-        kinds = tuple(f"{self._prefix}{kind}/" for kind in _KINDS)
+        kinds = tuple(f"{self._prefix}{kind}/" for kind in KINDS)
         return [name.removeprefix(self._prefix) for name in self.metrics if name.startswith(kinds)]
 
     @property
     def _prefix(self) -> str:
         """What stands before the test set's metrics: its name, where there were several."""
-        start = f"{self.test_set}/"
-        kinds = tuple(f"{start}{kind}/" for kind in _KINDS)
-        return start if any(name.startswith(kinds) for name in self.metrics) else ""
+        kinds = tuple(f"{self.test_set}/{kind}/" for kind in KINDS)
+        return f"{self.test_set}/" if any(n.startswith(kinds) for n in self.metrics) else ""
 
     @cached_property
     def checkpoints(self) -> list[Path]:
@@ -243,7 +218,7 @@ class RunFolder:
             if (match := NUMBERED.fullmatch(path.name))
         ]
         # Runs that have no record of what they did are told by their checkpoints alone.
-        last = self.iterations - 1 if self.metrics else math.inf
+        last = math.inf if self.metrics.empty else self.iterations - 1
         if match := NUMBERED.fullmatch(self._newest):
             last = min(last, int(match[1]))
         numbered = [(number, path) for number, path in numbered if number <= last]
@@ -278,12 +253,6 @@ class RunFolder:
         return None if state is None else recording.of_state(state)
 
 
-def task_of(cfg: CfgNode) -> str:
-    """:data:`DETECTION` or :data:`CLASSIFICATION`."""
-    image_classifier = cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
-    return CLASSIFICATION if image_classifier else DETECTION
-
-
 def read_run(folder: str | Path) -> RunFolder:
     """Read a run's config and scalars.
 
@@ -315,7 +284,7 @@ def of_checkpoint(config: str, weights: Path) -> RunFolder:
     path = Path(config_path(config))
     if not weights.is_file():
         raise UserError(f"{weights} does not exist: give the path of a checkpoint.")
-    return RunFolder(weights.parent, _read_config(path), {}, weights)
+    return RunFolder(weights.parent, _read_config(path), pd.DataFrame(), weights)
 
 
 def _read_config(path: Path) -> CfgNode:

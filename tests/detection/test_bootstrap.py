@@ -7,14 +7,13 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from repr_det.detection.bootstrap import (
-    ClassMatches,
-    Matches,
     average_precision,
-    match,
+    corrected_level,
     paired_bootstrap,
     resample_counts,
 )
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
+from repr_det.detection.matching import ClassMatches, Matches, match
 from tests.coco_files import CLASSES, direct, make_results, make_truth, read, rle
 
 
@@ -38,6 +37,11 @@ def repeated(content, results, counts):
             ]
     annotations = [{**entry, "id": number} for number, entry in enumerate(annotations, 1)]
     return {**content, "images": images, "annotations": annotations}, detections
+
+
+def compare(first, second, **options):
+    """Two arms of runs, the second compared with the first."""
+    return paired_bootstrap({"first": first, "second": second}, "first", **options)["second"]
 
 
 def with_overall(values):
@@ -125,7 +129,7 @@ def test_comparison_is_that_of_direct_evaluations(tmp_path):
     ]
     truth = read(tmp_path, content)
     matches = [[match(truth, results, BBOX) for results in side] for side in sides]
-    comparison = paired_bootstrap(*matches, resamples=12, seed=7)
+    comparison = compare(*matches, resamples=12, seed=7)
     counts = [np.ones(8, dtype=int), *resample_counts(8, 12, seed=7)]
     first, second = (
         np.mean(
@@ -154,7 +158,7 @@ def test_comparison_is_that_of_direct_evaluations(tmp_path):
 def test_a_side_against_itself(tmp_path):
     content = make_truth(12)
     found = match(read(tmp_path, content), make_results(content, 4), BBOX)
-    same = paired_bootstrap([found], [found, found], resamples=50).overall["AP"]
+    same = compare([found], [found, found], resamples=50).overall["AP"]
     assert same.first == same.second > 0
     assert same[2:] == (0, 0, 0, 0)
 
@@ -163,7 +167,7 @@ def test_no_detections_at_all(tmp_path):
     content = make_truth(12)
     truth = read(tmp_path, content)
     nothing, some = match(truth, [], SEGM), match(truth, make_results(content, 4), SEGM)
-    found = paired_bootstrap([nothing], [some], resamples=10).overall["AP"]
+    found = compare([nothing], [some], resamples=10).overall["AP"]
     assert found.first == 0 < found.second == found.difference and found.better == 1
 
 
@@ -202,7 +206,7 @@ def test_intervals_cover_the_true_difference():
     trials, covered, better = 200, 0, []
     for seed in range(trials):
         first, second = draw(generator, 80)
-        found = paired_bootstrap([first], [second], resamples=200, seed=seed).overall["AP50"]
+        found = compare([first], [second], resamples=200, seed=seed).overall["AP50"]
         covered += found.low <= truth <= found.high
         better.append(found.better)
     # Where the coverage is 95 %, all but one in 10,000 of such tests find 177 to 199 of 200
@@ -211,13 +215,62 @@ def test_intervals_cover_the_true_difference():
     assert truth > 0.05 and np.mean(better) > 0.9
 
 
+def test_resamples_without_repeated_images_have_intervals_too_narrow():
+    """As in tools that evaluate the set of the images that were drawn, each of them once.
+
+    A sample of a share 1 - 1/e of the images, without replacement, varies sqrt(1 / (e - 1)) = 0.76
+    times as much as one with replacement.
+    """
+    generator = np.random.default_rng(5)
+    once = np.ones((1, 100_000), dtype=np.int32)
+    large = [average_precision(side, once)[0, 0, 1] for side in draw(generator, 100_000)]
+    truth, covered, ratios = large[1] - large[0], 0, []
+    trials = 200
+    for seed in range(trials):
+        arms = draw(generator, 80)
+        counts = resample_counts(80, 200, seed)
+        widths = []
+        for drawn in (counts, np.minimum(counts, 1)):
+            first, second = (average_precision(arm, drawn)[:, 0, 1] for arm in arms)
+            low, high = np.quantile(second - first, [0.025, 0.975])
+            widths.append(high - low)
+        covered += low <= truth <= high
+        ratios.append(widths[1] / widths[0])
+    assert np.mean(ratios) == pytest.approx(0.76, abs=0.03)
+    # 95 % would be 177 to 199, as above.
+    assert covered < 177
+
+
+def test_several_arms_are_compared_with_the_baseline_one_by_one(tmp_path):
+    content = make_truth(12)
+    truth = read(tmp_path, content)
+    a, b, c = (match(truth, make_results(content, n, noise=n / 10), BBOX) for n in (3, 2, 1))
+    found = paired_bootstrap({"a": [a], "b": [b], "c": [c]}, "b", resamples=40, seed=2)
+    assert list(found) == ["a", "c"]
+    assert found["a"] == compare([b], [a], resamples=40, seed=2)
+    assert found["c"] == compare([b], [c], resamples=40, seed=2)
+
+
+def test_intervals_of_several_comparisons_are_wider(tmp_path):
+    assert corrected_level(1) == 0.95
+    assert 1 - corrected_level(4) == pytest.approx(0.05 / 4)
+    content = make_truth(12)
+    truth = read(tmp_path, content)
+    a, b = (match(truth, make_results(content, n, noise=n / 10), BBOX) for n in (3, 1))
+    one, four = (
+        compare([a], [b], resamples=200, level=corrected_level(n)).overall["AP"] for n in (1, 4)
+    )
+    assert four.low < one.low < one.high < four.high
+    assert four.difference == one.difference
+
+
 def test_sides_that_cannot_be_compared(tmp_path):
     content = make_truth()
     found = match(read(tmp_path, content), make_results(content, 1), BBOX)
     other = Matches(found.image_ids[1:], found.classes)
     with pytest.raises(ValueError, match="different images or classes"):
-        paired_bootstrap([found], [found, other])
-    with pytest.raises(ValueError, match="side without runs"):
-        paired_bootstrap([found], [])
+        compare([found], [found, other])
+    with pytest.raises(ValueError, match="arm without runs"):
+        compare([found], [])
     with pytest.raises(ValueError, match="0 resamples"):
-        paired_bootstrap([found], [found], resamples=0)
+        compare([found], [found], resamples=0)

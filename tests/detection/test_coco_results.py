@@ -11,8 +11,8 @@ from repr_det.detection.coco_results import (
     BBOX,
     METRICS,
     SEGM,
+    check_iou_type,
     evaluable_types,
-    evaluated_classes,
     read_results,
 )
 from repr_det.detection.evaluation import evaluate
@@ -88,11 +88,11 @@ def test_only_what_all_results_hold_is_compared(tmp_path):
     with pytest.raises(
         ValueError, match="segm needs segmentation everywhere, but detection 0 has none"
     ):
-        list(evaluated_classes(truth, boxes, SEGM))
+        check_iou_type(boxes, SEGM, truth)
     number = content["annotations"][0]["id"]
     content["annotations"][0]["segmentation"] = []  # as some programs write
     assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     content["annotations"][0].pop("segmentation")
     assert evaluable_types(both, read(tmp_path, content)) == (BBOX,)
     with pytest.raises(ValueError, match=f"annotation {number} has no mask"):
-        list(evaluated_classes(read(tmp_path, content), both, SEGM))
+        check_iou_type(both, SEGM, read(tmp_path, content))

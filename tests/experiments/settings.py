@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from experiments.tables import Row, Table
 from tests.classification.settings import make_arrays, register
 
@@ -30,17 +32,22 @@ VERSION: 2
 IMAGES, HELD_OUT, EPOCH, LENGTH = 120, 24, 24, 72
 
 
+def squeezed(markdown: str) -> str:
+    """A table without the padding of its cells."""
+    return re.sub(r" +", " ", re.sub(r":?-{2,}:?", "---", markdown))
+
+
 def small_table(tmp_path, **changes) -> Table:
     """Standard, RePr, and RePr taught by the standard network; registers the data."""
     register("small_train", *make_arrays(IMAGES), list("abcd"))
     register("small_test", *make_arrays(40, seed=1), list("abcd"))
     config = tmp_path / "small.yaml"
     config.write_text(CONFIG)
-    off = ("REPR.ENABLED", False)
-    taught = ("DISTILL.TEACHER", "c3_8")
+    off = {"REPR.ENABLED": False}
+    taught = {"DISTILL.TEACHER": "c3_8"}
     rows = (
         Row("standard", "Standard", 70.0, str(config), off),
-        Row("repr", "RePr", 74.0, str(config), (), "standard"),
+        Row("repr", "RePr", 74.0, str(config), {}, "standard"),
         Row("taught", "RePr, taught", None, str(config), taught, "standard", "standard"),
     )
     return Table(**{"name": "small", "title": "A small table", "rows": rows, **changes})

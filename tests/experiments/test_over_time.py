@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from experiments.over_time import over_time
+from experiments.summarise import over_time
 from experiments.tables import ACCURACY, AP, Row, Table
-from repr_det.report.plots import REPR, SIDE_COLOURS, STANDARD
+from repr_det.report import plots
+from repr_det.report.plots import REPR, STANDARD
+
+COLOURS = plots.colours([STANDARD, REPR])
 
 ROWS = (
     Row("standard", "Standard", None, "c.yaml"),
-    Row("ortho", "Ortho", None, "c.yaml", (), "standard"),
-    Row("random", "Random", None, "c.yaml", (), "standard"),
+    Row("ortho", "Ortho", None, "c.yaml", {}, "standard"),
+    Row("random", "Random", None, "c.yaml", {}, "standard"),
 )
 TABLE = Table("t", "A title", ROWS)
 
@@ -60,7 +63,7 @@ def test_means_and_spread_over_the_seeds_of_a_pair():
         ("Ortho", REPR, [(1, 3), (2, 4), (3, 5)]),
     ):
         x, y, colour = found[label]
-        assert list(x) == [2, 4, 6] and colour == SIDE_COLOURS[side]
+        assert list(x) == [2, 4, 6] and colour == COLOURS[side]
         assert list(y) == [statistics.mean(pair) for pair in values]
     spread = axes.collections[0].get_paths()[0].vertices
     at_four = spread[spread[:, 0] == 4, 1]

@@ -6,23 +6,23 @@ import json
 import math
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
+import portalocker
 import pytest
 import torch
 import yaml
-from detectron2.engine import default_setup
 from detectron2.utils.env import seed_all_rng
 from tqdm import tqdm
 
 from experiments import runs
-from experiments.measures import MEASURES
-from experiments.runs import FULL, QUICK, import_run, plan, read_records, reproduce
+from experiments.__main__ import reproduce
+from experiments.runs import FULL, QUICK, plan, read_records
+from experiments.summarise import MEASURES
 from experiments.tables import ACCURACY, only
 from repr_det.cli import parse
 from repr_det.errors import UserError
 from repr_det.tasks import configure, trainer_for
-from tests.experiments.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table
+from tests.experiments.settings import EPOCH, HELD_OUT, IMAGES, LENGTH, small_table, squeezed
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_table_is_stopped_resumes_and_skips_what_is_recorded(table, output, st
         reproduce(table, [0], FULL, output)
     assert [(r["row"], r["seed"]) for r in read_records(table, FULL, output)] == [("standard", 0)]
     partial = (output / "small" / "table.md").read_text()
-    assert "| RePr | 74 | not run | 0 |" in partial
+    assert "| RePr | 74 | not run | 0 |" in squeezed(partial)
     # The file has the rows that were not asked for, too.
     assert partial.count("not run") == len(table.whole.rows) - 1 > 1
 
@@ -90,8 +90,8 @@ def test_a_table_is_stopped_resumes_and_skips_what_is_recorded(table, output, st
     del done[:]
     assert reproduce(table, [0], FULL, output) == whole
     assert not done
-    final = (output / "small" / "table.md").read_text().splitlines()
-    assert [line for line in final if "taught" not in line] == whole.splitlines()
+    final = squeezed((output / "small" / "table.md").read_text()).splitlines()
+    assert [line for line in final if "taught" not in line] == squeezed(whole).splitlines()
 
 
 def _without_training(record):
@@ -102,24 +102,15 @@ def _without_training(record):
     ]
 
 
-def test_processes_share_the_work(table, output):
-    """What another process is at comes last, with what it teaches; what it finished is left out."""
-    teacher, other, taught = (
-        plan(table, table.row(row), seed, FULL, output)
-        for row, seed in (("standard", 0), ("standard", 1), ("taught", 0))
-    )
-    planned = [[teacher], [other], [taught]]
-    for finishes in (False, True):
-        shared = runs._one_process_each(planned)
-        with runs._lock(teacher.folder, wait=False) as held:
-            assert held
-            with runs._lock(teacher.folder, wait=False) as twice:
-                assert not twice
-            assert next(shared) == [other]
-            if finishes:
-                runs.write_record(teacher.record_path, {})
-                teacher.checkpoint.touch()
-        assert list(shared) == ([[taught]] if finishes else [[teacher], [taught]])
+def test_two_processes_do_not_train_one_table(table, output):
+    folder = output / "small"
+    folder.mkdir(parents=True)
+    with (
+        portalocker.Lock(folder / ".lock"),
+        pytest.raises(UserError, match="Another process trains in .*small. Let it end."),
+    ):
+        reproduce(table, [0], FULL, output)
+    assert not read_records(table, FULL, output)
 
 
 def test_a_teacher_of_another_seed_is_trained_first(table, output):
@@ -174,7 +165,7 @@ def test_evaluations_are_read_from_metrics(table, output, tmp_path):
         "small_test": [
             {"iteration": 24, "epoch": 1.0, "top1": 40.0, "top5": 99.0, "loss": 2.0,
              "train_top1": 55.0},
-            {"iteration": 72, "epoch": 3.0, "top1": 50.0, "top5": 100.0, "loss": None},
+            {"iteration": 72, "epoch": 3.0, "top1": 50.0, "top5": 100.0},
         ]
     }  # fmt: skip
     assert runs.read_evaluations(run, tmp_path / "nothing") == {"small_test": []}
@@ -186,7 +177,7 @@ def test_the_recorded_command_makes_the_same_config(table, output):
         program, *arguments = shlex.split(runs._header(run)["command"])
         assert program == "tools/train_net.py"
         cfg = configure(parse(["train", *arguments]))
-        assert not runs._differences(runs._settings(cfg), runs._settings(run.cfg))
+        assert not runs.differences(runs.settings_of(cfg), runs.settings_of(run.cfg))
         folder = "output/reproduce/small-quick/{}/seed_2"
         assert folder.format(row.name) == cfg.OUTPUT_DIR
         weights = folder.format(row.teacher) + "/model_final.pth" if row.teacher else ""
@@ -196,7 +187,7 @@ def test_the_recorded_command_makes_the_same_config(table, output):
 def test_settings_are_those_of_a_dump(table, output):
     for row in table.rows:
         cfg = plan(table, row, 2, QUICK, output).cfg
-        assert runs._settings(cfg) == yaml.safe_load(cfg.dump())
+        assert runs.settings_of(cfg) == yaml.safe_load(cfg.dump())
 
 
 def test_pairs_share_initial_weights_and_data(table, output):
@@ -279,7 +270,7 @@ def test_missing_data_is_told_before_anything_is_trained(tmp_path, output, monke
     table = small_table(tmp_path)
     row = table.rows[1]
     missing = row.__class__(
-        "imagenet", "", None, row.config, ("DATASETS.TRAIN", "('imagenet_train',)")
+        "imagenet", "", None, row.config, {"DATASETS.TRAIN": ("imagenet_train",)}
     )
     with pytest.raises(UserError, match="imagenet.*DETECTRON2_DATASETS"):
         reproduce(table.__class__("t", "t", (row, missing)), [0], FULL, output)
@@ -290,10 +281,10 @@ def test_a_run_that_diverges_is_recorded_as_such(tmp_path, output):
     config = small_table(tmp_path).rows[0].config
     table = small_table(tmp_path)
     row = table.rows[0].__class__(
-        "wild", "Wild", None, config, ("SOLVER.BASE_LR", 1e30, "REPR.ENABLED", False)
+        "wild", "Wild", None, config, {"SOLVER.BASE_LR": 1e30, "REPR.ENABLED": False}
     )
     text = reproduce(table.__class__("wild", "Wild", (row,)), [0], FULL, output)
-    assert "| Wild | not run | 0 (1 more diverged) | |" in text
+    assert "| Wild | not run | 0 (1 more diverged) | |" in squeezed(text)
     record = json.loads((output / "wild" / "wild" / "seed_0.json").read_text())
     assert "inf" in record["diverged"] or "nan" in record["diverged"]
 
@@ -313,57 +304,6 @@ def test_time_adds_up_over_interruptions(table, output, stop_at):
     assert len(list(run.folder.glob("*.pth"))) == 2
 
 
-def train_net(run, output_dir, **overrides):
-    """What tools/train_net.py does, in this process."""
-    pairs = runs._overrides(run) + ["OUTPUT_DIR", str(output_dir)]
-    for key, value in overrides.items():
-        pairs += [key.replace("__", "."), value]
-    args = parse(["train", "--config", run.row.config, *pairs])
-    cfg = configure(args)
-    default_setup(cfg, args)
-    trainer = trainer_for(cfg)(cfg)
-    trainer.resume_or_load(False)
-    trainer.train()
-
-
-def test_import_of_a_run_of_train_net(table, output, tmp_path):
-    row = table.row("repr")
-    run = plan(table, row, 0, FULL, output)
-    train_net(run, tmp_path / "mine")
-    imported = import_run(tmp_path / "mine", table, row, FULL, output)
-    assert str(tmp_path / "mine") not in json.dumps(imported)
-    assert imported["wall_seconds"] > 0
-    # The same program in the same state: the table's own run has the same values.
-    run.record_path.unlink()
-    reproduce(only(table, ["repr"]), [0], FULL, output)
-    own = json.loads(run.record_path.read_text())
-    assert own["evaluations"] == imported["evaluations"]
-    assert own["settings"] == imported["settings"]
-
-    with pytest.raises(ValueError, match=r"other settings, REPR.ENABLED \(wanted False\)"):
-        import_run(tmp_path / "mine", table, table.row("standard"), FULL, output)
-    with pytest.raises(UserError, match="config.yaml does not exist"):
-        import_run(tmp_path / "nothing", table, row, FULL, output)
-    metrics = tmp_path / "mine" / "metrics.json"
-    lines = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text("".join(lines[:2]) + lines[2][:20])
-    with pytest.raises(ValueError, match="of 72: import it when it is finished"):
-        import_run(tmp_path / "mine", table, row, FULL, output)
-
-
-def test_import_asks_for_the_teacher_of_the_table(table, output, tmp_path):
-    run = plan(table, table.row("taught"), 0, FULL, output)
-    own = Path(run.cfg.DISTILL.WEIGHTS)
-    own.parent.mkdir(parents=True)
-    own.write_bytes(b"network")
-    other = tmp_path / "copy.pth"
-    other.write_bytes(b"network")
-    runs._check_teacher(other, run)
-    other.write_bytes(b"another")
-    with pytest.raises(ValueError, match="copy.pth is not the one of this table"):
-        runs._check_teacher(other, run)
-
-
 def test_correlation_with_the_oracle(tmp_path, output, stop_at):
     table = small_table(tmp_path, correlates=True, paper_correlations={"ortho_paper": (0.58, 0.38)})
     done = stop_at(10**6)
@@ -374,97 +314,10 @@ def test_correlation_with_the_oracle(tmp_path, output, stop_at):
     assert "oracle" not in record["correlations"]
     # Taylor estimates what the oracle measures.
     assert record["correlations"]["taylor"]["all layers"]["rank"] > 0.5
-    assert "| ortho_paper | 0.58 | 0.38 | " in text
+    assert "| ortho_paper | 0.58 | 0.38 | " in squeezed(text)
 
     # Stopped between the last iteration and the correlation: nothing is trained again.
     runs.plan(table, table.rows[0], 0, FULL, output).record_path.unlink()
     del done[:]
     assert reproduce(only(table, ["standard"]), [0], FULL, output) == text
     assert not done
-
-
-def test_runs_are_trained_together(table, output, tmp_path, capsys):
-    """The table is the same; students come after their teachers, alone."""
-    rows = only(table, ["taught", "repr"])
-    torch.set_default_dtype(torch.float64)
-    try:
-        alone = reproduce(rows, [0, 1], FULL, tmp_path / "alone")
-        capsys.readouterr()
-        assert reproduce(rows, [0, 1], FULL, output, together=3) == alone
-    finally:
-        torch.set_default_dtype(torch.float32)
-    said = capsys.readouterr().err
-    assert "because it learns from a teacher: taught seed 0, taught seed 1." in said
-    for mine, theirs in zip(
-        read_records(rows, FULL, output), read_records(rows, FULL, tmp_path / "alone"), strict=True
-    ):
-        # The fourth of those that could go together was left over.
-        student, left_over = mine["row"] == "taught", (mine["row"], mine["seed"]) == ("repr", 1)
-        assert mine.pop("together", None) == (None if student or left_over else 3)
-        assert mine["wall_seconds"] > 0
-        evaluations = mine["evaluations"]["small_test"], theirs["evaluations"]["small_test"]
-        for entry, other in zip(*evaluations, strict=True):
-            assert entry == pytest.approx(other)
-        for key in set(theirs) - {"evaluations", "wall_seconds", "cpu_seconds"}:
-            assert mine[key] == theirs[key]
-
-
-def test_a_finished_run_that_was_not_recorded_is_not_trained_again(table, output, stop_at):
-    rows = only(table, ["repr"])
-    reproduce(rows, [0], FULL, output, together=2)
-    path = plan(table, table.row("repr"), 0, FULL, output).record_path
-    record = json.loads(path.read_text())
-    path.unlink()
-    done = stop_at(10**6)
-    reproduce(rows, [0], FULL, output, together=2)
-    assert not done
-    assert json.loads(path.read_text())["evaluations"] == record["evaluations"]
-
-
-def test_a_batch_of_which_all_runs_diverge(tmp_path, output):
-    rows = [
-        row.__class__(name, name, None, row.config, ("SOLVER.BASE_LR", 1e30, *row.overrides))
-        for name, row in zip("ab", small_table(tmp_path).rows, strict=False)
-    ]
-    table = small_table(tmp_path, rows=tuple(rows))
-    assert "0 (1 more diverged)" in reproduce(table, [0], FULL, output, together=2)
-    for record in read_records(table, FULL, output):
-        assert record["diverged"].startswith("The loss became nan at iteration 1.")
-        assert record["evaluations"] == {"small_test": []}
-
-
-def test_a_batch_that_is_stopped_starts_again(table, output, monkeypatch):
-    rows = only(table, ["repr"])
-    original = runs.Together.train
-
-    def stop(together, progress):
-        raise StopError
-
-    monkeypatch.setattr(runs.Together, "train", stop)
-    with pytest.raises(StopError):
-        reproduce(rows, [0], FULL, output, together=2)
-    assert not read_records(rows, FULL, output)
-    monkeypatch.setattr(runs.Together, "train", original)
-    reproduce(rows, [0], FULL, output, together=2)
-    assert [record["together"] for record in read_records(rows, FULL, output)] == [2, 2]
-
-
-def test_too_many_runs_for_the_memory_of_a_gpu(table, output, monkeypatch):
-    def fail(together, progress):
-        raise torch.cuda.OutOfMemoryError
-
-    monkeypatch.setattr(runs.Together, "train", fail)
-    with pytest.raises(ValueError, match="2 runs at once need .* give a smaller --together"):
-        reproduce(only(table, ["repr"]), [0], FULL, output, together=2)
-
-
-def test_what_goes_on_from_a_checkpoint_is_trained_alone(table, output, stop_at):
-    rows = only(table, ["repr"])
-    stop_at(2 * EPOCH + 5)
-    with pytest.raises(StopError):
-        reproduce(rows, [0], FULL, output)
-    batches, sentences = runs.batches(
-        [plan(table, row, seed, FULL, output) for seed in (0, 1) for row in rows.rows], 8
-    )
-    assert [len(batch) for batch in batches] == [1, 3]
-    assert sentences == ["Trained alone, because it goes on from its checkpoint: standard seed 0."]

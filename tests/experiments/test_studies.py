@@ -6,12 +6,11 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from experiments.runs import QUICK, _differences, _settings, plan, row_cfg
-from experiments.studies import STUDIES
-from experiments.tables import AP
+from experiments.runs import QUICK, differences, plan, row_cfg, settings_of
+from experiments.tables import AP, STUDIES
 from repr_det import RePr, RePrSchedule
 from repr_det.classification import resolve_epochs
-from repr_det.report.run import DETECTION, task_of
+from repr_det.tasks import DETECTION, task_of
 from tests.classification.settings import needs_cifar10
 
 ROWS = [(table, row) for table in STUDIES.values() for row in table.rows]
@@ -42,7 +41,7 @@ def test_row(table, row):
         if table.name not in ("screening", "authors"):
             assert schedule.end < resolved.SOLVER.STEPS[0]
         standard = row_cfg(table.row(row.standard), 3)
-        changed = _differences(_settings(standard), _settings(cfg))
+        changed = differences(settings_of(standard), settings_of(cfg))
         assert changed and all(key.startswith("REPR.") for key in changed), changed
     else:
         assert row.standard is None

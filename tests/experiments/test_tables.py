@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.runs import _differences, _settings, row_cfg
-from experiments.tables import ACCURACY, ERROR, TABLES, Row, only
+from experiments.runs import differences, row_cfg, settings_of
+from experiments.tables import ACCURACY, ERROR, PAPER, only, read_tables
 from repr_det import RePrSchedule
 from repr_det.classification import classifier_names, resolve_epochs
 from repr_det.errors import UserError
 from repr_det.method.criteria import CRITERIA
 
 IMAGES = {"cifar10_train": 50_000, "cifar100_train": 50_000, "imagenet_train": 1_281_167}
-ROWS = [(table, row) for table in TABLES.values() for row in table.rows]
+ROWS = [(table, row) for table in PAPER.values() for row in table.rows]
 NAMES = (
     "criteria orthogonality-loss distillation schemes depth resnet densenet imagenet "
     "percent-pruned cycles s1-s2 optimizers lr-schedules dropout oracle-correlation"
@@ -20,8 +20,8 @@ NAMES = (
 
 
 def test_all_tables_are_there():
-    assert list(TABLES) == NAMES.split()
-    for table in TABLES.values():
+    assert list(PAPER) == NAMES.split()
+    for table in PAPER.values():
         assert table.metric in (ACCURACY, ERROR)
         names = [row.name for row in table.rows]
         assert len(set(names)) == len(names)
@@ -58,54 +58,68 @@ def test_row(table, row):
 def test_row_and_its_standard_differ_only_in_the_method(table, row):
     standard, cfg = row_cfg(table.row(row.standard), 0), row_cfg(row, 0)
     assert not standard.REPR.ENABLED
-    changed = _differences(_settings(standard), _settings(cfg))
+    changed = differences(settings_of(standard), settings_of(cfg))
     # DSD is not trained with RePr, and neither are OL and KD alone.
     allowed = ("REPR.", "DISTILL.", "DSD.", "MODEL.CLASSIFIER.ORTHO_LOSS")
     assert changed and all(key.startswith(allowed) for key in changed), changed
 
 
-@pytest.mark.parametrize(
-    ("table", "name", "config"),
-    [
-        ("criteria", "ortho", "cifar10_c3_32.yaml"),
-        ("criteria", "standard", "cifar10_c3_32_standard.yaml"),
-        ("orthogonality-loss", "cifar10-ol", "cifar10_c3_32_ortho_loss.yaml"),
-        ("orthogonality-loss", "cifar10-repr-ol", "cifar10_c3_32_repr_ortho_loss.yaml"),
-        ("distillation", "cifar10-kd", "cifar10_c3_32_distill.yaml"),
-        ("distillation", "cifar10-kd-repr", "cifar10_c3_32_repr_distill.yaml"),
-        ("depth", "cifar10-3-repr", "cifar10_c3_32_bn.yaml"),
-        ("depth", "cifar10-3-standard", "cifar10_c3_32_bn_standard.yaml"),
-        ("densenet", "cifar100-40-standard", "cifar100_densenet40_standard.yaml"),
-        ("imagenet", "resnet50-standard", "imagenet_resnet50_standard.yaml"),
-        ("imagenet", "resnet50-n3", "imagenet_resnet50.yaml"),
-        ("optimizers", "adam-repr", "cifar10_c3_32_adam.yaml"),
-    ],
-)
-def test_rows_are_the_named_configs_on_45000_images(table, name, config):
-    shipped = _settings(row_cfg(Row("", "", None, config), 0))
-    found = _settings(row_cfg(TABLES[table].row(name), 0))
-    expected = {} if table == "imagenet" else {"DATASETS.HELD_OUT": 5000}
-    assert _differences(shipped, found) == expected
+def test_rows_of_a_file(tmp_path):
+    """Defaults of the table, pairs, and what a row is compared with."""
+    path = tmp_path / "tables.yaml"
+    path.write_text(
+        """
+t:
+  title: A title
+  notes: [A note.]
+  config: a.yaml
+  overrides: {X: 1, Y: [1, 2]}
+  rows:
+    standard: {label: Standard, paper: 70.5, overrides: {REPR.ENABLED: false}}
+    one: {label: One, overrides: {X: 2}}
+    alone: {label: Alone, standard: null, config: b.yaml}
+    0.25: {pair: Both, paper: [3, 4], overrides: {X: 3}}
+"""
+    )
+    table = read_tables(path)["t"]
+    assert (table.name, table.title, table.metric, table.notes) == (
+        "t", "A title", ACCURACY, ("A note.",),
+    )  # fmt: skip
+    found = [(row.name, row.label, row.paper, row.config, row.standard) for row in table.rows]
+    assert found == [
+        ("standard", "Standard", 70.5, "a.yaml", None),
+        ("one", "One", None, "a.yaml", "standard"),
+        ("alone", "Alone", None, "b.yaml", None),
+        ("0.25-standard", "Both", 3, "a.yaml", None),
+        ("0.25-repr", "Both, RePr", 4, "a.yaml", "0.25-standard"),
+    ]
+    assert [row.overrides for row in table.rows] == [
+        {"X": 1, "Y": [1, 2], "REPR.ENABLED": False},
+        {"X": 2, "Y": [1, 2]},
+        {"X": 1, "Y": [1, 2]},
+        {"X": 3, "Y": [1, 2], "REPR.ENABLED": False},
+        {"X": 3, "Y": [1, 2]},
+    ]
 
 
 def test_the_papers_numbers():
     """Some of each table, and the gains that the paper's text names."""
-    criteria = {row.label: row.paper for row in TABLES["criteria"].rows}
+    criteria = {row.label: row.paper for row in PAPER["criteria"].rows}
     assert criteria == {
         "Standard": 72.1, "Random": 73.4, "Activations": 74.1, "APoZ": 74.3, "Gradients": 74.3,
         "Taylor": 74.3, "Hessian": 74.4, "Weights": 74.6, "Oracle": 76.0, "Ortho": 76.4,
     }  # fmt: skip
-    assert TABLES["schemes"].row("repr-ortho").paper == 6.9
-    assert TABLES["distillation"].row("cifar100-kd-repr").paper == 64.1
-    assert TABLES["orthogonality-loss"].row("cifar10-repr-ol").paper == 76.7
-    assert TABLES["depth"].row("cifar10-18-repr").paper == 22.5
-    assert TABLES["resnet"].row("cifar100-110-standard").paper == 27.5
-    assert TABLES["densenet"].row("cifar10-100-repr").paper == 5.6
-    assert TABLES["imagenet"].row("bn_inception-n2").paper == 26.95
+    assert PAPER["schemes"].row("repr-ortho").paper == 6.9
+    assert PAPER["distillation"].row("cifar100-kd-repr").paper == 64.1
+    assert PAPER["orthogonality-loss"].row("cifar10-repr-ol").paper == 76.7
+    assert PAPER["depth"].row("cifar10-18-repr").paper == 22.5
+    assert PAPER["resnet"].row("cifar100-110-standard").paper == 27.5
+    assert PAPER["densenet"].row("cifar10-100-repr").paper == 5.6
+    assert PAPER["imagenet"].row("bn_inception-n2").paper == 26.95
 
 
 def test_only_some_rows_and_what_they_need():
-    table = TABLES["distillation"]
+    table = PAPER["distillation"]
     assert [row.name for row in only(table, ["cifar10-kd*"]).rows] == [
         "cifar10-teacher", "cifar10-standard", "cifar10-kd", "cifar10-kd-repr",
     ]  # fmt: skip
@@ -117,7 +131,7 @@ def test_only_some_rows_and_what_they_need():
 
 
 def test_a_standard_row_has_no_standard():
-    for table in TABLES.values():
+    for table in PAPER.values():
         for row in table.rows:
             if row.standard:
                 assert table.row(row.standard).standard is None

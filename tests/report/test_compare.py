@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from repr_det.detection.bootstrap import match
 from repr_det.detection.coco_results import read_results, read_truth
-from repr_det.report.compare import (
-    by_side,
+from repr_det.detection.matching import match
+from repr_det.report.arms import (
+    REPR,
+    STANDARD,
+    arms_of,
+    by_method,
     check_comparable,
-    duration,
     last_common_evaluation,
+)
+from repr_det.report.compare import (
+    Estimate,
+    duration,
+    estimate,
     outcome,
+    paired_difference,
     seconds_per_step,
 )
 from repr_det.report.examples import choose, mistakes
-from repr_det.report.plots import STANDARD
 from repr_det.report.run import read_run
 from repr_det.tasks import use_data
 from tests.report.folders import (
@@ -38,39 +45,40 @@ def classification(tmp_path, seeds):
         runs.append(read_run(write_run(tmp_path / f"standard_{number}", {"SEED": seed})))
         settings = {"SEED": seed, "REPR.ENABLED": True}
         run = read_run(write_run(tmp_path / f"repr_{number}", settings))
-        run.metrics["accuracy/top1"][1][:] += number
+        run.metrics["accuracy/top1"] += number
         runs.append(run)
     return runs
 
 
 def test_seeds_are_paired(tmp_path):
-    found = outcome(classification(tmp_path, [3, 5, 9]))
+    found = outcome(by_method(classification(tmp_path, [3, 5, 9])))
     row = found.rows["accuracy/top1"]
     assert found.iteration == 199
-    assert row.sides[STANDARD].mean == pytest.approx(65 + (3 + 5 + 9) / 3)
-    assert row.difference == pytest.approx(2)
+    assert row.arms[STANDARD].mean == pytest.approx(65 + (3 + 5 + 9) / 3)
+    found_difference = row.differences[REPR]
+    assert found_difference.mean == pytest.approx(2)
     half = stats.t.ppf(0.975, 2) * np.std([1, 2, 3], ddof=1) / np.sqrt(3)
-    assert (row.low, row.high) == pytest.approx((2 - half, 2 + half))
+    assert found_difference[1:] == pytest.approx((2 - half, 2 + half))
     assert "3 pairs of runs with the same seed" in found.interval
 
 
 def test_runs_without_a_seed_are_in_no_pair(tmp_path):
     with_seed, without = (
-        outcome(classification(tmp_path / name, seeds))
+        outcome(by_method(classification(tmp_path / name, seeds)))
         for name, seeds in (("two", [3, 5]), ("three", [3, 5, -1]))
     )
     assert "2 pairs of runs" in without.interval
     rows = [found.rows["accuracy/top1"] for found in (with_seed, without)]
-    assert rows[0][-3:] == rows[1][-3:]
-    assert rows[0].difference == pytest.approx(1.5)
+    assert rows[0].differences == rows[1].differences
+    assert rows[0].differences[REPR].mean == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize(
     ("seeds", "words"), [([3], "One run each has no interval"), ([4, 4], "no interval")]
 )
 def test_one_run_each_or_seeds_that_do_not_pair_have_no_interval(tmp_path, seeds, words):
-    found = outcome(classification(tmp_path, seeds))
-    assert found.rows["accuracy/top1"].low is None
+    found = outcome(by_method(classification(tmp_path, seeds)))
+    assert found.rows["accuracy/top1"].differences[REPR].low is None
     assert words in found.interval
 
 
@@ -80,9 +88,9 @@ def test_a_run_that_is_behind_is_compared_where_both_were_evaluated(tmp_path):
         read_run(write_run(tmp_path / "repr", {"REPR.ENABLED": True}, length=120)),
     ]
     assert last_common_evaluation(runs) == 99
-    assert outcome(runs).rows["accuracy/top1"].difference == 0
-    runs[1].metrics.pop("accuracy/top1")
-    assert outcome(runs).iteration is None
+    assert outcome(by_method(runs)).rows["accuracy/top1"].differences[REPR].mean == 0
+    del runs[1].metrics["accuracy/top1"]
+    assert outcome(by_method(runs)).iteration is None
 
 
 def squares(tmp_path, *runs):
@@ -113,12 +121,12 @@ HALF = 100 * 51 / 101
 def test_detection_is_bootstrapped_over_images(tmp_path):
     half = detections([1, 2, 3, 4])
     runs = squares(tmp_path, (half, HALF, False), (detections(range(1, 9)), 100.0, True))
-    found = outcome(runs, resamples=200)
-    row = found.rows["bbox/AP"]
-    assert row.difference == pytest.approx(100 - HALF)
-    assert 10 < row.low < row.difference < row.high < 95
+    found = outcome(by_method(runs), resamples=200)
+    row = found.rows["bbox/AP"].differences[REPR]
+    assert row.mean == pytest.approx(100 - HALF)
+    assert 10 < row.low < row.mean < row.high < 95
     assert "say nothing about other seeds" in found.interval and "8 images" in found.interval
-    assert outcome(runs, resamples=0).rows["bbox/AP"].low is None
+    assert outcome(by_method(runs), resamples=0).rows["bbox/AP"].differences[REPR].low is None
 
 
 def test_detectors_of_the_same_seeds_are_paired_like_classifiers(tmp_path):
@@ -131,26 +139,26 @@ def test_detectors_of_the_same_seeds_are_paired_like_classifiers(tmp_path):
     )
     for number, run in enumerate(runs):
         run.cfg.SEED = number % 3
-    found = outcome(runs, resamples=20)
-    row = found.rows["bbox/AP"]
+    found = outcome(by_method(runs), resamples=20)
+    row = found.rows["bbox/AP"].differences[REPR]
     half_width = stats.t.ppf(0.975, 2) * np.std([1, 3, 2], ddof=1) / np.sqrt(3)
-    assert row.difference == pytest.approx(2)
+    assert row.mean == pytest.approx(2)
     assert (row.low, row.high) == pytest.approx((2 - half_width, 2 + half_width))
     assert "3 pairs of runs with the same seed" in found.interval
     # Seeds that nobody knows do not pair, so all there is are the images.
     for run, ap in zip(runs, [HALF] * 3 + [100.0] * 3, strict=True):
         run.cfg.SEED = -1
-        run.metrics["bbox/AP"][1][:] = ap
-    assert "bootstrap" in outcome(runs, resamples=20).interval
+        run.metrics.loc[100, "bbox/AP"] = ap
+    assert "bootstrap" in outcome(by_method(runs), resamples=20).interval
 
 
 def test_a_side_that_detects_nothing_counts_as_zero(tmp_path):
     nan = float("nan")
     runs = squares(tmp_path, (detections([1, 2, 3, 4]), HALF, False), ([], nan, True))
-    found = outcome(runs, resamples=200)
-    row = found.rows["bbox/AP"]
-    assert row.difference == pytest.approx(-HALF)
-    assert row.low < row.difference < row.high < 0
+    found = outcome(by_method(runs), resamples=200)
+    row = found.rows["bbox/AP"].differences[REPR]
+    assert row.mean == pytest.approx(-HALF)
+    assert row.low < row.mean < row.high < 0
     assert "bbox/APs" not in found.rows
 
 
@@ -162,16 +170,16 @@ def test_sides_that_detect_nothing_are_compared_by_boxes(tmp_path):
     for entry in content["annotations"]:
         del entry["segmentation"]
     path.write_text(json.dumps(content))
-    row = outcome(runs, resamples=20).rows["bbox/AP"]
-    assert (row.difference, row.low, row.high) == (0, 0, 0)
+    row = outcome(by_method(runs), resamples=20).rows["bbox/AP"].differences[REPR]
+    assert row == (0, 0, 0)
 
 
 def test_results_that_are_not_of_the_last_evaluation_are_told(tmp_path):
     runs = squares(tmp_path, (detections([1]), 77.0, False), (detections([1]), 100.0, True))
-    found = outcome(runs, resamples=20)
-    assert found.rows["bbox/AP"].low is None
+    found = outcome(by_method(runs), resamples=20)
+    assert found.rows["bbox/AP"].differences[REPR].low is None
     assert "No interval could be computed" in found.interval
-    assert "evaluate the run again" in found.interval
+    assert "Evaluate the run again" in found.interval
 
 
 def test_runs_of_other_tasks_and_test_sets_are_refused(tmp_path):
@@ -193,13 +201,65 @@ def test_runs_of_other_tasks_and_test_sets_are_refused(tmp_path):
         check_comparable([one, one])
     with pytest.raises(ValueError, match="at least one"):
         check_comparable([])
-    assert list(by_side([one])) == [STANDARD]
+    assert list(by_method([one]).groups) == [STANDARD]
+
+
+def test_several_arms_are_compared_with_one_baseline(tmp_path):
+    """By seeds; each interval is at 1 - 0.05 / 2, so that both hold together with 95 %."""
+    runs = classification(tmp_path / "a", [3, 5, 9])
+    standard, method = ([run for run in runs if run.uses_repr == on] for on in (False, True))
+    more = [
+        read_run(write_run(tmp_path / f"more_{seed}", {"SEED": seed, "REPR.ENABLED": True}))
+        for seed in (3, 5)
+    ]
+    for number, run in enumerate(more):
+        run.metrics["accuracy/top1"] -= 1 + number
+    arms = arms_of({"one": method, "base": standard, "two": more}, "base")
+    assert list(arms.groups) == ["base", "one", "two"] and arms.others == ["one", "two"]
+    found = outcome(arms)
+    row = found.rows["accuracy/top1"]
+    assert found.level == pytest.approx(0.975)
+    for name, values in (("one", [1, 2, 3]), ("two", [-1, -2])):
+        half = stats.t.ppf(1 - 0.025 / 2, len(values) - 1) * stats.sem(values)
+        assert row.differences[name] == pytest.approx(
+            (np.mean(values), np.mean(values) - half, np.mean(values) + half)
+        )
+    assert "2 and 3 pairs of runs" in found.interval and "Bonferroni" in found.interval
+
+
+def test_several_detectors_are_bootstrapped_against_one_baseline(tmp_path):
+    half = detections([1, 2, 3, 4])
+    runs = squares(
+        tmp_path,
+        (half, HALF, False),
+        (detections(range(1, 9)), 100.0, True),
+        (half, HALF, True),
+    )
+    groups = {name: [run] for name, run in zip("abc", runs, strict=True)}
+    row = outcome(arms_of(groups), resamples=200).rows["bbox/AP"]
+    assert row.differences["c"] == (0, 0, 0)
+    narrow = outcome(by_method(runs[:2]), resamples=200).rows["bbox/AP"].differences[REPR]
+    wide = row.differences["b"]
+    assert wide.low <= narrow.low < narrow.high <= wide.high and wide != narrow
+
+
+def test_estimates_are_those_of_scipy():
+    values = [3.0, 5.0, 4.5, 9.0]
+    found = estimate(values)
+    interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert found[:3] == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
+    assert found.mean + found.half_width == pytest.approx(interval.high)
+    assert estimate([2.0]) == Estimate(2.0, None, 1, None)
+    assert paired_difference({1: 2.0}, {2: 1.0}) is None
+    ours, reference = {0: 1.0, 1: 5.0, 2: 3.0, 7: 9.0}, {0: 0.5, 1: 3.0, 2: 2.5}
+    paired = paired_difference(ours, reference, 0.9)
+    interval = stats.ttest_rel([1.0, 5.0, 3.0], [0.5, 3.0, 2.5]).confidence_interval(0.9)
+    assert (paired.mean - paired.half_width) == pytest.approx(interval.low)
 
 
 def test_time_of_steps_by_phase(tmp_path):
     run = read_run(write_run(tmp_path / "run", {"REPR.ENABLED": True}))
-    iterations, seconds = run.metrics["time"]
-    seconds[[2, 4]] = 0.25
+    run.metrics.loc[[59, 99], "time"] = 0.25
     assert seconds_per_step(run) == {"full": 0.5, "S2": 0.25}
     assert duration(run) == "1 min 30 s"
 

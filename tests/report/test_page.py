@@ -13,6 +13,7 @@ from repr_det.classification import ClassificationTrainer
 from repr_det.cli import main
 from repr_det.engine import recording
 from repr_det.errors import UserError
+from repr_det.report.arms import arms_of, by_method
 from repr_det.report.page import write_report
 from repr_det.report.run import read_metrics, read_run
 from tests.browser import Browser, needs_chromium
@@ -55,7 +56,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(pair, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    return write_report([read_run(folder) for folder in pair], path, images=24)
+    return write_report(by_method([read_run(folder) for folder in pair]), path, images=24)
 
 
 EVERY_FIGURE = [
@@ -69,7 +70,7 @@ def test_a_pair_of_runs_has_every_figure_and_says_what_is_missing(page, pair):
     text = text_of(page)
     assert "With RePr the top-1 accuracy was" in text
     assert "One run each has no interval" in text
-    assert "What each filter contributes : It was not computed" in text
+    assert "What each filter contributes : Not computed yet" in text
     assert "REPR.ENABLED" in text  # among the settings that differ
     dropped = recording.read(pair[1])
     number = sum(map(len, dropped.drops[0].pruned.values()))
@@ -86,14 +87,14 @@ def test_the_page_needs_nothing_else(page):
 def test_a_run_that_is_going_on_is_reported_as_far_as_it_is(tmp_path):
     register_corners()
     folder = write_run(tmp_path / "going", {"REPR.ENABLED": True}, length=60)
-    path = write_report([read_run(folder)], tmp_path / "report.html")
+    path = write_report(by_method([read_run(folder)]), tmp_path / "report.html")
     text = text_of(path)
     assert figures_of(path) == ["curves"]
     assert "Not finished, still going or stopped: going" in text
     assert "not finished, 60 iterations" in text
     assert "There is no checkpoint yet" in text
     (folder / "metrics.json").write_text("")
-    write_report([read_run(folder)], path)
+    write_report(by_method([read_run(folder)]), path)
     assert figures_of(path) == []
     assert "There is no evaluation yet" in text_of(path)
 
@@ -104,7 +105,7 @@ def test_a_damaged_checkpoint_costs_only_what_depends_on_it(tmp_path, pair):
     bad = tmp_path / "model_final.pth"
     bad.write_bytes(b"not a checkpoint")
     damaged = type(run)(run.folder, run.cfg, run.metrics, bad)
-    path = write_report([damaged], tmp_path / "report.html")
+    path = write_report(by_method([damaged]), tmp_path / "report.html")
     assert figures_of(path) == ["curves", "drops", "times", "overlap", "overlap_over_time"]
     assert "is damaged or is no checkpoint" in text_of(path)
 
@@ -115,7 +116,7 @@ def test_detectors_are_shown_where_they_differ_with_an_interval(tmp_path):
         (detections([1, 2, 3, 4]), HALF, False),
         (detections(range(1, 9)), 100.0, True),
     )
-    path = write_report(runs, tmp_path / "report.html", resamples=50)
+    path = write_report(by_method(runs), tmp_path / "report.html", resamples=50)
     assert figures_of(path) == ["curves", "classes", "sizes"]
     text = text_of(path)
     assert "49.5 points higher, with a 95 % interval from" in text
@@ -126,7 +127,7 @@ def test_detectors_are_shown_where_they_differ_with_an_interval(tmp_path):
 def test_equal_results_are_called_the_same(tmp_path):
     half = detections([1, 2, 3, 4])
     runs = squares(tmp_path, (half, HALF, False), (half, HALF + 0.04, True))
-    text = text_of(write_report(runs, tmp_path / "report.html", resamples=50))
+    text = text_of(write_report(by_method(runs), tmp_path / "report.html", resamples=50))
     assert "without it 50.5 %: the same, with a 95 % interval from" in text
 
 
@@ -138,7 +139,7 @@ def test_a_detector_that_finds_nothing_in_the_end_has_no_figures_of_classes(tmp_
     records = [{"iteration": 50, **early}, training, {"iteration": 100, **nothing}]
     write_metrics(run.folder, records)
     run = dataclasses.replace(run, metrics=read_metrics(run.folder))
-    path = write_report([run], tmp_path / "report.html")
+    path = write_report(by_method([run]), tmp_path / "report.html")
     text = text_of(path)
     assert figures_of(path) == ["curves"]
     assert "AP by class : No AP by class was recorded yet" in text
@@ -154,7 +155,7 @@ def changed(folder, **keys):
 
 def test_a_run_without_a_test_set_keeps_what_needs_none(pair, tmp_path):
     run = changed(pair[1], **{"DATASETS.TEST": ()})
-    path = write_report([run], tmp_path / "report.html", images=24)
+    path = write_report(by_method([run]), tmp_path / "report.html", images=24)
     needs_images = {"cca", "svcca", "cca_by_layer", "similarity"}
     assert figures_of(path) == [name for name in EVERY_FIGURE if name not in needs_images]
     assert "The run has no test set" in text_of(path)
@@ -165,7 +166,7 @@ def test_networks_without_common_layers_keep_what_compares_none(pair, tmp_path):
         changed(folder, **{"REPR.INCLUDE": [f"network.features.{layer}"]})
         for folder, layer in zip(pair, (3, 6), strict=True)
     ]
-    path = write_report(runs, tmp_path / "report.html", images=24)
+    path = write_report(by_method(runs), tmp_path / "report.html", images=24)
     compares = {"cca", "svcca", "cca_by_layer", "similarity", "overlap_by_layer"}
     assert figures_of(path) == [name for name in EVERY_FIGURE if name not in compares]
     assert "no filter layer in common" in text_of(path)
@@ -188,7 +189,7 @@ def test_networks_without_common_layers_keep_what_compares_none(pair, tmp_path):
 )
 def test_the_schedule_is_what_was_trained(tmp_path, settings, words):
     run = read_run(write_detection_run(tmp_path / "run", [], 1.0, settings))
-    assert words in text_of(write_report([run], tmp_path / "report.html"))
+    assert words in text_of(write_report(by_method([run]), tmp_path / "report.html"))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,9 @@ def test_the_schedule_is_what_was_trained(tmp_path, settings, words):
 def test_detectors_are_called_by_their_names(tmp_path, key, name):
     settings = {} if key == "NONE" else {f"MODEL.{key}": True}
     run = read_run(write_detection_run(tmp_path / "run", [], 1.0, settings))
-    assert f"standard: {name} R50 on" in text_of(write_report([run], tmp_path / "report.html"))
+    assert f"standard: {name} R50 on" in text_of(
+        write_report(by_method([run]), tmp_path / "report.html")
+    )
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
@@ -206,7 +209,7 @@ def test_runs_of_the_same_name_are_told_apart(tmp_path):
         read_run(write_run(tmp_path / side / "seed_0", {"REPR.ENABLED": side == "repr"}))
         for side in ("standard", "repr")
     ]
-    page = write_report(runs, tmp_path / "report.html").read_text()
+    page = write_report(by_method(runs), tmp_path / "report.html").read_text()
     assert "<th>standard/seed_0</th><th>repr/seed_0</th>" in page
     assert "stopped: standard/seed_0, repr/seed_0." in page
 
@@ -219,13 +222,29 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
         ({"resamples": -1}, "give 0 or more"),
     ):
         with pytest.raises(ValueError, match=words):
-            write_report(runs, page, **arguments)
+            write_report(by_method(runs), page, **arguments)
     with pytest.raises(UserError, match="create it"):
-        write_report(runs, tmp_path / "nowhere" / "report.html")
+        write_report(by_method(runs), tmp_path / "nowhere" / "report.html")
     page.mkdir()
     with pytest.raises(ValueError, match="is a folder"):
-        write_report(runs, page)
+        write_report(by_method(runs), page)
     assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_page_of_three_arms_compares_each_with_the_baseline(tmp_path):
+    half = detections([1, 2, 3, 4])
+    runs = squares(
+        tmp_path,
+        (half, HALF, False),
+        (detections(range(1, 9)), 100.0, True),
+        (half, HALF, True),
+    )
+    groups = {name: [run] for name, run in zip(("N 1", "base", "N 5"), runs, strict=True)}
+    path = write_report(arms_of(groups, "base"), tmp_path / "report.html", resamples=50)
+    text = " ".join(text_of(path).split())
+    assert "With N 1 the box AP was 50.5 %, with base 100.0 %: 49.5 points lower" in text
+    assert "base N 1 difference 97.5 % interval N 5 difference 97.5 % interval" in text
+    assert figures_of(path) == ["curves", "classes", "sizes"]
 
 
 _STATE = """({
@@ -284,7 +303,7 @@ def test_a_browser_shows_detectors_of_the_built_in_dataset(tmp_path):
     )
     assert main(demo) == 0
     runs = [read_run(tmp_path / "demo" / name) for name in ("standard", "repr")]
-    page = write_report(runs, tmp_path / "report.html", images=24)
+    page = write_report(by_method(runs), tmp_path / "report.html", images=24)
     expected = [*EVERY_FIGURE, "classes", "sizes"]
     assert set(figures_of(page)) == set(expected)
     assert_readable(page, figures_of(page), tmp_path)
@@ -292,7 +311,9 @@ def test_a_browser_shows_detectors_of_the_built_in_dataset(tmp_path):
 
 def test_the_page_of_the_same_runs_is_the_same_but_for_the_time(page, pair, tmp_path):
     torch.manual_seed(3)
-    again = write_report([read_run(folder) for folder in pair], tmp_path / "again.html", images=24)
+    again = write_report(
+        by_method([read_run(folder) for folder in pair]), tmp_path / "again.html", images=24
+    )
 
     def undated(path):
         return re.sub(r"Written [\d: -]+ by", "", path.read_text())

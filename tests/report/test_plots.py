@@ -12,12 +12,15 @@ import pytest
 from matplotlib.colors import to_hex
 
 from repr_det.report import plots
-from repr_det.report.plots import BEFORE, REPR, SIDE_COLOURS, STANDARD, Line, Panel
+from repr_det.report.arms import BEFORE, REPR, STANDARD
+from repr_det.report.plots import Line, Panel
+
+COLOURS = plots.colours([STANDARD, REPR])
 
 
 def two_runs():
     x = np.arange(0, 200, 20)
-    lines = [Line(x, 3 - x / 100, side, side) for side in (STANDARD, REPR)]
+    lines = [Line(x, 3 - x / 100, COLOURS[side], side) for side in (STANDARD, REPR)]
     return [Panel("training loss", lines, 0), Panel("never recorded", [])]
 
 
@@ -27,7 +30,7 @@ def test_curves_shade_s2_mark_the_rate_and_tell_sides_by_colour():
     (shade,) = axes.patches
     assert (shade.get_x(), shade.get_width()) == (40, 40)
     colours = {line.get_label(): to_hex(line.get_color()) for line in axes.lines}
-    assert colours[STANDARD] == SIDE_COLOURS[STANDARD] and colours[REPR] == SIDE_COLOURS[REPR]
+    assert colours[STANDARD] == COLOURS[STANDARD] and colours[REPR] == COLOURS[REPR]
     vertical = [line for line in axes.lines if list(line.get_xdata()) == [150, 150]]
     assert len(vertical) == 1
     assert axes.get_xlabel() == "iteration" and axes.get_ylabel() == "training loss"
@@ -53,7 +56,7 @@ def test_the_map_has_a_cell_for_each_layer_and_cycle():
 
 
 def test_names_are_short_but_no_mere_numbers():
-    short = plots.short_names
+    short = plots.shortened
     assert short(["net.features.3", "net.features.6"]) == ["features.3", "features.6"]
     assert short(["net.a.conv", "net.b.3"]) == ["a.conv", "b.3"]
     assert short(["backbone.stem.conv1"]) == ["backbone.stem.conv1"]
@@ -62,7 +65,7 @@ def test_names_are_short_but_no_mere_numbers():
 def test_heat_maps_leave_out_the_diagonal_and_give_the_mean_of_the_rest():
     table = np.array([[1.0, 0.2, 0.6], [0.2, 1.0, 0.4], [0.6, 0.4, 1.0]])
     constant = np.full((3, 3), np.nan)
-    figure = plots.heat_maps({"conv": {BEFORE: table, REPR: constant}}, "correlation")
+    figure = plots.heat_maps({"conv": {BEFORE: table, REPR: constant}}, "correlation", COLOURS)
     first = figure.axes[0]
     assert first.get_title() == BEFORE and first.get_xlabel() == "mean 0.40"
     assert np.ma.getmaskarray(first.images[0].get_array()).diagonal().all()
@@ -72,16 +75,25 @@ def test_heat_maps_leave_out_the_diagonal_and_give_the_mean_of_the_rest():
 
 def test_bars_are_means_over_runs():
     values = {STANDARD: [[10, 20]], REPR: [[30, 40], [50, 60]]}
-    figure = plots.bars(["cat", "dog"], values, "AP (%)")
-    widths = [[bar.get_width() for bar in container] for container in figure.axes[0].containers]
+    figure = plots.bars(["cat", "dog"], values, "AP (%)", COLOURS)
+    containers = figure.axes[0].containers
+    widths = [[bar.get_width() for bar in container] for container in containers]
     assert widths == [[10, 20], [40, 50]]
+    assert [to_hex(c[0].get_facecolor()) for c in containers] == [COLOURS[STANDARD], COLOURS[REPR]]
+
+
+def test_every_arm_has_a_colour_of_its_own_and_repr_keeps_its():
+    assert plots.colours([REPR])[REPR] == COLOURS[REPR]
+    many = plots.colours(["base", "a", "b", "c", "d"])
+    assert len({many[name] for name in ("base", "a", "b", "c", "d")}) == 5
+    assert many["base"] == COLOURS[STANDARD] and many["a"] == COLOURS[REPR]
 
 
 def test_filters_are_tiled_in_order_and_scaled_one_by_one():
     filters = np.zeros((3, 3, 2, 2))
     filters[0, 0, 0, 0] = 0.001  # red, however small
     filters[2, :, 0, 0] = [-4, -4, 2]
-    sheet = np.asarray(plots.filter_images({REPR: filters}).axes[0].images[0].get_array())
+    sheet = np.asarray(plots.filter_images({REPR: filters}, COLOURS).axes[0].images[0].get_array())
     assert sheet.shape == (5, 5, 4)
     assert sheet[0, 0, 0] == 1.0 and sheet[0, 0, 0] > sheet[0, 0, 1]
     assert (sheet[0:2, 3:5, :3] == 0.5).all()  # the second filter is zero
@@ -105,7 +117,7 @@ def test_svg_follows_the_readers_colours():
 
 def test_saved_pictures_are_not_empty_and_other_kinds_are_refused(tmp_path):
     values = {STANDARD: [0.1, 0.4], REPR: [0.2, np.nan]}
-    figure = plots.dots_by_layer(["a", "b"], values, "overlap")
+    figure = plots.dots_by_layer(["a", "b"], values, "overlap", COLOURS)
     picture = cv2.imread(str(plots.save(figure, tmp_path / "a.png")))
     assert picture.std() > 5 and picture[0, 0].tolist() == [255, 255, 255]
     ET.parse(plots.save(figure, tmp_path / "a.svg"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -14,9 +15,11 @@ from detectron2.utils.env import seed_all_rng
 
 from repr_det.classification import ClassificationTrainer
 from repr_det.engine.batches import own_batches, training_loss
+from repr_det.errors import UserError
 from repr_det.report import probes as network_module
-from repr_det.report.gallery import CONTRIBUTIONS, FIGURES, Material, compute_contributions
-from repr_det.report.plots import BEFORE, REPR
+from repr_det.report.arms import BEFORE, REPR, by_method
+from repr_det.report.gallery import FIGURES
+from repr_det.report.material import CONTRIBUTIONS, Material, compute_contributions
 from repr_det.report.probes import (
     contributions,
     filter_correlations,
@@ -26,6 +29,7 @@ from repr_det.report.probes import (
     map_correlations,
     overlap,
     responses,
+    similarity,
 )
 from repr_det.report.run import FINAL, read_run
 from tests.classification.settings import register_corners, small_cfg
@@ -83,13 +87,13 @@ def test_correlations_are_of_what_the_layer_answers(trained, monkeypatch):
     handle.remove()
     positions = answers[0].double().transpose(0, 1).flatten(1).numpy()
     expected = np.abs(np.corrcoef(positions))
-    assert filter_correlations(found, name) == pytest.approx(expected, abs=1e-6)
-    side = found.pooled[name].shape[-1]
-    assert 2 * side**2 < 20 - 1
-    pooled = F.adaptive_avg_pool2d(answers[0], side).double().numpy()
+    assert filter_correlations(found.sampled[name]) == pytest.approx(expected, abs=1e-6)
+    cells = found.pooled[name].shape[-1]
+    assert 2 * cells < 20 - 1
+    pooled = F.adaptive_avg_pool2d(answers[0], int(cells**0.5)).flatten(2).double().numpy()
     assert found.pooled[name] == pytest.approx(pooled, abs=1e-6)
-    table = map_correlations(found, name)
-    assert np.array_equal(table, table.T) and table.min() >= 0 and table.max() <= 1
+    table = map_correlations(found.pooled[name])
+    assert table == pytest.approx(table.T) and table.min() >= 0 and table.max() <= 1
 
 
 def test_contributions_are_what_the_loss_rises_by_and_leave_the_network_alone(trained):
@@ -115,10 +119,10 @@ def test_contributions_are_what_the_loss_rises_by_and_leave_the_network_alone(tr
 
 def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained):
     run, *_ = trained
-    with pytest.raises(ValueError, match="It was not computed"):
-        FIGURES["contributions"].draw(Material([run]))
+    with pytest.raises(ValueError, match="Not computed yet"):
+        FIGURES["contributions"].draw(Material(by_method([run])))
     compute_contributions(run)
-    assert "The greedy oracle" in FIGURES["contributions"].draw(Material([run])).caption
+    assert "The greedy oracle" in FIGURES["contributions"].draw(Material(by_method([run]))).caption
     path = run.folder / CONTRIBUTIONS
     kept = json.loads(path.read_text())
     assert kept["checkpoint"] == FINAL
@@ -132,8 +136,8 @@ def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained):
         ):
             path.write_text(json.dumps(stale))
             checkpoint.write_bytes(content)
-            with pytest.raises(ValueError, match="It was not computed"):
-                FIGURES["contributions"].draw(Material([run]))
+            with pytest.raises(ValueError, match="Not computed yet"):
+                FIGURES["contributions"].draw(Material(by_method([run])))
     finally:
         checkpoint.write_bytes(trained_last)
         path.unlink()
@@ -149,8 +153,8 @@ def changed(run, **keys):
 @pytest.mark.parametrize("keys", [{"SEED": -1}, {"MODEL.WEIGHTS": "/no/such/weights.pth"}])
 def test_what_training_began_with_is_left_out_where_it_is_not_known(trained, keys):
     run, *_ = trained
-    assert list(Material([run]).networks) == [BEFORE, REPR]
-    material = Material([changed(run, **keys)], images=24)
+    assert list(Material(by_method([run])).networks) == [BEFORE, REPR]
+    material = Material(by_method([changed(run, **keys)]), images=24)
     assert list(material.networks) == [REPR]
     assert list(FIGURES["overlap_by_layer"].draw(material).values) == [REPR]
 
@@ -160,10 +164,76 @@ def test_overlap_that_was_not_recorded_is_of_all_checkpoints(trained, tmp_path, 
     run, *_ = trained
     for name in ("model_0000005.pth", FINAL):
         shutil.copy(run.folder / FINAL, tmp_path / name)
-    metrics = {name: s for name, s in run.metrics.items() if "overlap" not in name}
+    metrics = run.metrics.drop(columns=[n for n in run.metrics if "overlap" in n])
     run = dataclasses.replace(changed(run, **keys), folder=tmp_path, metrics=metrics)
-    total, mean = FIGURES["overlap"].draw(Material([run])).figure.axes
+    total, mean = FIGURES["overlap"].draw(Material(by_method([run]))).figure.axes
     for axes in (total, mean):
         (line,) = [line for line in axes.lines if line.get_label() == REPR]
         assert list(line.get_xdata()) == ([6, 12] if keys else [0, 6, 12])
         assert line.get_ydata()[-1] == line.get_ydata()[-2] > 0
+
+
+def test_correlations_of_filters_are_pearsons_and_constant_filters_have_none():
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=50)
+    samples = np.stack([x, -2 * x + 7, generator.normal(size=50), np.full(50, 3.3)], axis=1)
+    table = filter_correlations(samples)
+    assert table[0, 1] == pytest.approx(1)
+    a, b = samples[:, 0] - x.mean(), samples[:, 2] - samples[:, 2].mean()
+    assert table[0, 2] == pytest.approx(abs(a @ b) / np.sqrt((a @ a) * (b @ b)))
+    assert np.isnan(table[3]).all() and np.isnan(table[:, 3]).all()
+
+
+def test_svcca_of_maps_is_the_mean_canonical_correlation():
+    """Against correlations of least-squares fits, one canonical direction after another."""
+    generator = np.random.default_rng(1)
+    maps = generator.normal(size=(40, 3, 2))
+    maps[:, 1] = maps[:, 0] @ [[1.0, 2.0], [0.5, -1.0]] + 3  # the same space
+    maps[:, 2] += maps[:, 0]
+    table = map_correlations(maps, variance=1.0)
+    assert table[0, 1] == pytest.approx(1) and np.diag(table) == pytest.approx(1)
+    x, y = (maps[:, i] - maps[:, i].mean(axis=0) for i in (0, 2))
+    squares = np.linalg.eigvals(np.linalg.pinv(x) @ y @ np.linalg.pinv(y) @ x)
+    assert table[0, 2] == pytest.approx(np.sqrt(squares.real).mean())
+    with pytest.raises(UserError, match="needs more than 4 images, not 4"):
+        map_correlations(maps[:4], variance=1.0)
+
+
+def test_svcca_leaves_directions_of_little_variance_out():
+    generator = np.random.default_rng(2)
+    common = generator.normal(size=60)
+    noise = 0.01 * generator.normal(size=(60, 2))
+    maps = np.stack([np.stack([common, n], axis=1) for n in noise.T], axis=1)
+    assert map_correlations(maps, 0.99)[0, 1] == pytest.approx(1)
+    assert map_correlations(maps, 1.0)[0, 1] < 0.7
+
+
+def test_similarity_is_the_unbiased_cka():
+    generator = np.random.default_rng(3)
+    x = generator.normal(size=(30, 5))
+    rotation, _ = np.linalg.qr(generator.normal(size=(5, 5)))
+    assert similarity(x, 3 * x @ rotation + 2) == pytest.approx(1)
+    assert np.isnan(similarity(x, np.ones((30, 2))))
+    # Song et al. 2012, equation 5, as sums over different observations.
+    y = x[:, :2] + generator.normal(size=(30, 2))
+
+    def hsic(a, b, n=7):
+        k, m = a[:n] @ a[:n].T, b[:n] @ b[:n].T
+        others = [list(itertools.permutations(range(n), r)) for r in (2, 3, 4)]
+        pairs = np.mean([k[i, j] * m[i, j] for i, j in others[0]])
+        threes = np.mean([k[i, j] * m[i, q] for i, j, q in others[1]])
+        fours = np.mean([k[i, j] * m[q, r] for i, j, q, r in others[2]])
+        return pairs + fours - 2 * threes
+
+    expected = hsic(x, y) / np.sqrt(hsic(x, x) * hsic(y, y))
+    assert similarity(x[:7], y[:7]) == pytest.approx(expected)
+
+
+def test_similarity_of_unrelated_layers_is_zero_on_average():
+    generator = np.random.default_rng(4)
+    found = [
+        similarity(generator.normal(size=(40, 60)), generator.normal(size=(40, 60)))
+        for _ in range(60)
+    ]
+    assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(60)
+    assert abs(np.mean(found)) < 0.02

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -12,8 +12,6 @@ from repr_det.engine import recording
 from repr_det.engine.recording import Drop, History
 from repr_det.errors import UserError
 from repr_det.report.run import (
-    CLASSIFICATION,
-    learning_rate_drops,
     of_checkpoint,
     read_metrics,
     read_run,
@@ -22,6 +20,7 @@ from repr_det.report.run import (
     sub_network_spans,
     training_seconds,
 )
+from repr_det.tasks import CLASSIFICATION
 from tests.report.folders import write_detection_run, write_metrics, write_run
 
 
@@ -34,10 +33,10 @@ def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
     path = write_metrics(tmp_path, records)
     path.write_text(path.read_text() + '{"iteration": 59, "total_lo')  # killed while writing
     metrics = read_metrics(tmp_path)
-    assert metrics.keys() == {"total_loss", "bbox/AP"}
-    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 1.5]]
-    assert [list(values) for values in metrics["bbox/AP"]] == [[39], [7.0]]
-    assert read_metrics(tmp_path / "nothing") == {}
+    assert set(metrics) == {"total_loss", "bbox/AP"}
+    assert metrics["total_loss"].dropna().to_dict() == {19: 3.0, 39: 1.5}
+    assert metrics["bbox/AP"].dropna().to_dict() == {39: 7.0}
+    assert read_metrics(tmp_path / "nothing").empty
 
 
 def test_what_a_later_run_overwrites_in_the_same_folder_is_dropped(tmp_path):
@@ -54,13 +53,13 @@ def test_what_a_later_run_overwrites_in_the_same_folder_is_dropped(tmp_path):
     ]
     write_metrics(tmp_path, records)
     metrics = read_metrics(tmp_path)
-    assert [list(values) for values in metrics["total_loss"]] == [[19, 39, 59], [3.0, 2.4, 1.9]]
-    assert [list(values) for values in metrics["bbox/AP"]] == [[29], [5.0]]
+    assert metrics["total_loss"].dropna().to_dict() == {19: 3.0, 39: 2.4, 59: 1.9}
+    assert metrics["bbox/AP"].dropna().to_dict() == {29: 5.0}
     # Trained again, without --resume, and not evaluated yet.
     write_metrics(tmp_path, [*records, {"iteration": 19, "total_loss": 7.0}])
     metrics = read_metrics(tmp_path)
-    assert metrics.keys() == {"total_loss"}
-    assert [list(values) for values in metrics["total_loss"]] == [[19], [7.0]]
+    assert set(metrics.dropna(axis=1, how="all")) == {"total_loss"}
+    assert metrics["total_loss"].dropna().to_dict() == {19: 7.0}
 
 
 def test_lines_of_one_run_need_not_be_in_order(tmp_path):
@@ -79,21 +78,25 @@ def test_lines_of_one_run_need_not_be_in_order(tmp_path):
         ],
     )
     metrics = read_metrics(tmp_path)
-    assert [list(values) for values in metrics["total_loss"]] == [[19, 39], [3.0, 5.0]]
-    assert [list(values) for values in metrics["bbox/AP"]] == [[24], [1.0]]
+    assert metrics["total_loss"].dropna().to_dict() == {19: 3.0, 39: 5.0}
+    assert metrics["bbox/AP"].dropna().to_dict() == {24: 1.0}
 
 
 def test_spans_of_the_sub_network():
-    written = np.array([19, 39, 59, 79, 99, 109])
-    assert sub_network_spans(written, np.array([0, 1, 1, 0, 1, 0])) == [(20, 60), (80, 100)]
-    assert sub_network_spans(written, np.zeros(6)) == []
-    assert sub_network_spans(written, np.array([1, 0, 0, 0, 0, 1])) == [(0, 20), (100, 110)]
+    def spans(*phases):
+        return sub_network_spans(pd.Series(phases, [19, 39, 59, 79, 99, 109]))
+
+    assert spans(0, 1, 1, 0, 1, 0) == [(20, 60), (80, 100)]
+    assert spans(0, 0, 0, 0, 0, 0) == []
+    assert spans(1, 0, 0, 0, 0, 1) == [(0, 20), (100, 110)]
 
 
-def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not():
-    written = np.array([19, 39, 59, 79, 99])
-    rates = np.array([0.01, 0.02, 0.018, 0.0018, 0.00018])
-    assert learning_rate_drops(written, rates) == [79, 99]
+def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not(tmp_path):
+    settings = {"SOLVER.LR_SCHEDULER_NAME": "Triangular"}
+    folder = write_run(tmp_path / "run", settings)
+    rates = {19: 0.01, 39: 0.02, 59: 0.018, 79: 0.0018, 99: 0.00018}
+    write_metrics(folder, [{"iteration": i, "lr": rate} for i, rate in rates.items()])
+    assert read_run(folder).rate_drops == [79, 99]
 
 
 def test_learning_rate_falls_where_the_config_says(tmp_path):
@@ -103,9 +106,9 @@ def test_learning_rate_falls_where_the_config_says(tmp_path):
 
 
 def test_time_counts_the_steps_between_records():
-    seconds = {"time": (np.array([19.0, 39.0, 44.0]), np.array([0.5, 1.0, 2.0]))}
+    seconds = pd.DataFrame({"time": [0.5, 1.0, 2.0]}, [19, 39, 44])
     assert training_seconds(seconds) == 20 * 0.5 + 20 * 1.0 + 5 * 2.0
-    assert training_seconds({}) is None
+    assert training_seconds(pd.DataFrame()) is None
 
 
 def test_a_run_that_was_killed_is_read(tmp_path):
@@ -118,7 +121,7 @@ def test_a_run_that_was_killed_is_read(tmp_path):
         _ = run.weights
     # From the phases that were written every 20 iterations.
     assert run.spans == [(40, 60), (80, 100)]
-    assert list(run.evaluations("accuracy/top1")[0]) == [49, 99]
+    assert list(run.evaluations("accuracy/top1").index) == [49, 99]
     assert set(run.evaluated()) == {"accuracy/top1", "accuracy/loss"}
 
 
@@ -183,7 +186,7 @@ def test_one_of_several_test_sets_is_read_when_it_is_named_anew(tmp_path):
     write_metrics(folder, [{"iteration": 9, "one_test/accuracy/top1": 20.0, "total_loss": 1.0}])
     run = read_run(folder)
     run.cfg.DATASETS.TEST = ("one_test",)
-    assert run.evaluations("accuracy/top1")[1].tolist() == [20.0]
+    assert run.evaluations("accuracy/top1").tolist() == [20.0]
     assert run.evaluated() == ["accuracy/top1"]
 
 
@@ -205,9 +208,9 @@ def test_runs_are_called_by_the_shortest_end_of_their_paths_that_is_no_other_run
 def test_a_detector_that_finds_nothing_has_an_ap_of_zero(tmp_path):
     """Detectron2 records NaN then, as it does where there are no objects of a size."""
     run = read_run(write_detection_run(tmp_path / "run", [], float("nan")))
-    assert [list(values) for values in run.evaluations("bbox/AP50")] == [[100], [0]]
-    assert np.isnan(run.evaluations("bbox/APs")[1]).all()
-    assert np.isnan(run.evaluations("bbox/AP-cat")[1]).all()
+    assert run.evaluations("bbox/AP50").to_dict() == {100: 0}
+    assert run.evaluations("bbox/APs") is None
+    assert run.evaluations("bbox/AP-cat") is None
 
 
 def test_keys_of_somebody_elses_trainer_are_read(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line of tools/compare_coco.py."""
+"""The command line of repr-det compare."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.loading import load_tool
-
-
-@pytest.fixture
-def tool():
-    """The tool as a module."""
-    return load_tool("compare_coco")
+from repr_det.cli import main
 
 
 def box(image, category, x, score=None, number=None):
@@ -55,10 +49,10 @@ def expected(found, images=20):
     return 100 * sum(level * images <= 100 * found for level in range(101)) / 101
 
 
-def test_a_run_folder_against_a_file(tool, files, tmp_path, capsys):
+def test_a_run_folder_against_a_file(files, tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = [files["truth"], files["a"], files["b"], "--resamples", "100", "--json", str(out)]
-    assert tool.main(arguments) == 0
+    assert main(["compare", *arguments]) == 0
     printed = capsys.readouterr()
     record = json.loads(out.read_text())
     ap = record["bbox"]["overall"]["AP"]
@@ -79,16 +73,18 @@ def test_a_run_folder_against_a_file(tool, files, tmp_path, capsys):
     assert "Resampling second, run 1" in printed.err
 
 
-def test_a_side_of_several_runs_is_their_mean(tool, files, tmp_path):
+def test_a_side_of_several_runs_is_their_mean(files, tmp_path):
     out = tmp_path / "out.json"
     arguments = [files["truth"], f"{files['a']},{files['b']}", files["c"], "--iou-type", "bbox"]
-    assert tool.main([*arguments, "--resamples", "10", "--seed", "3", "--json", str(out)]) == 0
+    assert (
+        main(["compare", *arguments, "--resamples", "10", "--seed", "3", "--json", str(out)]) == 0
+    )
     ap = json.loads(out.read_text())["bbox"]["overall"]["AP"]
     assert ap["first"] == pytest.approx((expected(5) + expected(15)) / 2, abs=1e-9)
     assert ap["second"] == pytest.approx(expected(10), abs=1e-9)
 
 
-def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
+def test_masks_alone_where_asked_for(files, tmp_path, capsys):
     from pycocotools import mask
 
     for name in ("a", "c"):
@@ -100,9 +96,9 @@ def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
             result["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
         Path(files[name]).write_text(json.dumps(results))
     arguments = [files["truth"], files["a"], files["c"], "--resamples", "10"]
-    assert tool.main(arguments) == 0
+    assert main(["compare", *arguments]) == 0
     both = capsys.readouterr().out
-    assert tool.main([*arguments, "--iou-type", "segm"]) == 0
+    assert main(["compare", *arguments, "--iou-type", "segm"]) == 0
     masks = capsys.readouterr().out
     assert "| Boxes" in both and "| Masks" in both
     assert "| Boxes" not in masks and "| Masks" in masks
@@ -111,8 +107,8 @@ def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("change", "options", "sentence"),
     [
-        (None, ("--resamples", "0"), "--resamples is 0; give at least 1."),
-        (None, ("--seed", "-1"), "--seed is -1; give 0 or more."),
+        (None, ("--resamples", "0"), "--resamples is 0. Set at least 1."),
+        (None, ("--seed", "-1"), "--seed is -1. Set 0 or more."),
         (None, ("--json", "nowhere/out.json"), "Folder nowhere of --json does not exist"),
         (None, ("--json", "."), "Target . of --json is a folder: give the name of a file."),
         (None, ("--iou-type", "segm"), "IoU type segm needs segmentation everywhere"),
@@ -134,50 +130,50 @@ def test_masks_alone_where_asked_for(tool, files, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_told_in_one_sentence(
-    tool, files, tmp_path, monkeypatch, capsys, change, options, sentence
+    files, tmp_path, monkeypatch, capsys, change, options, sentence
 ):
     monkeypatch.chdir(tmp_path)
     if change:
         change(Path(files["a"]))
-    assert tool.main([files["truth"], files["a"], files["b"], *options]) == 2
+    assert main(["compare", files["truth"], files["a"], files["b"], *options]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("compare_coco.py: error: ") and error.count("\n") == 1
+    assert error.startswith("repr-det compare: error: ") and error.count("\n") == 1
     assert sentence in error
 
 
 @pytest.mark.parametrize("swap", [True, False])
-def test_annotations_that_are_none(tool, files, capsys, swap):
+def test_annotations_that_are_none(files, capsys, swap):
     truth = files["a"] if swap else "nowhere.json"
-    assert tool.main([truth, files["a"], files["b"]]) == 2
+    assert main(["compare", truth, files["a"], files["b"]]) == 2
     error = capsys.readouterr().err
     assert ("is not a COCO annotation file" if swap else "nowhere.json does not exist") in error
 
 
-def test_boxes_against_masks(tool, files, capsys):
+def test_boxes_against_masks(files, capsys):
     results = json.loads(Path(files["a"]).read_text())
     for result in results:
         del result["bbox"]
         result["segmentation"] = {"size": [100, 100], "counts": "a94P3000000000Wl8"}
     Path(files["a"]).write_text(json.dumps(results))
-    assert tool.main([files["truth"], files["a"], files["b"]]) == 2
+    assert main(["compare", files["truth"], files["a"], files["b"]]) == 2
     assert "Results and annotations share neither boxes nor masks" in capsys.readouterr().err
 
 
-def test_results_without_detections_are_compared_by_boxes(tool, files, capsys):
+def test_results_without_detections_are_compared_by_boxes(files, capsys):
     content = json.loads(Path(files["truth"]).read_text())
     for entry in content["annotations"]:
         del entry["segmentation"]
     Path(files["truth"]).write_text(json.dumps(content))
     for name in ("a", "c"):
         Path(files[name]).write_text("[]")
-    assert tool.main([files["truth"], files["a"], files["c"], "--resamples", "5"]) == 0
+    assert main(["compare", files["truth"], files["a"], files["c"], "--resamples", "5"]) == 0
     printed = capsys.readouterr().out
     row = next(line for line in printed.splitlines() if line.startswith("| AP "))
     assert [cell.strip() for cell in row.split("|")[2:5]] == ["0.00", "0.00", "+0.00"]
     assert "| Boxes" in printed and "| Masks" not in printed
 
 
-def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tool, files, tmp_path, monkeypatch):
+def test_a_record_that_cannot_be_written_leaves_the_earlier_one(files, tmp_path, monkeypatch):
     out = tmp_path / "out" / "record.json"
     out.parent.mkdir()
     out.write_text("earlier")
@@ -188,20 +184,58 @@ def test_a_record_that_cannot_be_written_leaves_the_earlier_one(tool, files, tmp
     monkeypatch.setattr("os.fsync", full)
     arguments = [files["truth"], files["a"], files["b"], "--resamples", "5", "--json", str(out)]
     with pytest.raises(OSError, match="No space"):
-        tool.main(arguments)
+        main(["compare", *arguments])
     assert out.read_text() == "earlier" and list(out.parent.iterdir()) == [out]
 
 
-def test_a_record_may_go_into_a_pipe(tool, files, tmp_path):
+def test_a_record_may_go_into_a_pipe(files, tmp_path):
     """As /dev/stdout is one, or a link to one; it is not replaced by a file."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     arguments = [files["truth"], files["a"], files["b"], "--resamples", "5", "--json", str(pipe)]
-    assert tool.main(arguments) == 0
+    assert main(["compare", *arguments]) == 0
     assert json.loads(os.read(reader, 2**16))["images"] == 20
     os.close(reader)
     assert pipe.is_fifo()
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    assert tool.main([*arguments[:-1], str(tmp_path / "link")]) == 0
+    assert main(["compare", *arguments[:-1], str(tmp_path / "link")]) == 0
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").is_file()
+
+
+def test_several_arms_are_compared_with_a_baseline(files, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    arguments = [files["truth"], "--arm", "five", files["a"], "--arm", "both", files["a"]]
+    arguments += [files["b"], "--arm", "ten", files["c"], "--baseline", "ten", "--json", str(out)]
+    assert main(["compare", *arguments, "--resamples", "50"]) == 0
+    record = json.loads(out.read_text())
+    assert record["baseline"] == "ten" and list(record["arms"]) == ["five", "both", "ten"]
+    assert list(record["bbox"]) == ["five", "both"]
+    assert record["level"] == pytest.approx(0.975)
+    for arm, value in (("five", expected(5)), ("both", (expected(5) + expected(15)) / 2)):
+        ap = record["bbox"][arm]["overall"]["AP"]
+        assert ap["first"] == pytest.approx(expected(10), abs=1e-9)
+        assert ap["second"] == pytest.approx(value, abs=1e-9)
+    printed = capsys.readouterr().out
+    assert "Boxes, five" in printed and "97.5 % interval" in printed and "Bonferroni" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((), "Set two results, or --arm NAME RESULTS... for each arm."),
+        (("a", "b", "c"), "Set two results, or --arm NAME RESULTS... for each arm."),
+        (("a", "b", "--arm", "x", "c"), "Set two results, or --arm"),
+        (("--arm", "x", "a"), "One arm cannot be compared. Set a second one."),
+        (("--arm", "x", "--arm", "y", "a"), "Arm x has no runs. Set --arm x RUN..."),
+        (("--arm", "x", "a", "--arm", "x", "b"), "Arm x is given twice."),
+        (
+            ("--arm", "x", "a", "--arm", "y", "b", "--baseline", "z"),
+            "There is no arm 'z'. Set --baseline to x or y.",
+        ),
+        (("a", "b", "--baseline", "a"), "--baseline names an arm, but there are none."),
+    ],
+)
+def test_arms_that_cannot_be_compared(files, capsys, words, sentence):
+    assert main(["compare", files["truth"], *words]) == 2
+    assert sentence in capsys.readouterr().err

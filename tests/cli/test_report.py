@@ -1,4 +1,4 @@
-"""The command lines of tools/report.py and tools/analyze.py."""
+"""The command lines of repr-det report and repr-det figure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from repr_det.classification import ClassificationTrainer
+from repr_det.cli import main
 from repr_det.report.run import read_run
 from tests.classification.settings import register_corners, small_cfg
 from tests.report.folders import (
@@ -17,7 +18,6 @@ from tests.report.folders import (
     write_detection_run,
     write_run,
 )
-from tests.tools.loading import load_tool
 
 
 @pytest.fixture
@@ -36,16 +36,15 @@ def runs(tmp_path):
 def test_the_page_is_written_and_named(runs, tmp_path, capsys):
     folders, data = runs
     page = tmp_path / "report.html"
-    assert load_tool("report").main([*folders, "-o", str(page), "--resamples", "20", *data]) == 0
+    assert main(["report", *folders, "-o", str(page), "--resamples", "20", *data]) == 0
     assert capsys.readouterr().out == f"{page}\n"
     assert "Held-out images" in page.read_text()
 
 
 def test_figures_alone(runs, tmp_path, capsys):
     folders, data = runs
-    tool = load_tool("analyze")
     for figure, name in (("classes", "a.png"), ("curves", "b.svg"), ("detections", "c.png")):
-        assert tool.main([figure, *folders, "-o", str(tmp_path / name), *data]) == 0
+        assert main(["figure", figure, *folders, "-o", str(tmp_path / name), *data]) == 0
     assert "Box AP of each class" in capsys.readouterr().out
     assert cv2.imread(str(tmp_path / "c.png")).std() > 10
     assert (tmp_path / "b.svg").read_text().startswith("<?xml")
@@ -59,13 +58,12 @@ def test_a_checkpoint_with_a_config_gives_overlap_and_correlations(tmp_path):
     model = ClassificationTrainer.build_model(cfg)
     weights = tmp_path / "weights.pth"
     torch.save({"model": model.state_dict()}, weights)
-    tool = load_tool("analyze")
-    given = ["--config", str(config), "--weights", str(weights), "--images", "20"]
+    given = ["--config", str(config), "--weights", str(weights), "--num-images", "20"]
     numbers = {}
     for figure in ("overlap_by_layer", "cca_by_layer"):
         out = tmp_path / f"{figure}.json"
         arguments = [figure, *given, "-o", str(tmp_path / "a.png"), "--json", str(out)]
-        assert tool.main(arguments) == 0
+        assert main(["figure", *arguments]) == 0
         ((_, numbers[figure]),) = json.loads(out.read_text()).items()
     rows = model.network.features[3].weight.detach().flatten(1)
     cosines = torch.nn.functional.normalize(rows) @ torch.nn.functional.normalize(rows).T
@@ -90,22 +88,35 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
             [run, "-o", str(out / "no" / "a.html")],
             f"Folder {out}/no of the report does not exist",
         ),
-        ("report", [run, "-o", page, "--images", "1"], "1 images are too few"),
-        ("analyze", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
-        ("analyze", ["curves", "-o", png], "There are no runs to report on"),
-        ("analyze", ["drops", run, "-o", png], "This is of RePr runs, and none was given"),
-        ("analyze", ["cca", "--weights", "w.pth", "-o", png], "Give either runs, or --config"),
-        ("analyze", ["curves", run, "-o", png, "--json", js], "curves has no numbers"),
-        ("analyze", ["contributions", run, "-o", png, "--json", js], "contributions has"),
-        ("analyze", ["detections", run, "-o", png, "--json", js], "detections has no"),
-        ("analyze", ["detections", run, "-o", str(out / "a.svg")], "detections is a picture: give"),
-        ("analyze", ["curves", run, "-o", str(folder)], f"Target {folder} of --output is a folder"),
+        ("report", [run, "-o", page, "--num-images", "1"], "1 images are too few"),
+        ("figure", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
+        ("figure", ["curves", "-o", png], "There are no runs to report on"),
+        ("figure", ["drops", run, "-o", png], "This figure needs at least one RePr run."),
+        ("figure", ["cca", "--weights", "w.pth", "-o", png], "Set either runs, or --config-file"),
+        ("figure", ["curves", run, "-o", png, "--json", js], "curves has no numbers"),
+        ("figure", ["contributions", run, "-o", png, "--json", js], "contributions has"),
+        ("figure", ["detections", run, "-o", png, "--json", js], "detections has no"),
+        ("figure", ["detections", run, "-o", str(out / "a.svg")], "detections is a picture. Set"),
+        ("figure", ["curves", run, "-o", str(folder)], f"Target {folder} of --output is a folder"),
         ("report", [run, "-o", str(folder)], f"Target {folder} of the report is a folder"),
-        ("analyze", ["detections", run, "-o", png], "This is of detection"),
+        ("figure", ["cats", run, "-o", png], "There is no figure 'cats'. Set one of curves,"),
+        ("report", [run, "-o", page, "--arm", "a", other], f"{run} belongs to no arm. Set --arm"),
+        ("figure", ["detections", run, "-o", png], "This figure is only available for detection"),
     ):
-        assert load_tool(name).main(arguments) == 2
+        assert main([name, *arguments]) == 2
         printed = capsys.readouterr().err
-        assert printed.startswith(f"{name}.py: error: {sentence}"), printed
+        assert printed.startswith(f"repr-det {name}: error: {sentence}"), printed
         assert printed.count("\n") == 1
     assert not list(out.iterdir()) and not list(folder.iterdir())
     assert read_run(run).iterations == 200
+
+
+def test_a_page_of_named_arms(runs, tmp_path):
+    folders, data = runs
+    page = tmp_path / "report.html"
+    arms = ["--arm", "all of them", folders[1], "--arm", "some", folders[0]]
+    arguments = [*arms, "--baseline", "some", "-o", str(page), "--resamples", "20", *data]
+    assert main(["report", *arguments]) == 0
+    text = page.read_text()
+    assert "<h1>some and all of them: " in text
+    assert text.index(">some</th>") < text.index(">all of them</th>")

@@ -2,16 +2,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from experiments.measures import MEASURES
-from experiments.summary import table_in_markdown
+from experiments import summarise
+from experiments.summarise import MEASURES, results_page
 from experiments.tables import ACCURACY, AP, ERROR, Row, Table
+from tests.experiments.settings import squeezed
+
+
+def table_in_markdown(*arguments):
+    return squeezed(summarise.table_in_markdown(*arguments))
+
 
 ROWS = (
     Row("standard", "Standard", 72.1, "c.yaml"),
-    Row("ortho", "Ortho", 76.4, "c.yaml", (), "standard"),
-    Row("ours", "Ours", None, "c.yaml", (), "standard"),
-    Row("wild", "Wild", 70.0, "c.yaml", (), "standard"),
-    Row("later", "Later", 71.25, "c.yaml", (), "standard"),
+    Row("ortho", "Ortho", 76.4, "c.yaml", {}, "standard"),
+    Row("ours", "Ours", None, "c.yaml", {}, "standard"),
+    Row("wild", "Wild", 70.0, "c.yaml", {}, "standard"),
+    Row("later", "Later", 71.25, "c.yaml", {}, "standard"),
 )
 TABLE = Table("t", "A title", ROWS, ACCURACY, notes=("A note.",))
 
@@ -88,7 +94,7 @@ def detected(row, seed, *pairs):
 
 def test_detectors_are_compared_in_ap_and_ap50_of_the_last_evaluation():
     rows = (Row("standard", "Standard", None, "c.yaml"),)
-    rows += (Row("repr", "RePr", None, "c.yaml", (), "standard"),)
+    rows += (Row("repr", "RePr", None, "c.yaml", {}, "standard"),)
     runs = [
         detected("standard", 0, (5.0, 9.0), (20.0, 40.0)),
         detected("standard", 1, (5.0, 9.0), (22.0, 44.0)),
@@ -145,7 +151,16 @@ Value, layer1 |
 |---|---|---|---|---|---|---|
 | ortho | 0.58 | 0.38 | 0.60 ± 0.14 | constant | 0.25 ± 0.00 | 0.50 ± 0.00 |
 
-Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over 2 seeds. The \
-paper's Ortho stands beside the score as it prints it. A note.
+Rank: Spearman's correlation; value: Pearson's; mean ± standard deviation over 2 seeds. Compare \
+the paper's Ortho with the score as it prints it. A note.
 """
     )
+
+
+def test_the_page_has_what_is_recorded_and_says_on_what_it_ran():
+    timed = [r | {"wall_seconds": 1800.0, "device": "a CPU"} for r in RECORDS]
+    other = replace(TABLE, name="other")
+    page = squeezed(results_page([other, TABLE], lambda t: timed if t is TABLE else []))
+    assert page.startswith("# Results\n") and page.count("\n## ") == 1
+    assert "## A title\n" in page and "| Ortho | 76.4 | 67.67 ± 0.58 | 3 |" in page
+    assert "`python -m experiments t`; 8 runs, 4.0 hours on a CPU." in page

@@ -8,7 +8,8 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from experiments.runs import FULL, QUICK, batches, plan, read_evaluations, reproduce
+from experiments.__main__ import reproduce
+from experiments.runs import FULL, QUICK, plan, read_evaluations
 from experiments.tables import AP, Row, Table
 from repr_det.tasks import get_cfg
 from tests.detectors import shrink
@@ -39,8 +40,8 @@ def table(tmp_path):
     config = tmp_path / "tiny.yaml"
     config.write_text(cfg.dump())
     rows = (
-        Row("standard", "Standard", None, str(config), ("REPR.ENABLED", False)),
-        Row("repr", "RePr", None, str(config), (), "standard"),
+        Row("standard", "Standard", None, str(config), {"REPR.ENABLED": False}),
+        Row("repr", "RePr", None, str(config), {}, "standard"),
     )
     yield Table("tiny", "A tiny detector", rows, AP, quick_images=4)
     for name in ("pets_train", "pets_heldout"):
@@ -73,13 +74,6 @@ def test_shortened(table, tmp_path):
     assert (run.images, run.cfg.DATASETS.HELD_OUT) == (4, 4)
     assert (solver.MAX_ITER, solver.STEPS, keys.S1, keys.S2) == (3, (3,), 1, 1)
     assert run.resolved.TEST.EVAL_PERIOD == 0
-
-
-def test_detectors_are_trained_alone(table, tmp_path):
-    runs = [plan(table, row, 0, FULL, tmp_path) for row in table.rows]
-    found, sentences = batches(runs, 4)
-    assert found == [[run] for run in runs]
-    assert "because it is a detector" in sentences[0]
 
 
 @pytest.mark.slow

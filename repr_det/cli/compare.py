@@ -1,0 +1,145 @@
+r"""Compare detectors on one COCO-format annotation file, with confidence intervals.
+
+  repr-det compare annotations.json results_a.json results_b.json
+  repr-det compare annotations.json output/standard output/repr --json comparison.json
+  repr-det compare annotations.json --arm standard output/standard_* --arm N-1 output/n1_* \\
+      --arm N-5 output/n5_* --baseline standard
+
+An arm is one results file or run folder, or several (seeds), whose mean is compared. Each arm is
+compared with the baseline by a paired bootstrap over images: all arms are seen on the same
+resamples. The intervals say how far a difference depends on the images; runs are not resampled.
+With several comparisons each interval is wider, so that all of one metric hold together with 95 %
+(Bonferroni). The table has AP by class, the JSON every metric by class; both are in per cent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from repr_det.cli.arguments import add_arms, add_json, baseline_of, named_arms
+from repr_det.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.add_argument("annotations", type=Path, metavar="ANNOTATIONS", help="COCO-format JSON")
+    parser.add_argument(
+        "results",
+        nargs="*",
+        metavar="RESULTS[,MORE]",
+        help="two arms, the baseline first: results files or run folders",
+    )
+    add_arms(parser, "RESULTS")
+    parser.add_argument(
+        "--iou-type",
+        choices=("bbox", "segm"),
+        help="boxes or masks alone; by default what all results hold",
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, metavar="N", help="resamples of the images"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples")
+    add_json(parser, "every metric by class")
+
+
+def _arms(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Results by arm, of the two ways to name them."""
+    named = named_arms(args)
+    if bool(named) == bool(args.results) or (args.results and len(args.results) != 2):
+        raise UserError("Set two results, or --arm NAME RESULTS... for each arm.")
+    if args.results:
+        first, second = (side.split(",") for side in args.results)
+        return {"first": first, "second": second}
+    if len(named) < 2:
+        raise UserError("One arm cannot be compared. Set a second one.")
+    return named
+
+
+def run(args: argparse.Namespace) -> None:
+    """Compare, print the tables and write the JSON."""
+    from repr_det.detection.coco_results import TITLES, results_path
+    from repr_det.detection.comparison import compare_results
+    from repr_det.engine.files import check_folder_of, write_text_whole
+
+    if args.resamples < 1:
+        raise UserError(f"--resamples is {args.resamples}. Set at least 1.")
+    if args.seed < 0:
+        raise UserError(f"--seed is {args.seed}. Set 0 or more.")
+    check_folder_of("--json", args.json)
+    arms = _arms(args)
+    baseline = baseline_of(arms, args.baseline)
+    found = compare_results(
+        args.annotations,
+        arms,
+        baseline,
+        iou_type=args.iou_type,
+        resamples=args.resamples,
+        seed=args.seed,
+        progress=True,
+    )
+    tables = []
+    for iou_type, by_arm in found["compared"].items():
+        for name, comparison in by_arm.items():
+            title = f"{TITLES[iou_type]}, {name}" if args.arm else TITLES[iou_type]
+            tables.append(_table(title, comparison, found["level"]))
+    if args.json:
+        files = {name: [str(results_path(path)) for path in arm] for name, arm in arms.items()}
+        record = {
+            "annotations": str(args.annotations),
+            **({"baseline": baseline, "arms": files} if args.arm else files),
+            "images": found["images"],
+            "resamples": args.resamples,
+            "seed": args.seed,
+            "level": found["level"],
+            "unit": "per cent",
+        }
+        for iou_type, by_arm in found["compared"].items():
+            record[iou_type] = by_arm if args.arm else by_arm["second"]
+        write_text_whole(args.json, json.dumps(record, indent=2) + "\n")
+    print("\n\n".join([*tables, _caption(arms, baseline, args.resamples, found)]))
+
+
+def _caption(
+    arms: dict[str, list[str]], baseline: str, resamples: int, found: dict[str, Any]
+) -> str:
+    runs = "; ".join(f"{name}: {_runs(paths)}" for name, paths in arms.items())
+    count, level = len(arms) - 1, f"{100 * found['level']:.4g} %"
+    several = (
+        f" The {count} intervals of one metric hold together with 95 % (Bonferroni: each has "
+        f"{level})."
+        if count > 1
+        else ""
+    )
+    return (
+        f"In per cent; compared with {baseline}. {runs}. Interval: {level}, {resamples:,} paired "
+        f"resamples of {found['images']:,} images.{several} Better: share of resamples in which "
+        "the arm is strictly better. Do not trust the interval of a class with objects in a few "
+        "images only: resamples of them show too little."
+    )
+
+
+def _runs(paths: list[str]) -> str:
+    names = ", ".join(paths)
+    return names if len(paths) == 1 else f"mean of {len(paths)} runs ({names})"
+
+
+def _table(title: str, comparison: dict[str, Any], level: float) -> str:
+    from tabulate import tabulate
+
+    rows = list(comparison["overall"].items())
+    rows += [(f"AP, {name}", table["AP"]) for name, table in comparison["classes"].items()]
+    head = [title, "Baseline", "Arm", "Difference", f"{100 * level:.4g} % interval", "Better"]
+    align = ("left", *["right"] * (len(head) - 1))
+    cells = [[name, *_cells(row)] for name, row in rows]
+    return tabulate(cells, head, tablefmt="github", disable_numparse=True, colalign=align)
+
+
+def _cells(row: dict[str, float | None]) -> list[str]:
+    """Empty where there are no objects, or none in any resample."""
+    forms = {"first": ".2f", "second": ".2f", "difference": "+.2f"}
+    numbers = ["" if row[key] is None else format(row[key], form) for key, form in forms.items()]
+    interval = "" if row["low"] is None else f"{row['low']:+.2f} {row['high']:+.2f}"
+    return [*numbers, interval, "" if row["better"] is None else f"{row['better']:.1f}"]

@@ -1,0 +1,112 @@
+r"""Draw one figure of a report as PNG or SVG, of runs or of any checkpoint.
+
+  repr-det figure curves output/standard output/repr -o curves.svg
+  repr-det figure cca output/repr -o cca.png
+  repr-det figure overlap_by_layer --config-file repr_faster_rcnn.yaml --weights model.pth -o a.png
+  repr-det figure contributions output/repr -o contributions.png
+
+FIGURE is curves, classes, sizes, drops, times, overlap, overlap_over_time, overlap_by_layer, cca,
+svcca, cca_by_layer, similarity, contributions, filters or detections. The newest checkpoint of a
+run is used. contributions, the greedy oracle, runs the network once for every filter and batch, and
+keeps its result in the run's folder for the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from repr_det.cli.arguments import (
+    add_arms,
+    add_config_file,
+    add_data,
+    add_json,
+    add_num_images,
+)
+from repr_det.errors import UserError
+
+if TYPE_CHECKING:
+    from repr_det.report.arms import Arms
+
+DETECTIONS = "detections"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command line."""
+    parser.add_argument("figure", metavar="FIGURE", help="see above")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="OUTPUT_DIR of a run")
+    add_arms(parser, "RUN")
+    add_config_file(parser, "in place of runs, with --weights: a config file or its name")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint for the config")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FIGURE.png|svg",
+        help="write the figure to this file",
+    )
+    add_json(parser, "the numbers by layer")
+    add_num_images(parser)
+    add_data(parser)
+
+
+def _arms(args: argparse.Namespace) -> Arms:
+    from repr_det.report.arms import by_method, read_arms
+    from repr_det.report.run import of_checkpoint
+    from repr_det.tasks import use_data
+
+    if not (args.config_file or args.weights):
+        return read_arms(args)
+    if args.runs or args.arm or not (args.config_file and args.weights):
+        raise UserError("Set either runs, or --config-file and --weights together.")
+    run = of_checkpoint(args.config_file, args.weights)
+    use_data(run.cfg, args)
+    return by_method([run])
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw the figure, print its caption and its path."""
+    from repr_det.detection.drawing import draw_detections
+    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.report import plots
+    from repr_det.report.gallery import FIGURES, class_names
+    from repr_det.report.material import Material, compute_contributions
+
+    if args.figure not in (*FIGURES, DETECTIONS):
+        raise UserError(
+            f"There is no figure {args.figure!r}. Set one of {', '.join((*FIGURES, DETECTIONS))}."
+        )
+    plots.check_suffix(args.output)
+    for option, path in (("--output", args.output), ("--json", args.json)):
+        check_folder_of(option, path)
+    by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
+    if args.json and args.figure not in by_layer:
+        raise UserError(
+            f"{args.figure} has no numbers by layer, as {', '.join(by_layer)} have. Leave --json "
+            "out."
+        )
+    if args.figure == DETECTIONS and args.output.suffix != ".png":
+        raise UserError(f"{DETECTIONS} is a picture. Set --output to a name that ends in .png.")
+    material = Material(_arms(args), args.num_images, sys.stderr.isatty())
+    if args.figure == DETECTIONS:
+        examples = [(e.image, e.truth, *e.found) for e in material.examples]
+        titles = ("ground truth", *material.arms.groups)
+        names = class_names(material.arms.runs[0])
+        draw_detections(examples, names, args.output, titles, columns=1)
+        print(args.output)
+        return
+    if args.figure == "contributions":
+        for group in material.arms.groups.values():
+            compute_contributions(group[0])
+    drawn = FIGURES[args.figure].draw(material)
+    if args.json:
+        # A layer may have no number, and JSON knows no NaN.
+        values = json.loads(json.dumps(drawn.values), parse_constant=lambda _: None)
+        write_text_whole(args.json, json.dumps(values, indent=1) + "\n")
+    plots.save(drawn.figure, args.output)
+    print(drawn.caption)
+    print(args.output)

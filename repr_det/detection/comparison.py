@@ -1,0 +1,97 @@
+"""Comparison of results files in arms, as a record that JSON can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from repr_det.detection.bootstrap import Difference, corrected_level, paired_bootstrap
+from repr_det.detection.coco_results import (
+    check_iou_type,
+    evaluable_types,
+    read_results,
+    read_truth,
+    results_path,
+)
+from repr_det.detection.matching import match
+from repr_det.errors import UserError
+
+
+def compare_results(
+    annotations: str | Path,
+    arms: Mapping[str, Sequence[str | Path]],
+    baseline: str,
+    *,
+    iou_type: str | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Compare arms with a baseline by :func:`repr_det.detection.bootstrap.paired_bootstrap`.
+
+    Args:
+        annotations: COCO-format file.
+        arms: results files or run folders of each arm by its name.
+        baseline: one of the arms.
+        iou_type: ``"bbox"`` or ``"segm"``; None for all that results and annotations hold.
+        resamples: of the images.
+        seed: of the resamples.
+        progress: show bars.
+
+    Returns:
+        ``"images"``, their number; ``"level"`` of each interval, see
+        :func:`repr_det.detection.bootstrap.corrected_level`; and under ``"compared"`` by IoU type
+        and arm ``"overall"`` and ``"classes"``: per cent by metric, and by class and metric.
+
+    Raises:
+        UserError: files that are not there or do not fit one another.
+    """
+    paths = {name: [results_path(path) for path in files] for name, files in arms.items()}
+    truth = read_truth(annotations)
+    read = {name: [read_results(path, truth) for path in files] for name, files in paths.items()}
+    every = [results for arm in read.values() for results in arm]
+    iou_types = (
+        (iou_type,) if iou_type else evaluable_types([d for each in every for d in each], truth)
+    )
+    if not iou_types:
+        raise UserError(
+            "Results and annotations share neither boxes nor masks: give files that all hold one "
+            "of them."
+        )
+    for each in iou_types:
+        for results in every:
+            check_iou_type(results, each, truth)
+    level = corrected_level(len(arms) - 1)
+    compared = {}
+    for each in iou_types:
+        matches = {
+            name: [
+                match(truth, results, each, label=f"Evaluating {path}", progress=progress)
+                for path, results in zip(paths[name], arm, strict=True)
+            ]
+            for name, arm in read.items()
+        }
+        found = paired_bootstrap(
+            matches, baseline, resamples=resamples, seed=seed, level=level, progress=progress
+        )
+        compared[each] = {
+            name: {
+                "overall": _in_per_cent(comparison.overall),
+                "classes": {
+                    category: _in_per_cent(table) for category, table in comparison.classes.items()
+                },
+            }
+            for name, comparison in found.items()
+        }
+    return {"images": len(truth.imgs), "level": level, "compared": compared}
+
+
+def _in_per_cent(table: dict[str, Difference]) -> dict[str, dict[str, float | None]]:
+    return {
+        metric: {
+            name: None if value is None else 100 * value
+            for name, value in difference._asdict().items()
+        }
+        for metric, difference in table.items()
+    }

@@ -1,0 +1,89 @@
+"""Matches by faster-coco-eval, against those by pycocotools."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from repr_det.detection import matching
+from repr_det.detection.coco_results import BBOX, SEGM
+from repr_det.detection.matching import match, with_faster_coco_eval, with_pycocotools
+from tests.coco_files import make_results, make_truth, read, rle
+
+
+def assert_equal(ours, theirs):
+    assert ours.image_ids == theirs.image_ids
+    assert list(ours.classes) == list(theirs.classes)
+    for name, found in ours.classes.items():
+        for field in ("images", "scores", "positives", "falses"):
+            np.testing.assert_array_equal(
+                getattr(found, field), getattr(theirs.classes[name], field)
+            )
+        for area, other in zip(found.objects, theirs.classes[name].objects, strict=True):
+            np.testing.assert_array_equal(area, other)
+
+
+def both(truth, results, iou_type):
+    return [
+        match(truth, results, iou_type, engine=engine)
+        for engine in (with_faster_coco_eval, with_pycocotools)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("digits", [6, 1])
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_matches_are_those_of_pycocotools(tmp_path, iou_type, digits, seed):
+    """Crowds, all areas, ties, classes without objects and classes without detections."""
+    content = make_truth(30, seed=seed)
+    assert any(entry["iscrowd"] for entry in content["annotations"])
+    ours, theirs = both(read(tmp_path, content), make_results(content, seed, digits), iou_type)
+    assert_equal(ours, theirs)
+    positives, falses = (
+        np.concatenate([getattr(found, kind) for found in ours.classes.values()], axis=2)
+        for kind in ("positives", "falses")
+    )
+    # The data reaches what is special: objects of several sizes, and detections to be ignored.
+    assert positives[:3, 0].any(axis=1).all() and falses.any(axis=2).all()
+    assert not (positives | falses)[0].all()
+
+
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_only_the_hundred_best_of_an_image_and_class_count(tmp_path, iou_type):
+    content = make_truth(3, seed=3)
+    chosen = content["annotations"][0]
+    x, y, w, h = chosen["bbox"]
+    results = []
+    for number in range(150):
+        box = [x + number % 7, y, w, h]
+        results.append(
+            {
+                **{"image_id": chosen["image_id"], "category_id": chosen["category_id"]},
+                **{"bbox": box, "segmentation": rle(box), "score": 0.9 - number % 50 / 100},
+            }
+        )
+    ours, theirs = both(read(tmp_path, content), results, iou_type)
+    assert_equal(ours, theirs)
+    assert sum(len(found.images) for found in ours.classes.values()) == 100
+
+
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+def test_nothing_detected_and_nothing_there(tmp_path, iou_type):
+    content = make_truth(12)
+    results = make_results(content, 4)
+    assert_equal(*both(read(tmp_path, content), [], iou_type))
+    # One object is left, on an image without detections.
+    content["annotations"] = [e for e in content["annotations"] if not e["iscrowd"]][:1]
+    there = content["annotations"][0]["image_id"]
+    results = [found for found in results if found["image_id"] != there]
+    ours, theirs = both(read(tmp_path, content), results, iou_type)
+    assert_equal(ours, theirs)
+    assert not any(found.positives.any() for found in ours.classes.values())
+
+
+def test_pycocotools_is_used_without_faster_coco_eval(tmp_path, monkeypatch):
+    content = make_truth(12)
+    truth, results = read(tmp_path, content), make_results(content, 4)
+    with_it = match(truth, results, BBOX)
+    monkeypatch.setattr(matching, "COCOeval_faster", None)
+    assert_equal(match(truth, results, BBOX), with_it)
