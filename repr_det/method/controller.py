@@ -26,6 +26,7 @@ from repr_det.method.criteria import (
     mean_overlap,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
+from repr_det.method.graph import ChannelGraph, Reader
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
 from repr_det.method.layers import (
     FilterLayer,
@@ -50,7 +51,7 @@ from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_same_settings, check_whole
 from repr_det.method.threads import over_layers
-from repr_det.method.tracing import ChannelGraph, Reader, trace
+from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from repr_det.method.graph import Reader
 from repr_det.method.layers import FilterLayer, Slot, column_slots, extremes
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
 from repr_det.method.threads import over_layers
-from repr_det.method.tracing import Reader
 
 
 class GradientMask:

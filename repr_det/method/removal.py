@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from repr_det.method.graph import ChannelGraph
 from repr_det.method.modules import norm_channels
-from repr_det.method.tracing import ChannelGraph
 
 
 class Removal(NamedTuple):

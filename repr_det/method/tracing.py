@@ -10,9 +10,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
-import itertools
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -40,6 +38,8 @@ from repr_det.method.channels import (
     keeps_places,
     merged,
 )
+from repr_det.method.examples import Example, examples
+from repr_det.method.graph import ChannelGraph, Reader, reader_of
 from repr_det.method.layers import NormLink
 from repr_det.method.modules import (
     eager,
@@ -51,152 +51,6 @@ from repr_det.method.modules import (
     unchanged,
     unwrap,
 )
-
-
-@dataclass(eq=False)
-class Reader:
-    """A conv or linear layer and what each of its input channels is made of.
-
-    Attributes:
-        name: dotted name.
-        module: the layer.
-        unknown: input channels (features) that are never known to be zero: bool of shape (c_in,).
-        filters: by conv, input channels and the filter that each is made of: two int32 tensors of
-            shape (n,). A channel may occur several times; it is zero while all are pruned.
-    """
-
-    name: str
-    module: nn.Module
-    unknown: Tensor
-    filters: dict[str, tuple[Tensor, Tensor]]
-
-    def dead(self, pruned: dict[str, Tensor]) -> Tensor:
-        """Which input channels are zero while the given filters are pruned.
-
-        Args:
-            pruned: bool of shape (J,) by layer name; layers left out are not pruned.
-
-        Returns:
-            bool of shape (c_in,).
-        """
-        alive = self.unknown.clone()
-        for name, (channels, filters) in self.filters.items():
-            if name in pruned:
-                channels = channels[~pruned[name].cpu()[filters]]
-            alive[channels] = True
-        return ~alive
-
-
-def reader_of(name: str, module: nn.Module, sources: Channels) -> Reader:
-    """The reader of channels of the given sources."""
-    pairs: dict[str, list[tuple[int, int]]] = {}
-    for channel, filters in enumerate(sources):
-        for conv, index in sorted(filters or ()):
-            pairs.setdefault(conv, []).append((channel, index))
-    indices = {
-        conv: torch.tensor(some, dtype=torch.int32).T.contiguous() for conv, some in pairs.items()
-    }
-    # What is always zero is never pruned either.
-    unknown = torch.tensor([not filters for filters in sources], dtype=torch.bool)
-    return Reader(name, module, unknown, {c: (both[0], both[1]) for c, both in indices.items()})
-
-
-@dataclass
-class ChannelGraph:
-    """What one or several runs of a model showed.
-
-    Attributes:
-        convs: every conv that ran, by dotted name.
-        norms: by conv, the norm channels that each belong to one of its filters.
-        readers: every conv and linear layer that ran, by dotted name.
-        stems: convs that read the image: no layer with weights before them.
-        heads: prediction layers: convs with no layer with weights between them and the output.
-        gates: convs with filters that nothing reads directly, and whose zero becomes a constant
-            that multiplies other channels: squeeze-and-excitation, softmax over branches.
-        unsuitable: convs whose filters cannot be held alone, since their norm is used elsewhere.
-        groups: by conv, the group of each filter (int32 of shape (J,)). Filters of one group go
-            together or not at all: a sum, a shared layer or a batch of several inputs brought their
-            channels together.
-        fixed: by conv, filters that must not be removed (bool of shape (J,)): something sees their
-            channels that is not known to work alike with fewer of them.
-        not_run: parameters and norms that no run used. What they would read is not known.
-        example: runs the model on the example input on which it was followed, if there was one.
-    """
-
-    convs: dict[str, nn.Module] = field(default_factory=dict)
-    norms: dict[str, list[NormLink]] = field(default_factory=dict)
-    readers: dict[str, Reader] = field(default_factory=dict)
-    stems: set[str] = field(default_factory=set)
-    heads: set[str] = field(default_factory=set)
-    gates: set[str] = field(default_factory=set)
-    unsuitable: set[str] = field(default_factory=set)
-    groups: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Tensor] = field(default_factory=dict)
-    not_run: list[str] = field(default_factory=list)
-    example: Callable[[], Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but modules and the example, as names, numbers and tensors."""
-        return {
-            "convs": list(self.convs),
-            "norms": {
-                conv: [
-                    {"name": n.name, "filters": n.filters, "channels": n.channels, "dim": n.dim}
-                    for n in links
-                ]
-                for conv, links in self.norms.items()
-            },
-            "readers": {
-                name: {"unknown": r.unknown, "filters": {c: list(p) for c, p in r.filters.items()}}
-                for name, r in self.readers.items()
-            },
-            "stems": sorted(self.stems),
-            "heads": sorted(self.heads),
-            "gates": sorted(self.gates),
-            "unsuitable": sorted(self.unsuitable),
-            "groups": dict(self.groups),
-            "fixed": dict(self.fixed),
-            "not_run": list(self.not_run),
-        }
-
-    @classmethod
-    def from_state(
-        cls, state: dict[str, Any], model: nn.Module, example: Callable[[], Any] | None = None
-    ) -> ChannelGraph:
-        """The graph that :meth:`state_dict` described, of the modules of a model.
-
-        Raises:
-            KeyError: the model lacks one of the modules.
-        """
-        modules = dict(named_modules(model))
-
-        def on_cpu(values: dict[str, Any]) -> dict[str, Any]:
-            return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
-
-        return cls(
-            convs={name: modules[name] for name in state["convs"]},
-            norms={
-                conv: [NormLink(module=modules[link["name"]], **on_cpu(link)) for link in links]
-                for conv, links in state["norms"].items()
-            },
-            readers={
-                name: Reader(
-                    name,
-                    modules[name],
-                    reader["unknown"].cpu(),
-                    {c: tuple(i.cpu() for i in pair) for c, pair in reader["filters"].items()},
-                )
-                for name, reader in state["readers"].items()
-            },
-            stems=set(state["stems"]),
-            heads=set(state["heads"]),
-            gates=set(state["gates"]),
-            unsuitable=set(state["unsuitable"]),
-            groups=on_cpu(state["groups"]),
-            fixed=on_cpu(state["fixed"]),
-            not_run=list(state["not_run"]),
-            example=example,
-        )
 
 
 def _filters_of(channels: Channels) -> set[Filter]:
@@ -709,60 +563,6 @@ def _irregular(modules: dict[str, nn.Module], shared: dict[str, set[str]]) -> se
     return found
 
 
-# --- running a model on an example
-
-_IMAGE_SIZES = (64, 32, 28, 224, 16, 8, 48, 96, 128, 256, 299, 384, 448, 512)
-"""Image sizes to try, for models that take only one."""
-
-_LARGEST_EXAMPLE = 2**21
-"""Elements of an example input, at most: a cube of 64 voxels, a square of 512 pixels."""
-
-
-class _Example(NamedTuple):
-    """A way to run an unknown model; ``kind`` is all about it but the size."""
-
-    run: Callable[[], Any]
-    kind: tuple[str, int]
-
-
-def _examples(
-    model: nn.Module, convs: Sequence[nn.Module], seen: torch.Size | None
-) -> Iterator[_Example]:
-    """Ways to run an unknown model, the likeliest first.
-
-    Args:
-        model: the model.
-        convs: its convs.
-        seen: shape of what its first conv read when it ran on a batch.
-    """
-    first = convs[0]
-    device, dtype = first.weight.device, first.weight.dtype
-    spatial = first.weight.dim() - 2
-    is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
-    # The first conv in the order of modules need not be the one that reads the image.
-    widths = list(dict.fromkeys([3, first.in_channels, 1]))
-    shapes = [(size,) * spatial for size in _IMAGE_SIZES]
-    if is_detector:
-        del shapes[1:]  # takes any size
-    elif seen is not None and len(seen) == spatial + 2:
-        widths, shapes = [seen[1]], [tuple(seen[2:])]
-    for shape, width in itertools.product(shapes, widths):
-        if 2 * width * math.prod(shape) > _LARGEST_EXAMPLE:
-            continue
-        # One number seen as an image: a graph keeps the run, and what it holds, while it lives.
-        blank = torch.zeros((), device=device, dtype=dtype).expand(2, width, *shape)
-        size = {"height": shape[0], "width": shape[-1]} if shape else {}
-        runs = [
-            _Example(lambda x=blank: model(x.clone()), ("batch", width)),
-            _Example(
-                lambda x=blank, s=size: model([{"image": x[0].clone(), **s}]), ("dicts", width)
-            ),
-        ]
-        yield from reversed(runs) if is_detector else runs
-        if is_detector:
-            yield _Example(lambda x=blank: model.backbone(x.clone()), ("backbone", width))
-
-
 def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGraph:
     """Follow the channels of every conv through a model.
 
@@ -801,9 +601,9 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
         return True
 
     trained = batch is not None and worked(batch, True)
-    found: _Example | None = None
+    found: Example | None = None
     seen = tracer.found.first_input
-    for example in _examples(model, list(tracer.convs.values()), seen if trained else None):
+    for example in examples(model, list(tracer.convs.values()), seen if trained else None):
         if found is not None and example.kind != found.kind:
             continue
         if found is None and worked(example.run, False):

@@ -12,8 +12,9 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from repr_det.method.graph import reader_of
 from repr_det.method.removal import Removable
-from repr_det.method.tracing import reader_of, trace
+from repr_det.method.tracing import trace
 from tests.method.nets import PreActivation, Residual, chain
 
 

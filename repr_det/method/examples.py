@@ -1,0 +1,62 @@
+"""Ways to run an unknown model on an example input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+_IMAGE_SIZES = (64, 32, 28, 224, 16, 8, 48, 96, 128, 256, 299, 384, 448, 512)
+"""Image sizes to try, for models that take only one."""
+
+_LARGEST_EXAMPLE = 2**21
+"""Elements of an example input, at most: a cube of 64 voxels, a square of 512 pixels."""
+
+
+class Example(NamedTuple):
+    """A way to run an unknown model; ``kind`` is all about it but the size."""
+
+    run: Callable[[], Any]
+    kind: tuple[str, int]
+
+
+def examples(
+    model: nn.Module, convs: Sequence[nn.Module], seen: torch.Size | None
+) -> Iterator[Example]:
+    """Ways to run an unknown model, the likeliest first.
+
+    Args:
+        model: the model.
+        convs: its convs.
+        seen: shape of what its first conv read when it ran on a batch.
+    """
+    first = convs[0]
+    device, dtype = first.weight.device, first.weight.dtype
+    spatial = first.weight.dim() - 2
+    is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
+    # The first conv in the order of modules need not be the one that reads the image.
+    widths = list(dict.fromkeys([3, first.in_channels, 1]))
+    shapes = [(size,) * spatial for size in _IMAGE_SIZES]
+    if is_detector:
+        del shapes[1:]  # takes any size
+    elif seen is not None and len(seen) == spatial + 2:
+        widths, shapes = [seen[1]], [tuple(seen[2:])]
+    for shape, width in itertools.product(shapes, widths):
+        if 2 * width * math.prod(shape) > _LARGEST_EXAMPLE:
+            continue
+        # One number seen as an image: a graph keeps the run, and what it holds, while it lives.
+        blank = torch.zeros((), device=device, dtype=dtype).expand(2, width, *shape)
+        size = {"height": shape[0], "width": shape[-1]} if shape else {}
+        runs = [
+            Example(lambda x=blank: model(x.clone()), ("batch", width)),
+            Example(
+                lambda x=blank, s=size: model([{"image": x[0].clone(), **s}]), ("dicts", width)
+            ),
+        ]
+        yield from reversed(runs) if is_detector else runs
+        if is_detector:
+            yield Example(lambda x=blank: model.backbone(x.clone()), ("backbone", width))

@@ -1,0 +1,160 @@
+"""How channels go through a model: what tracing found, in a form that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from repr_det.method.channels import Channels
+from repr_det.method.layers import NormLink
+from repr_det.method.modules import named_modules
+
+
+@dataclass(eq=False)
+class Reader:
+    """A conv or linear layer and what each of its input channels is made of.
+
+    Attributes:
+        name: dotted name.
+        module: the layer.
+        unknown: input channels (features) that are never known to be zero: bool of shape (c_in,).
+        filters: by conv, input channels and the filter that each is made of: two int32 tensors of
+            shape (n,). A channel may occur several times; it is zero while all are pruned.
+    """
+
+    name: str
+    module: nn.Module
+    unknown: Tensor
+    filters: dict[str, tuple[Tensor, Tensor]]
+
+    def dead(self, pruned: dict[str, Tensor]) -> Tensor:
+        """Which input channels are zero while the given filters are pruned.
+
+        Args:
+            pruned: bool of shape (J,) by layer name; layers left out are not pruned.
+
+        Returns:
+            bool of shape (c_in,).
+        """
+        alive = self.unknown.clone()
+        for name, (channels, filters) in self.filters.items():
+            if name in pruned:
+                channels = channels[~pruned[name].cpu()[filters]]
+            alive[channels] = True
+        return ~alive
+
+
+def reader_of(name: str, module: nn.Module, sources: Channels) -> Reader:
+    """The reader of channels of the given sources."""
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for channel, filters in enumerate(sources):
+        for conv, index in sorted(filters or ()):
+            pairs.setdefault(conv, []).append((channel, index))
+    indices = {
+        conv: torch.tensor(some, dtype=torch.int32).T.contiguous() for conv, some in pairs.items()
+    }
+    # What is always zero is never pruned either.
+    unknown = torch.tensor([not filters for filters in sources], dtype=torch.bool)
+    return Reader(name, module, unknown, {c: (both[0], both[1]) for c, both in indices.items()})
+
+
+@dataclass
+class ChannelGraph:
+    """What one or several runs of a model showed.
+
+    Attributes:
+        convs: every conv that ran, by dotted name.
+        norms: by conv, the norm channels that each belong to one of its filters.
+        readers: every conv and linear layer that ran, by dotted name.
+        stems: convs that read the image: no layer with weights before them.
+        heads: prediction layers: convs with no layer with weights between them and the output.
+        gates: convs with filters that nothing reads directly, and whose zero becomes a constant
+            that multiplies other channels: squeeze-and-excitation, softmax over branches.
+        unsuitable: convs whose filters cannot be held alone, since their norm is used elsewhere.
+        groups: by conv, the group of each filter (int32 of shape (J,)). Filters of one group go
+            together or not at all: a sum, a shared layer or a batch of several inputs brought their
+            channels together.
+        fixed: by conv, filters that must not be removed (bool of shape (J,)): something sees their
+            channels that is not known to work alike with fewer of them.
+        not_run: parameters and norms that no run used. What they would read is not known.
+        example: runs the model on the example input on which it was followed, if there was one.
+    """
+
+    convs: dict[str, nn.Module] = field(default_factory=dict)
+    norms: dict[str, list[NormLink]] = field(default_factory=dict)
+    readers: dict[str, Reader] = field(default_factory=dict)
+    stems: set[str] = field(default_factory=set)
+    heads: set[str] = field(default_factory=set)
+    gates: set[str] = field(default_factory=set)
+    unsuitable: set[str] = field(default_factory=set)
+    groups: dict[str, Tensor] = field(default_factory=dict)
+    fixed: dict[str, Tensor] = field(default_factory=dict)
+    not_run: list[str] = field(default_factory=list)
+    example: Callable[[], Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but modules and the example, as names, numbers and tensors."""
+        return {
+            "convs": list(self.convs),
+            "norms": {
+                conv: [
+                    {"name": n.name, "filters": n.filters, "channels": n.channels, "dim": n.dim}
+                    for n in links
+                ]
+                for conv, links in self.norms.items()
+            },
+            "readers": {
+                name: {"unknown": r.unknown, "filters": {c: list(p) for c, p in r.filters.items()}}
+                for name, r in self.readers.items()
+            },
+            "stems": sorted(self.stems),
+            "heads": sorted(self.heads),
+            "gates": sorted(self.gates),
+            "unsuitable": sorted(self.unsuitable),
+            "groups": dict(self.groups),
+            "fixed": dict(self.fixed),
+            "not_run": list(self.not_run),
+        }
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], model: nn.Module, example: Callable[[], Any] | None = None
+    ) -> ChannelGraph:
+        """The graph that :meth:`state_dict` described, of the modules of a model.
+
+        Raises:
+            KeyError: the model lacks one of the modules.
+        """
+        modules = dict(named_modules(model))
+
+        def on_cpu(values: dict[str, Any]) -> dict[str, Any]:
+            return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in values.items()}
+
+        return cls(
+            convs={name: modules[name] for name in state["convs"]},
+            norms={
+                conv: [NormLink(module=modules[link["name"]], **on_cpu(link)) for link in links]
+                for conv, links in state["norms"].items()
+            },
+            readers={
+                name: Reader(
+                    name,
+                    modules[name],
+                    reader["unknown"].cpu(),
+                    {c: tuple(i.cpu() for i in pair) for c, pair in reader["filters"].items()},
+                )
+                for name, reader in state["readers"].items()
+            },
+            stems=set(state["stems"]),
+            heads=set(state["heads"]),
+            gates=set(state["gates"]),
+            unsuitable=set(state["unsuitable"]),
+            groups=on_cpu(state["groups"]),
+            fixed=on_cpu(state["fixed"]),
+            not_run=list(state["not_run"]),
+            example=example,
+        )
