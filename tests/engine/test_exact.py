@@ -36,7 +36,7 @@ def clipping(kind, form):
 
 @pytest.mark.parametrize("form", ["class", "instance"])
 @pytest.mark.parametrize("kind", ["norm", "value"])
-@pytest.mark.parametrize("name", ["residual", "residual-bias"])
+@pytest.mark.parametrize("name", ["residual", "residual-bias", "residual-bias-silu"])
 def test_detectron2_clipping_sees_the_smaller_network(monkeypatch, name, kind, form):
     monkeypatch.setitem(test_exact.OPTIMIZERS, "clipped", clipping(kind, form))
     model, reference, losses, _ = test_exact.side_by_side(name, "clipped", torch.float64)
@@ -56,7 +56,7 @@ def test_detectron2_clipping_steps_once_at_the_lower_rate(form):
     assert optimizer.param_groups[0]["lr"] == 0.02
 
 
-@pytest.mark.parametrize("name", ["chain", "residual"])
+@pytest.mark.parametrize("name", ["chain", "residual", "residual-gelu"])
 def test_bfloat16_on_a_cpu(monkeypatch, name):
     """The forward pass in 8 bits of mantissa: a smaller matrix is summed in another order."""
 

@@ -106,13 +106,13 @@ def test_trains_as_the_smaller_network(name, optimizer):
 
 
 @pytest.mark.parametrize("clip", [clip_by_norm, clip_all_by_norm, clip_by_value])
-@pytest.mark.parametrize("name", ["chain", "residual", "residual-bias"])
+@pytest.mark.parametrize("name", ["chain", "residual", "residual-bias", "residual-bias-silu"])
 def test_clipping_sees_the_smaller_network(name, clip):
     model, reference, losses, _ = side_by_side(name, "momentum", torch.float64, clip)
     assert_same(model, reference, losses)
 
 
-@pytest.mark.parametrize("name", ["chain", "residual-bias"])
+@pytest.mark.parametrize("name", ["chain", "residual-bias", "chain-silu"])
 def test_float32(name):
     model, reference, losses, _ = side_by_side(name, "momentum", torch.float32)
     assert_same(model, reference, losses)
