@@ -5,6 +5,8 @@
 # make test-lowest  the everyday tests with the oldest Python and the oldest dependencies allowed
 # make lint         ruff and mypy
 # make docs         the documentation, in docs/_build/html; a warning is an error
+# make test-gpu  tests of the method and the hook on a GPU (3 minutes), or on a CPU to rehearse;
+#                failures are listed last and in output/gpu-failures.txt; DEVICE=cpu or cuda
 # make bench        everything about speed (an hour, on a quiet machine); SIZE=quick takes minutes
 # make clean        delete the demo's output and all caches; environments stay (rm -r .venv)
 #
@@ -14,6 +16,7 @@
 PYTHON = .venv/bin/python
 LOWEST_PYTHON = python3.10
 SIZE = full
+DEVICE = auto
 ENVIRONMENT = .venv/.installed
 
 # What an existing environment must have for the targets to start.
@@ -27,7 +30,7 @@ endif
 RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON)
 PYTEST = -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test test-slow test-all test-lowest bench lint docs clean check
+.PHONY: demo test-gpu test test-slow test-all test-lowest bench lint docs clean check
 
 demo: $(ENVIRONMENT)
 	$(RUN) -m repr_det demo
@@ -43,6 +46,10 @@ test-all: lint
 
 test-lowest: .venv-lowest/.installed
 	PYTHONPATH="$(CURDIR)" .venv-lowest/bin/python $(PYTEST) -m "not slow"
+
+test-gpu: $(ENVIRONMENT)
+	$(RUN) -m pytest tests/method tests/engine -m "gpu and not slow" --device $(DEVICE) \
+		--failures output/gpu-failures.txt
 
 bench: $(ENVIRONMENT)
 	$(RUN) benchmarks/bench.py $(SIZE)

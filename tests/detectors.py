@@ -23,6 +23,7 @@ from repr_det.detection.shapes import register_shapes
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.tasks import get_cfg
+from tests.device import DEVICE
 
 HAS_COCO = (
     Path(os.environ.get("DETECTRON2_DATASETS", "")) / "coco/annotations/instances_val2017.json"
@@ -38,7 +39,7 @@ needs_coco = pytest.mark.skipif(
 
 def shrink(cfg: CfgNode, output_dir: Path) -> CfgNode:
     """Make a config small enough for a test: a narrow ResNet-50, small images, few proposals."""
-    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.DEVICE = str(DEVICE)
     cfg.MODEL.WEIGHTS = ""
     cfg.MODEL.RESNETS.STEM_OUT_CHANNELS = 16
     cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 32

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from tests.device import DEVICE
+
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
 
@@ -148,6 +150,8 @@ def _is_on_gpu(x: Any) -> bool:
 
 def moved_to_gpu(model: nn.Module) -> nn.Module:
     """The model with all its tensors on the GPU, in place."""
+    if DEVICE.type == "cuda":
+        return model.to(GPU)
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -157,6 +161,17 @@ def moved_to_gpu(model: nn.Module) -> nn.Module:
             if buffer is not None:
                 module._buffers[name] = OnGpu(buffer.clone())
     return model
+
+
+@contextmanager
+def a_gpu() -> Iterator[Callable[[Tensor], Tensor]]:
+    """While inside, there is a GPU: the tests' device if it is one, else a pretended one."""
+    if DEVICE.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+        yield lambda x: x.to(GPU)
+    else:
+        with pretended_gpu() as moved:
+            yield moved
 
 
 @contextmanager

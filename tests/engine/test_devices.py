@@ -1,4 +1,4 @@
-"""The method and the smaller network where a model lies on a GPU, which is only pretended."""
+"""The method and the smaller network on a GPU as on a CPU; without one, it is pretended."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.method import compact
 from repr_det.method.compact import Compact
 from repr_det.method.criteria import CRITERIA
+from tests.device import DEVICE
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
-from tests.pretended_gpu import OnGpu, moved_to_gpu, pretended_gpu
+from tests.pretended_gpu import GPU, OnGpu, a_gpu, moved_to_gpu
+
+pytestmark = pytest.mark.gpu
 
 SCHEDULE = RePrSchedule(3, 2, 2)
 LENGTH = SCHEDULE.end + 2
+REAL = DEVICE.type == "cuda"
+# A real one adds in another order, so float64 there: ten steps amplify rounding.
+DTYPE = torch.float64 if REAL else torch.float32
 KEPT = Reinit(norm="previous", gamma="previous", beta="survivors", outgoing=0.5)
 
 
@@ -27,8 +33,8 @@ class Training:
     """A network that trains by RePr, on the pretended GPU or on the CPU."""
 
     def __init__(self, name: str, optimizer: str, *, gpu: bool, **arguments: Any) -> None:
-        self.place = OnGpu if gpu else lambda x: x
-        models = [net(name, torch.float32) for _ in range(2)]
+        self.place = on_gpu if gpu else lambda x: x.cpu()
+        models = [net(name, DTYPE).cpu() for _ in range(2)]
         self.model, self.copy = [moved_to_gpu(m) if gpu else m for m in models]
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         of_data = {"batches": self.batches, "loss": loss}
@@ -39,7 +45,7 @@ class Training:
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         for index in range(500, 600):
-            yield tuple(map(self.place, batch(index, torch.float32)))
+            yield tuple(map(self.place, batch(index, DTYPE)))
 
     def step(self, iteration: int, *, smaller: bool = False) -> None:
         if self.method.due(iteration):
@@ -50,7 +56,7 @@ class Training:
             self.compact.shrink(self.method)
         self.method.overlap()
         self.optimizer.zero_grad()
-        x, y = map(self.place, batch(iteration, torch.float32))
+        x, y = map(self.place, batch(iteration, DTYPE))
         loss(self.model, (x, y)).backward()
         self.optimizer.step()
 
@@ -60,6 +66,10 @@ class Training:
     def saved(self) -> list[Any]:
         """All of its state on the CPU, as a checkpoint would be loaded."""
         return tree_map(on_cpu, [part.state_dict() for part in self.parts()])
+
+
+def on_gpu(x: Tensor) -> Tensor:
+    return x.to(GPU) if REAL else OnGpu(x)
 
 
 def on_cpu(x: Any) -> Any:
@@ -80,7 +90,7 @@ def test_two_cycles_and_a_resumed_run(name):
     alone = Training(name, "adamw", gpu=False, reinit=KEPT)
     for i in range(LENGTH):
         alone.step(i)
-    with pretended_gpu():
+    with a_gpu():
         run = Training(name, "adamw", gpu=True, reinit=KEPT)
         for i in range(LENGTH):
             if i == 4:
@@ -102,7 +112,7 @@ def test_two_cycles_and_a_resumed_run(name):
 @pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"ortho", "hessian"}))
 def test_criteria(criterion):
     """Second derivatives go through tensors that the engine of autograd makes on the CPU here."""
-    with pretended_gpu():
+    with a_gpu():
         run = Training("chain", "momentum", gpu=True, criterion=criterion)
         for i in range(4):
             run.step(i)
@@ -112,13 +122,14 @@ def test_criteria(criterion):
 @pytest.mark.parametrize("name", ["chain", "residual-frozen", "residual-grouped", "dense"])
 def test_the_smaller_network(name, monkeypatch):
     # It is counted by running operations that were taken apart, which asks for a real GPU.
-    monkeypatch.setattr(compact, "_cost", lambda model, run: compact.Cost(1, 1))
+    if not REAL:
+        monkeypatch.setattr(compact, "_cost", lambda model, run: compact.Cost(1, 1))
     monkeypatch.setattr(compact, "_multiple", lambda device, precision: 1)
     with EventStorage():
         on_the_cpu = Training(name, "momentum", gpu=False)
         for i in range(SCHEDULE.end):
             on_the_cpu.step(i, smaller=True)
-        with pretended_gpu():
+        with a_gpu():
             run = Training(name, "momentum", gpu=True)
             for i in range(LENGTH):
                 if i == SCHEDULE.end:
@@ -129,7 +140,7 @@ def test_the_smaller_network(name, monkeypatch):
 
 
 def test_what_a_gpu_refuses_is_refused():
-    with pretended_gpu() as gpu:
+    with a_gpu() as gpu:
         x, index = gpu(torch.ones(3)), torch.tensor([0])
         assert x[index].tolist() == [1.0]
         for wrong in (

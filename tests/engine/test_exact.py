@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.config import get_cfg
+from detectron2.engine import HookBase
 from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils.env import seed_all_rng
 
 from repr_det import RePrSchedule
+from repr_det.detection.trainer import DetectionTrainer
 from repr_det.method.warmup import RateWarmup
-from tests.method import test_exact
+from tests.device import DEVICE
+from tests.engine import killed_run
+from tests.method import nets, test_exact
 from tests.method.nets import loss
 
 
@@ -56,20 +61,101 @@ def test_detectron2_clipping_steps_once_at_the_lower_rate(form):
     assert optimizer.param_groups[0]["lr"] == 0.02
 
 
+ULP = {"bfloat16": 2**-8, "float16": 2**-11}
+"""One unit in the last place."""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ULP)
 @pytest.mark.parametrize("name", ["chain", "residual", "residual-gelu"])
-def test_bfloat16_on_a_cpu(monkeypatch, name):
-    """The forward pass in 8 bits of mantissa: a smaller matrix is summed in another order."""
+def test_mixed_precision(monkeypatch, name, precision):
+    """The forward pass in few bits: a smaller matrix is summed in another order."""
+    if precision == "float16" and DEVICE.type == "cpu":
+        pytest.skip("float16 needs a GPU")
 
     def autocast_loss(model, data):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast(DEVICE.type, dtype=getattr(torch, precision)):
             return loss(model, data)
 
     monkeypatch.setattr(test_exact, "loss", autocast_loss)
     _, _, losses, method = test_exact.side_by_side(name, "momentum", torch.float32)
-    # One unit in the last place of bfloat16; 0 where both sums are rounded alike, as measured here.
-    torch.testing.assert_close(losses[0], losses[1], rtol=2**-8, atol=2**-8)
+    # 0 where both sums are rounded alike, as measured here.
+    tolerance = ULP[precision]
+    torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=tolerance)
     for layer in method.layers:
         assert layer.matrix()[method.pruned[layer.name]].abs().sum() == 0
+
+
+FUSED = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-2, fused=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=1e-2, fused=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=1e-1, fused=True),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", FUSED)
+@pytest.mark.parametrize("name", ["residual", "residual-bias-silu"])
+def test_fused_optimizers(monkeypatch, name, optimizer):
+    monkeypatch.setitem(test_exact.OPTIMIZERS, "fused", FUSED[optimizer])
+    model, reference, losses, _ = test_exact.side_by_side(name, "fused", torch.float64)
+    test_exact.assert_same(model, reference, losses)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["chain-silu", "residual", "residual-frozen-silu", "dense"])
+def test_channels_last(monkeypatch, name):
+    def last(*arguments):
+        return nets.net(*arguments).to(memory_format=torch.channels_last)
+
+    monkeypatch.setattr(test_exact, "net", last)
+    model, reference, losses, _ = test_exact.side_by_side(name, "adamw", torch.float64)
+    test_exact.assert_same(model, reference, losses)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("mode", "compact"),
+    [
+        *(("float32", "off"), ("float32", "on"), ("bfloat16", "on"), ("float16", "on")),
+        *(("channels last", "on"), ("compiled", "on")),
+    ],
+)
+def test_a_detector_in_every_mode(tmp_path, mode, compact):
+    """Trains, stays exactly zero in S2, and goes on from checkpoints of both phases."""
+    if mode == "float16" and DEVICE.type == "cpu":
+        pytest.skip("float16 needs a GPU")
+    cfg = killed_run.detection(str(tmp_path))
+    cfg.REPR.ENABLED, cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = True, 2, 2, 1
+    cfg.REPR.COMPACT = compact
+    cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD = 6, 1
+    cfg.DATASETS.TEST = ()
+    cfg.SOLVER.AMP.ENABLED = mode.endswith("float16")
+    cfg.SOLVER.AMP.PRECISION = mode if cfg.SOLVER.AMP.ENABLED else "auto"
+    cfg.MODEL.CHANNELS_LAST = mode == "channels last"
+    for resumed_from in (None, 0, 2):
+        seed_all_rng(1)
+        if resumed_from is not None:
+            (tmp_path / "last_checkpoint").write_text(f"model_{resumed_from:07d}.pth")
+        trainer = DetectionTrainer(cfg)
+        if mode == "compiled":
+            trainer.model.backbone.compile(backend="aot_eager")
+        trainer.resume_or_load(resume=resumed_from is not None)
+        trainer.register_hooks([Held()])
+        trainer.train()
+        assert all(p.isfinite().all() for p in trainer.model.parameters())
+        assert trainer._repr_hook.method.phase == "full"
+
+
+class Held(HookBase):
+    """Looks at the checkpoint's view of the model: pruned filters are zero, and none is missing."""
+
+    def after_step(self):
+        method = self.trainer._repr_hook.method
+        state = self.trainer.model.state_dict()
+        for layer in method.layers:
+            weight = state[f"{layer.name}.weight"]
+            assert weight[method.pruned[layer.name]].count_nonzero() == 0
 
 
 def test_sync_bn_over_gloo():

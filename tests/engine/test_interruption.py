@@ -14,6 +14,8 @@ import torch
 
 from tests.engine import killed_run
 
+pytestmark = pytest.mark.gpu
+
 ROOT = Path(__file__).parents[2]
 FIRST_DROP = killed_run.S1
 FIRST_RETURN = killed_run.S1 + killed_run.S2

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from repr_det import RePr
+from tests.device import DEVICE
 
 
 def norm(kind: str, channels: int) -> nn.Module:
@@ -154,13 +155,13 @@ NETS = {
 
 def net(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
-    return NETS[name]().to(dtype)
+    return NETS[name]().to(DEVICE, dtype)
 
 
 def batch(index: int, dtype: torch.dtype = torch.float64, size: int = 8) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 + index)
     x = torch.randn(6, 3, size, size, generator=generator, dtype=dtype)
-    return x, torch.randint(0, 2, (6,), generator=generator)
+    return x.to(DEVICE), torch.randint(0, 2, (6,), generator=generator).to(DEVICE)
 
 
 def loss(model: nn.Module, data: tuple[Tensor, Tensor]) -> Tensor:

@@ -12,6 +12,8 @@ from repr_det import RePr, RePrSchedule
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.method.smaller import cuts, full_weights, smaller
 
+pytestmark = pytest.mark.gpu
+
 STEPS = 50
 TOLERANCE = {torch.float64: 3e-14, torch.float32: 6e-7}
 """Ten times the largest difference measured: rounding, amplified over 50 steps."""
