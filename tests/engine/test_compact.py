@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.batches import training_loss
+from repr_det.engine.hook import pays
 from repr_det.method.compact import Compact, _Cut
 from repr_det.method.modules import unchanged
 from tests.detectors import plain_cfg
@@ -255,7 +256,7 @@ def test_measuring_leaves_everything_as_it_was():
     dropout = torch.get_rng_state()
     before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
     gradients = [p.grad.clone() for p in run.model.parameters()]
-    assert run.compact.speedup(run.method, rounds=1) > 0
+    assert run.compact.speedup(run.method, rounds=1).ratio > 0
     assert not run.compact.active
     assert torch.equal(torch.get_rng_state(), dropout)
     for key, value in run.model.state_dict().items():
@@ -265,6 +266,57 @@ def test_measuring_leaves_everything_as_it_was():
         assert torch.equal(value, before[1]["state"][int(number)][name])
     for parameter, gradient in zip(run.model.parameters(), gradients, strict=True):
         assert torch.equal(parameter.grad, gradient)
+
+
+class Gpu:
+    """A clock and a device that works off what was launched only while it is waited for.
+
+    Args:
+        masked: seconds of each pass of the masked network, in order.
+        smaller: of the smaller one.
+    """
+
+    def __init__(self, masked, smaller):
+        self.passes = {False: iter(masked), True: iter(smaller)}
+        self.now = self.waiting = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def wait(self, device):
+        self.now, self.waiting = self.now + self.waiting, 0.0
+
+    def measured(self, monkeypatch):
+        run = Run(net("chain"), "sgd", True).until(S1)
+        run.method.step(S1)
+
+        def on_gpu(model, data):
+            self.waiting += next(self.passes[run.compact.active])
+            return loss(model, data)
+
+        run.compact._loss = on_gpu
+        monkeypatch.setattr("repr_det.method.compact.time", self)
+        monkeypatch.setattr("repr_det.method.compact._wait", self.wait)
+        return run.compact.speedup(run.method)
+
+
+def test_slower_network_is_not_chosen_whatever_disturbs_the_masked_one(monkeypatch):
+    """Three turns of five are disturbed, so medians alone would say 1.4 times as fast."""
+    disturbed = [1.0, 1.5] * 3 + [1.0] * 4
+    speed = Gpu(disturbed, [1.05] * 10).measured(monkeypatch)
+    assert speed.ratio == pytest.approx(1.5 / 1.05)
+    assert speed.lowest == pytest.approx(1 / 1.05)
+    assert not pays(speed, s2=10_000)
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1.0, True), (50.0, True), (70.0, False)])
+def test_faster_network_is_chosen_if_its_first_run_costs_less_than_it_saves(
+    monkeypatch, first, expected
+):
+    """In 600 iterations a network that takes 0.9 of the time saves 60; compiling is in the first."""
+    speed = Gpu([5.0, 1.0] + [1.0] * 8, [first] + [0.9] * 9).measured(monkeypatch)
+    assert speed == pytest.approx((1 / 0.9, 1 / 0.9, first - 0.9))
+    assert pays(speed, s2=600) is expected
 
 
 def test_processes_agree_once_whatever_fails_in_one_of_them(monkeypatch):

@@ -26,6 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from repr_det import Reinit, RePrHook, RePrSchedule
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.config import config_path
+from repr_det.engine.hook import pays
+from repr_det.method.compact import Speed
 from repr_det.tasks import get_cfg
 from tests.detectors import DATA, plain_cfg, shrink
 from tests.method.nets import net
@@ -279,8 +281,8 @@ def test_compact_and_exclude_by_config(tmp_path, compact):
 def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, caplog):
     logging.getLogger("detectron2").propagate = True
     monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
-    for threshold, smaller in ((0.0, True), (1e9, False)):
-        monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", threshold)
+    for smaller in (True, False):
+        monkeypatch.setattr("repr_det.engine.hook.pays", lambda speed, s2, found=smaller: found)
         with caplog.at_level(logging.INFO, "detectron2"):
             hook, sizes = run_with("auto", tmp_path / str(smaller), RePrSchedule(1, 1, 2), 5)
         assert (sizes[1] < sizes[0], sizes[3] < sizes[2]) == (smaller, smaller)
@@ -297,12 +299,21 @@ def one_process(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("threshold", [0.0, 1e9])
+def test_removal_pays_where_every_turn_is_faster_and_its_first_run_is_regained():
+    assert pays(Speed(lowest=1.01, ratio=1.1, price=5), s2=600)
+    assert not pays(Speed(lowest=0.99, ratio=1.1, price=0), s2=600)
+    assert not pays(Speed(lowest=1.01, ratio=1.02, price=0), s2=600)
+    # A tenth less of 100 iterations saves 9 of them.
+    assert pays(Speed(lowest=1.1, ratio=1.1, price=9), s2=100)
+    assert not pays(Speed(lowest=1.1, ratio=1.1, price=10), s2=100)
+
+
+@pytest.mark.parametrize("smaller", [True, False])
 @pytest.mark.parametrize("find_unused", [False, True])
-def test_auto_under_distributed_training(one_process, monkeypatch, threshold, find_unused):
+def test_auto_under_distributed_training(one_process, monkeypatch, smaller, find_unused):
     """Shapes that changed for as long as measuring lasts need a new wrapper, too."""
     monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
-    monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", threshold)
+    monkeypatch.setattr("repr_det.engine.hook.pays", lambda speed, s2: smaller)
 
     torch.manual_seed(0)
     model = Losses()
@@ -315,7 +326,7 @@ def test_auto_under_distributed_training(one_process, monkeypatch, threshold, fi
     hook = RePrHook(RePrSchedule(2, 3, 1))
     trainer.register_hooks([hook])
     trainer.train(0, 8)
-    assert hook.state_dict()["compact"] is (threshold == 0.0)
+    assert hook.state_dict()["compact"] is smaller
     assert hook.method.num_pruned == 0 and len(hook.method.history) == 1
 
 
