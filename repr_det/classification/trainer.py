@@ -26,6 +26,7 @@ from repr_det.classification.loader import (
     train_transform,
 )
 from repr_det.classification.schemes import DenseSparseDenseHook
+from repr_det.engine.class_names import ClassNames, check_names, recorded_names
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
 
@@ -78,9 +79,10 @@ class ClassificationTrainer(RePrTrainer):
 
     @classmethod
     def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
-        """Read the test sets; see :func:`repr_det.classification.datasets.load_images`."""
+        """Read the test sets, whose classes must be those that the weights were trained on."""
+        recorded = recorded_names(weights)
         for name in cfg.DATASETS.TEST:
-            load_images(cfg, name)
+            check_names(recorded, load_images(cfg, name).classes, f"Dataset {name}")
 
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
@@ -93,8 +95,10 @@ class ClassificationTrainer(RePrTrainer):
         return resolve_epochs(cfg, cls.training_images(cfg))
 
     def build_hooks(self) -> list[HookBase]:
-        """The hooks of every task, and Dense-Sparse-Dense where the config asks for it."""
-        hooks = super().build_hooks()
+        """The hooks of every task, names of classes, and Dense-Sparse-Dense if it is asked for."""
+        train = training_set(self.cfg)
+        names = ClassNames(f"Dataset {train}", training_images(self.cfg).classes)
+        hooks = [names, *super().build_hooks()]
         if self.cfg.DSD.ENABLED:
             keys = self.cfg.DSD
             dsd = DenseSparseDenseHook(keys.DENSE_ITERS, keys.SPARSE_ITERS, keys.SPARSITY)
