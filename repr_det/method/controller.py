@@ -94,7 +94,9 @@ class RePr:
 
     Args:
         model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
-        optimizer: trains the model; must work elementwise.
+        optimizer: trains the model; :mod:`repr_det.method.optimizers` says which are accepted. What
+            it trains is asked at each drop. Layers of which another optimizer trains a part, or
+            that another one reads, take no part.
         schedule: when, in iterations.
         prune_ratio: share of all filters that a drop takes, in (0, 1). The paper's p is 0.3.
         criterion: a name in ``CRITERIA`` or a function of its signature.
@@ -115,8 +117,8 @@ class RePr:
             and returns what passes them on, ``tqdm`` for example.
 
     Raises:
-        UserError: an argument out of range, patterns that match nothing, an optimizer that cannot
-            be held filter by filter, a model that could not be run on an example.
+        UserError: an argument out of range, patterns that match nothing, an optimizer that is
+            not accepted, a model that could not be run on an example.
     """
 
     def __init__(

@@ -2,9 +2,9 @@
 
 A pruned filter's parameters (weight row, bias, gamma, beta) and the weights that read its channel
 become zero, together with their optimizer state, and the gradients of its parameters are set to
-zero as backward accumulates them. An optimizer that works elementwise then leaves all of it at
-exactly zero: weight decay and momentum of zero are zero. So nothing is added to the forward pass or
-the step, and any loop that calls ``backward()`` and ``optimizer.step()`` is supported.
+zero as backward accumulates them. An accepted optimizer then leaves all of it at exactly zero:
+weight decay and momentum of zero are zero. So nothing is added to the forward pass, and any loop
+that calls ``optimizer.step()`` is supported.
 
 Every pruned filter is held, also where nothing but zeros reads it: what reads it may change.
 
