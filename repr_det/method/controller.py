@@ -139,24 +139,9 @@ class RePr:
         warmup: int = 0,
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
     ) -> None:
-        for name, value, closed in (
-            ("prune_ratio", prune_ratio, False), ("max_layer_ratio", max_layer_ratio, True)
-        ):  # fmt: skip
-            if not 0 < value <= 1 or (value == 1 and not closed):
-                raise UserError(
-                    f"RePr: {name} is {value}; give a share above 0 and "
-                    f"{'up to' if closed else 'below'} 1."
-                )
-        if isinstance(criterion, str) and criterion not in CRITERIA:
-            raise UserError(
-                f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
-            )
-        needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
+        _check_shares(prune_ratio, max_layer_ratio)
+        needs_data = _check_criterion(criterion, None not in (batches, loss))
         self._looks_at_weights = isinstance(criterion, str) and not needs_data
-        if needs_data and None in (batches, loss):
-            raise UserError(
-                f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
-            )
         check_whole("seed", seed)
         check_optimizer(optimizer)
         self.schedule = schedule
@@ -180,21 +165,7 @@ class RePr:
         self._copied_models = list(copies)
         self._build(self._traced())
         self._check_reachable()
-        constant = not self.reinit.as_it_was and any(
-            link.constant_statistics for link, _ in self._norms(None)
-        )
-        if None not in (batches, loss) and (constant or needs_data):
-            self._check_loss()
-        if isinstance(criterion, str) and criterion in DIFFERENTIATES:
-            with unchanged(self._model), eager():
-                check_derivatives(criterion, self.layers, self._data(cycle=0))
-        if batches is None and constant:
-            warnings.warn(
-                "RePr: the model has norms with constant statistics, which returned channels need "
-                "measured; pass batches= and loss=, or they keep those of the dropped filters.",
-                stacklevel=2,
-            )
-
+        self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
         self._before: dict[str, dict[str, Any]] = {}
@@ -239,6 +210,23 @@ class RePr:
 
     def _run_on_a_batch(self) -> None:
         self._loss(self._model, next(self._batches()))
+
+    def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
+        """Refuse batches and a loss that do not serve what they are for; warn where they miss."""
+        constant = not self.reinit.as_it_was and any(
+            link.constant_statistics for link, _ in self._norms(None)
+        )
+        if None not in (self._batches, self._loss) and (constant or needs_data):
+            self._check_loss()
+        if isinstance(criterion, str) and criterion in DIFFERENTIATES:
+            with unchanged(self._model), eager():
+                check_derivatives(criterion, self.layers, self._data(cycle=0))
+        if self._batches is None and constant:
+            warnings.warn(
+                "RePr: the model has norms with constant statistics, which returned channels need "
+                "measured; pass batches= and loss=, or they keep those of the dropped filters.",
+                stacklevel=3,
+            )
 
     def _check_loss(self) -> None:
         """Fail now where batches and a loss would fail at the first phase change, an hour later."""
@@ -867,6 +855,30 @@ def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
         for entries in state["aside"]
         for reader in readers
     )
+
+
+def _check_shares(prune_ratio: float, max_layer_ratio: float) -> None:
+    """Refuse shares out of range."""
+    if not 0 < prune_ratio < 1:
+        raise UserError(f"RePr: prune_ratio is {prune_ratio}; give a share above 0 and below 1.")
+    if not 0 < max_layer_ratio <= 1:
+        raise UserError(
+            f"RePr: max_layer_ratio is {max_layer_ratio}; give a share above 0 and up to 1."
+        )
+
+
+def _check_criterion(criterion: str | Criterion, has_data: bool) -> bool:
+    """Refuse a name that is unknown, or what it needs and lacks; returns whether it needs data."""
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise UserError(
+            f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
+        )
+    needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
+    if needs_data and not has_data:
+        raise UserError(
+            f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
+        )
+    return needs_data
 
 
 def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> dict[str, Any]:
