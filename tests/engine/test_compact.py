@@ -313,7 +313,7 @@ def test_slower_network_is_not_chosen_whatever_disturbs_the_masked_one(monkeypat
 def test_faster_network_is_chosen_if_its_first_run_costs_less_than_it_saves(
     monkeypatch, first, expected
 ):
-    """In 600 iterations a network that takes 0.9 of the time saves 60; compiling is in the first."""
+    """In 600 iterations a network of 0.9 of the time saves 60; compiling is in the first."""
     speed = Gpu([5.0, 1.0] + [1.0] * 8, [first] + [0.9] * 9).measured(monkeypatch)
     assert speed == pytest.approx((1 / 0.9, 1 / 0.9, first - 0.9))
     assert pays(speed, s2=600) is expected
