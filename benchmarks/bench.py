@@ -5,8 +5,8 @@
     python benchmarks/bench.py quick
 
 Times are ratios of steps that ran one after the other in one process; see networks.py, speed.py
-and ranking.py. The full size writes benchmarks/speed.json and its tables in benchmarks/README.md,
-part by part and by device, so it may be stopped; the quick one prints its tables.
+and ranking.py. The full size writes benchmarks/speed.json, part by part and by device, so it may be
+stopped; `make docs` makes tables of it. The quick one prints its tables.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tabulate import tabulate
 from repr_det.engine.environment import environment
 
 HERE = Path(__file__).resolve().parent
-RESULT, README = HERE / "speed.json", HERE / "README.md"
+RESULT = HERE / "speed.json"
 
 FULL, QUICK = "full", "quick"
 SMALL = ("c3_32", "resnet20", "demo")
@@ -168,16 +168,6 @@ def tables(record: dict[str, Any]) -> str:
     return "\n\n".join(made)
 
 
-def write_readme(records: dict[str, Any]) -> None:
-    """Put all devices' tables between their marks."""
-    begin, end = "<!-- speed.json -->\n", "<!-- end of speed.json -->"
-    text = README.read_text()
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    made = "\n\n".join(map(tables, records.values()))
-    README.write_text(before + begin + "\n" + made + "\n\n" + end + after)
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -208,7 +198,6 @@ def main() -> None:
             print(part, name, json.dumps(record[part][name]), flush=True)
             if keep:
                 RESULT.write_text(json.dumps(records, indent=1) + "\n")
-                write_readme(records)
     print(tables(record))
 
 

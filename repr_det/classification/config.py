@@ -14,8 +14,9 @@ def add_classification_config(cfg: CfgNode) -> None:
     cfg.MODEL.CLASSIFIER = CfgNode()
     # Name of the network, see repr_det.classification.models.classifier_names.
     cfg.MODEL.CLASSIFIER.NAME = "c3_32"
+    # Number of classes. With --train-folder it is the number of folders.
     cfg.MODEL.CLASSIFIER.NUM_CLASSES = 10
-    # Probability of dropout in front of the last linear layer.
+    # Probability of dropout before the last linear layer.
     cfg.MODEL.CLASSIFIER.DROPOUT = 0.0
     # Weight of the loss of each auxiliary output (GoogLeNet, Inception v3), as in their papers.
     cfg.MODEL.CLASSIFIER.AUX_WEIGHT = 0.3
@@ -38,7 +39,7 @@ def add_classification_config(cfg: CfgNode) -> None:
     # Images in a test batch, per process.
     cfg.TEST.IMS_PER_BATCH = 500
     # Epochs between evaluations, instead of TEST.EVAL_PERIOD. Rounded up to whole iterations, so
-    # that evaluations fall behind the epochs where the batch does not divide the images.
+    # that evaluations come after the end of an epoch where the batch does not divide the images.
     cfg.TEST.EVAL_EPOCHS = 0
 
     # Length of training in epochs, instead of SOLVER.MAX_ITER.
@@ -62,17 +63,22 @@ def add_classification_config(cfg: CfgNode) -> None:
     cfg.DISTILL.TEACHER = ""
     # A checkpoint of the teacher that was written by training it with this package.
     cfg.DISTILL.WEIGHTS = ""
+    # Temperature of teacher and student.
     cfg.DISTILL.TEMPERATURE = 4.0
     # Share of the loss that comes from the teacher; the rest comes from the labels.
     cfg.DISTILL.ALPHA = 0.9
 
     # Dense-Sparse-Dense training.
-    cfg.DSD = CfgNode({"ENABLED": False})
-    # Iterations of dense training before weights are removed, and of sparse training after it.
+    cfg.DSD = CfgNode()
+    # Train Dense-Sparse-Dense.
+    cfg.DSD.ENABLED = False
+    # Iterations of dense training before weights are removed.
     cfg.DSD.DENSE_ITERS = 0
+    # Iterations of sparse training after that.
     cfg.DSD.SPARSE_ITERS = 0
-    # The same in epochs.
+    # Epochs of dense training, instead of DSD.DENSE_ITERS.
     cfg.DSD.DENSE_EPOCHS = 0
+    # Epochs of sparse training, instead of DSD.SPARSE_ITERS.
     cfg.DSD.SPARSE_EPOCHS = 0
     # Share of each layer's weights that is removed.
     cfg.DSD.SPARSITY = 0.3

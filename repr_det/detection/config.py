@@ -7,5 +7,5 @@ from detectron2.config import CfgNode
 
 def add_detection_config(cfg: CfgNode) -> None:
     """Add the keys that only detection reads to a Detectron2 config, in place."""
-    # Go on without a training image that cannot be read, instead of stopping.
+    # Skip training images that cannot be read, instead of stopping at the first.
     cfg.INPUT.SKIP_BAD_IMAGES = False

@@ -17,33 +17,36 @@ from repr_det.method import reinit
 def add_repr_config(cfg: CfgNode) -> None:
     """Add ``cfg.REPR`` to a Detectron2 config, in place."""
     cfg.REPR = CfgNode()
-    # Train with RePr; False is standard training of the same config.
+    # Train with RePr. False is standard training with the same config.
     cfg.REPR.ENABLED = False
-    # Unit of S1, S2 and WARMUP: "iteration", or "epoch" where the task knows its number of images.
+    # Unit of S1, S2 and WARMUP: "iteration", or "epoch" for classification.
     cfg.REPR.UNIT = "iteration"
-    # Length of the full network's phase in a cycle.
+    # Length of the full phase in a cycle.
     cfg.REPR.S1 = 0
-    # Length of the sub-network's phase in a cycle.
+    # Length of the sub-network phase in a cycle.
     cfg.REPR.S2 = 0
     # Number of cycles. N * (S1 + S2) must be smaller than SOLVER.MAX_ITER, and should end before
-    # the first drop of the learning rate: a filter that returns later has too low a rate to learn.
+    # the learning rate first falls: a filter that returns later has too low a rate to learn.
     cfg.REPR.N = 3
-    # Share of all filters together that a drop takes, the paper's p.
+    # Share of all filters that a drop takes, the paper's p.
     cfg.REPR.PRUNE_RATIO = 0.3
-    # What ranks filters, a name in repr_det.method.criteria.CRITERIA.
+    # What ranks filters: ortho (the paper's score divided by its expected value for random filters
+    # of the same size), ortho_paper (the score as printed), ortho_authors (that of the authors'
+    # code), weights, random, or with data activations, apoz, gradients, taylor, hessian, oracle.
     cfg.REPR.CRITERION = "ortho"
-    # Shell-style patterns of conv layers that take part; a pattern takes what lies below, too.
-    # Empty: the backbone with its FPN; without a backbone all but stem and prediction layers. Gates
-    # (squeeze-and-excitation) are never among them.
+    # Shell-style patterns of conv layers that take part. A pattern also matches everything below
+    # it. Empty: the backbone with its FPN, or without a backbone all layers but the stem and the
+    # prediction layers, and never gates (squeeze-and-excitation).
     cfg.REPR.INCLUDE = []
-    # Patterns of layers that take no part; wins over INCLUDE.
+    # Patterns of layers that take no part. They win over INCLUDE.
     cfg.REPR.EXCLUDE = []
     # Share of one layer that a drop may take.
     cfg.REPR.MAX_LAYER_RATIO = 0.5
-    # Take pruned filters out of the network physically during S2: "on", "off", or "auto", where a
-    # measurement at the first drop shows that it is faster; with DETERMINISTIC auto means off.
+    # Whether pruned filters are taken out of the network during S2: "on", "off" (they stay as
+    # zeros), or "auto": time both at the first drop and use the faster. auto means off with
+    # DETERMINISTIC, with copies, and where S2 has fewer than 600 iterations altogether.
     cfg.REPR.COMPACT = "auto"
-    # Length, in the unit of S1, over which the learning rate climbs back after each return.
+    # Length over which the learning rate climbs back after each return, in the unit of S1.
     cfg.REPR.WARMUP = 0
     # Seed of the new filters and of the random criterion.
     cfg.REPR.SEED = 0
@@ -51,8 +54,9 @@ def add_repr_config(cfg: CfgNode) -> None:
     # What a returned filter starts with; see repr_det.method.reinit.Reinit.
     defaults = reinit.Reinit()
     cfg.REPR.REINIT = CfgNode()
-    # "orthogonal" to survivors and to the dropped filters, as in the paper, or "previous", which is
-    # ours: filters return as they were at the drop, and the keys below keep their defaults.
+    # "orthogonal" to the survivors and to the dropped filters, as in the paper, or "previous" (ours
+    # and not the paper's): filters return as they were at the drop, and the keys below keep their
+    # defaults.
     cfg.REPR.REINIT.DIRECTION = defaults.direction
     # Length of a new filter: "survivors" (their mean) or "previous" (its own before the drop).
     cfg.REPR.REINIT.NORM = defaults.norm
@@ -62,24 +66,27 @@ def add_repr_config(cfg: CfgNode) -> None:
     cfg.REPR.REINIT.GAMMA = defaults.gamma
     # Shift of the norm and bias of the conv: "zero", "survivors" or "previous".
     cfg.REPR.REINIT.BETA = defaults.beta
-    # Factor on the weights that read a returned filter: 1 as they were at the drop, 0 none.
+    # Scale of the next layer's weights for a returned channel: 1 restores their values from before
+    # the drop, 0 starts at zero. Depthwise filters are restored unchanged.
     cfg.REPR.REINIT.OUTGOING = defaults.outgoing
 
 
-def _add_trainer_config(cfg: CfgNode) -> None:
-    # Make sample order, augmentation and every random draw of a step a function of SEED, iteration
-    # and rank, and torch's operations repeatable: a resumed run ends with the same bits.
+def add_trainer_config(cfg: CfgNode) -> None:
+    """Add the keys of training that every task reads to a Detectron2 config, in place."""
+    # Make the order of samples, augmentation and every random draw a function of SEED, iteration
+    # and rank, and use torch's deterministic algorithms: a run that is killed and resumed ends with
+    # the same bits. SEED must be 0 or more.
     cfg.DETERMINISTIC = False
     # Precision of mixed-precision training: "auto" is float16 on a GPU and bfloat16 on a CPU.
     cfg.SOLVER.AMP.PRECISION = "auto"
-    # Keep weights and images channels last in memory: the same numbers up to rounding.
+    # Keep weights and images channels last in memory. Results are the same up to rounding.
     cfg.MODEL.CHANNELS_LAST = False
     # Compile the backbone of a detector, the network of a classifier, with torch.compile.
     cfg.MODEL.COMPILE = False
-    # So many images are taken out of the training set, always the same ones. DATASETS.TEST names
-    # them by the training set's name with "_heldout" in place of "_train".
+    # Hold out this many training images, always the same ones. To evaluate on them, set
+    # DATASETS.TEST to ("X_heldout",) when training on X_train.
     cfg.DATASETS.HELD_OUT = 0
-    # Share of the other training images to train on, always the same ones.
+    # Share of the training images that are not held out to train on, always the same ones.
     cfg.DATASETS.TRAIN_SHARE = 1.0
 
 
@@ -94,7 +101,7 @@ def get_cfg(*additions: Callable[[CfgNode], None]) -> CfgNode:
     cfg = get_detectron2_cfg()
     add_repr_config(cfg)
     add_solver_config(cfg)
-    _add_trainer_config(cfg)
+    add_trainer_config(cfg)
     for add in additions:
         add(cfg)
     if not torch.cuda.is_available():

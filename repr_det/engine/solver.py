@@ -23,18 +23,19 @@ OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
 def add_solver_config(cfg: CfgNode) -> None:
     """Add the keys of optimizers and schedules to a Detectron2 config, in place."""
-    # One of OPTIMIZERS. SGD takes MOMENTUM and NESTEROV; the others leave both alone.
+    # SGD, Adam, AdamW or RMSprop. Only SGD uses SOLVER.MOMENTUM and SOLVER.NESTEROV.
     cfg.SOLVER.OPTIMIZER = "SGD"
-    # Decay rates of Adam's and AdamW's two moments.
+    # Decay rates of the two moments of Adam and AdamW.
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # Decay rate of RMSprop's second moment.
     cfg.SOLVER.RMSPROP_ALPHA = 0.99
-    # Take the optimizer's step in one kernel. What it gains is recorded in benchmarks/README.md.
+    # Take the optimizer's step in one kernel.
     cfg.SOLVER.FUSED = False
     # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": the learning rate climbs in a straight
     # line from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and back within CYCLE_ITERS iterations, over
     # and over.
     cfg.SOLVER.CYCLE_ITERS = 0
+    # How far the learning rate of "Triangular" climbs above BASE_LR.
     cfg.SOLVER.CYCLE_AMPLITUDE = 0.005
 
 

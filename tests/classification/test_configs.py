@@ -21,7 +21,6 @@ CONFIGS = sorted(
     for path in (Path(__file__).parents[2] / "configs").glob(pattern)
 )
 IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
-# benchmarks/README.md names these two.
 BACK_TOO_LATE = {"cifar10_c3_32_authors", "cifar10_c3_32_cyclical"}
 
 
@@ -65,12 +64,6 @@ def test_config(path):
     schedule.check_fits(cfg.SOLVER.MAX_ITER)
     # Filters come back before the rate falls, where they would have little time to learn.
     assert (schedule.end < first_fall(cfg)) == (path.stem not in BACK_TOO_LATE)
-
-
-def test_the_record_names_the_configs_that_bring_filters_back_too_late():
-    record = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
-    names = " and ".join(f"`{name}.yaml`" for name in sorted(BACK_TOO_LATE))
-    assert f"All configs but {names} bring the last ones back" in " ".join(record.split())
 
 
 def test_imagenet_has_the_means_that_torchvision_trains_with():

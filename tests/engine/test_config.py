@@ -1,7 +1,8 @@
-"""The keys of the config are what README.md says of them."""
+"""The keys of the config, what the documentation says of them, and what they do."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from detectron2.config import CfgNode
+from detectron2.config import get_cfg as get_detectron2_cfg
 
 from repr_det import Reinit, RePr, RePrHook, RePrSchedule
 from repr_det.method.compact import MODES
@@ -16,7 +18,7 @@ from repr_det.method.criteria import CRITERIA
 from repr_det.tasks import get_cfg
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+DOCS = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
 
 
 def flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
@@ -28,49 +30,32 @@ def flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
     return values
 
 
-def rows() -> list[tuple[list[str], list[str], str]]:
-    """The table of keys: the keys of each row, what it says are their defaults, their meaning."""
-    found = []
-    section = README.split("\n## Keys\n")[1].split("\n## ")[0]
-    for line in section.splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        keys = re.findall(r"`([\w.]+)`", cells[0])
-        if len(cells) != 3 or not keys:
-            continue
-        # `.SCALE` lies beside the key before it.
-        full = [key if key[0] != "." else keys[0].rpartition(".")[0] + key for key in keys]
-        defaults = cells[1].split(", ")
-        found.append((full, defaults * len(keys) if len(defaults) == 1 else defaults, cells[2]))
-    return found
+@pytest.fixture(scope="module")
+def documented() -> dict[str, str]:
+    """The comment of every key that the page of the documentation lists."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    functions = [function for group in module.SECTIONS.values() for function in group]
+    return {key: text for add in functions for key, text in module.keys_of(add).items()}
 
 
-def test_defaults_in_the_table_are_those_of_the_config():
-    config = flat(get_cfg())
-    table = {}
-    for keys, defaults, _ in rows():
-        table |= dict(zip(keys, defaults, strict=True))
-    assert table == {key: str(config[key]) for key in table}
+def test_every_key_that_is_added_is_documented(documented):
+    assert set(documented) == set(flat(get_cfg())) - set(flat(get_detectron2_cfg()))
+    assert all(text.endswith(".") for text in documented.values())
 
 
-def test_the_table_has_every_key_of_repr():
-    told = [key for keys, _, _ in rows() for key in keys]
-    assert len(told) == len(set(told))
-    assert {k for k in told if k.startswith("REPR.")} == {f"REPR.{k}" for k in flat(get_cfg().REPR)}
+def test_every_choice_is_documented(documented):
+    for key, names in (("REPR.CRITERION", CRITERIA), ("REPR.COMPACT", MODES)):
+        assert set(names) <= set(re.findall(r"\w+", documented[key])), key
 
 
-def test_the_table_has_every_choice():
-    told = {keys[0]: set(re.findall(r"`(\w+)`", meaning)) for keys, _, meaning in rows()}
-    assert told["REPR.CRITERION"] == set(CRITERIA)
-    assert told["REPR.COMPACT"] == set(MODES)
-
-
-@pytest.mark.parametrize("path", ["README.md", "benchmarks/README.md"])
-def test_keys_that_are_spoken_of_exist(path):
+@pytest.mark.parametrize("path", ["README.md", *DOCS])
+def test_keys_that_documents_name_exist(path):
     text = (ROOT / path).read_text()
     nodes = {key for full in flat(get_cfg()) for key in (full, full.rpartition(".")[0])}
-    spoken = set(re.findall(r"\b[A-Z][A-Z_0-9]*(?:\.[A-Z][A-Z_0-9]*)+\b", text))
-    assert {"REPR.S1", "REPR.COMPACT"} & spoken
-    assert spoken <= nodes
+    named = set(re.findall(r"\b[A-Z][A-Z_0-9]*(?:\.[A-Z][A-Z_0-9]*)+\b", text))
+    assert named <= nodes
 
 
 def test_a_hook_by_config_is_one_by_default():
