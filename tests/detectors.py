@@ -37,6 +37,9 @@ needs_coco = pytest.mark.skipif(
 )
 
 
+CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
+
+
 def shrink(cfg: CfgNode, output_dir: Path) -> CfgNode:
     """Make a config small enough for a test: a narrow ResNet-50, small images, few proposals."""
     cfg.MODEL.DEVICE = str(DEVICE)
@@ -68,6 +71,28 @@ def shrink(cfg: CfgNode, output_dir: Path) -> CfgNode:
     cfg.OUTPUT_DIR = str(output_dir)
     cfg.SEED = 1
     return cfg
+
+
+def overrides(output_dir: Path, **changes: str) -> list[str]:
+    """KEY VALUE pairs of a config as small as :func:`shrink` makes it, with two cycles of RePr."""
+    small = shrink(get_cfg(), output_dir)
+    keys = [
+        "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.RESNETS.STEM_OUT_CHANNELS",
+        "MODEL.RESNETS.RES2_OUT_CHANNELS", "MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.NORM",
+        "MODEL.BACKBONE.FREEZE_AT", "MODEL.FPN.OUT_CHANNELS",
+        "MODEL.RPN.POST_NMS_TOPK_TRAIN", "MODEL.RPN.POST_NMS_TOPK_TEST",
+        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_BOX_HEAD.FC_DIM",
+        "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST",
+        "INPUT.MAX_SIZE_TEST", "DATALOADER.NUM_WORKERS", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR",
+        "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.MAX_ITER", "OUTPUT_DIR", "SEED",
+    ]  # fmt: skip
+    pairs = []
+    for key in keys:
+        node = small
+        for part in key.split("."):
+            node = node[part]
+        pairs += [key, str(node)]
+    return [*pairs, *CYCLES, *(part for pair in changes.items() for part in pair)]
 
 
 def plain_cfg(output_dir: Path, zoo: str = "COCO-Detection/faster_rcnn_R_50_FPN_1x") -> CfgNode:

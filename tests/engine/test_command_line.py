@@ -13,33 +13,9 @@ from torch import nn
 from repr_det.cli import main, parse
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
-from repr_det.tasks import configure, get_cfg, trainer_for
-from tests.detectors import needs_coco, shrink
+from repr_det.tasks import configure, trainer_for
+from tests.detectors import needs_coco, overrides
 from tests.report.folders import write_detection_data
-
-CYCLES = ["REPR.S1", "2", "REPR.S2", "2", "REPR.N", "2"]
-
-
-def overrides(output_dir, **changes):
-    """KEY VALUE pairs that make a config small."""
-    small = shrink(get_cfg(), output_dir)
-    keys = [
-        "MODEL.DEVICE", "MODEL.WEIGHTS", "MODEL.RESNETS.STEM_OUT_CHANNELS",
-        "MODEL.RESNETS.RES2_OUT_CHANNELS", "MODEL.RESNETS.WIDTH_PER_GROUP", "MODEL.RESNETS.NORM",
-        "MODEL.BACKBONE.FREEZE_AT", "MODEL.FPN.OUT_CHANNELS",
-        "MODEL.RPN.POST_NMS_TOPK_TRAIN", "MODEL.RPN.POST_NMS_TOPK_TEST",
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "MODEL.ROI_BOX_HEAD.FC_DIM",
-        "INPUT.MIN_SIZE_TRAIN", "INPUT.MAX_SIZE_TRAIN", "INPUT.MIN_SIZE_TEST",
-        "INPUT.MAX_SIZE_TEST", "DATALOADER.NUM_WORKERS", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR",
-        "SOLVER.STEPS", "SOLVER.WARMUP_ITERS", "SOLVER.MAX_ITER", "OUTPUT_DIR", "SEED",
-    ]  # fmt: skip
-    pairs = []
-    for key in keys:
-        node = small
-        for part in key.split("."):
-            node = node[part]
-        pairs += [key, str(node)]
-    return [*pairs, *CYCLES, *(part for pair in changes.items() for part in pair)]
 
 
 def train(*arguments):

@@ -1,0 +1,84 @@
+"""The code and the commands of README and docs work as they stand, with few iterations."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from torch import nn
+
+from repr_det.cli import COMMANDS, main, parse
+from repr_det.tasks import get_cfg
+from tests.detectors import overrides, shrink
+from tests.documents import ROOT, blocks, commands
+from tests.report.folders import write_detection_data
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS)
+def test_commands_are_parsed_without_a_word_of_old_options(path, capsys):
+    for words in commands(path):
+        parse(words)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "path", ["README.md", pytest.param("docs/tutorial.md", marks=pytest.mark.slow)]
+)
+def test_commands_on_your_own_data_do_their_work(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    annotations, _ = write_detection_data(tmp_path)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").write_bytes(annotations.read_bytes())
+    run = [
+        words for words in commands(path) if words[0] not in ("install-detectron2", "demo", "env")
+    ]
+    assert len(run) >= 3 and {words[0] for words in run} <= set(COMMANDS)
+    small = dict(zip(*2 * [iter(overrides(tmp_path))], strict=True))
+    for key in ("OUTPUT_DIR", "DATASETS.TRAIN", "DATASETS.TEST"):
+        small.pop(key, None)
+    small |= {"SOLVER.MAX_ITER": "9", "TEST.EVAL_PERIOD": "9"}
+    for words in run:
+        if words[0] == "train":
+            words = [*words, *(part for pair in small.items() for part in pair)]
+        try:
+            assert main(words) == 0, words
+        finally:
+            for name in ("my_train", "my_val"):
+                for catalog in (DatasetCatalog, MetadataCatalog):
+                    if name in catalog.list():
+                        catalog.remove(name)
+    for name in ("standard", "repr"):
+        assert (tmp_path / "output" / name / "model_final.pth").is_file()
+    assert (tmp_path / "report.html").is_file()
+
+
+class TestCodeOfTheReadme:
+    """Its two blocks, with shorter schedules."""
+
+    @pytest.fixture
+    def code(self):
+        return blocks("README.md", "python")
+
+    def test_in_a_detectron2_trainer(self, code, tmp_path):
+        cfg = shrink(get_cfg(), tmp_path)
+        cfg.SOLVER.MAX_ITER = 10
+        scope = {"cfg": cfg}
+        exec(code[0].replace("12000", "2").replace("6000", "1"), scope)
+        assert scope["trainer"].iter == cfg.SOLVER.MAX_ITER
+        history = json.loads((tmp_path / "repr_history.json").read_text())
+        assert [drop["iteration"] for drop in history["drops"]] == [2, 5, 8]
+
+    def test_in_a_plain_loop(self, code):
+        layers = [nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        loader = [torch.randn(4, 3, 9, 9) for _ in range(10)]
+        scope = {"model": model, "loader": loader}
+        scope["optimizer"] = torch.optim.SGD(model.parameters(), 0.1)
+        before = layers[1].weight.detach().clone()
+        exec(code[1].replace("2000", "2").replace("1000", "1"), scope)
+        assert not torch.equal(layers[1].weight, before)
+        assert not any(pruned.any() for pruned in scope["method"].pruned.values())
