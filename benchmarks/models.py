@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import time
 import warnings
 from collections import Counter
@@ -267,8 +268,10 @@ def removed(model: nn.Module, method: RePr, batch: Batch) -> dict[str, Any]:
 def main() -> None:
     """Check the models of some lists and print what became of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("lists", nargs="*", default=list(LISTS), choices=[*LISTS, []])
-    parser.add_argument("--match", default="", help="only models whose name contains this")
+    parser.add_argument("lists", nargs="+", choices=list(LISTS))
+    parser.add_argument(
+        "--match", default="", help="only models whose name this regular expression finds"
+    )
     parser.add_argument("--record", action="store_true", help="write models.json")
     arguments = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
@@ -281,7 +284,7 @@ def main() -> None:
             print(f"{kind} is left out: {error}")
             continue
         for name, build in models:
-            if arguments.match not in name:
+            if not re.search(arguments.match, name):
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

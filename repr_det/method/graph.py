@@ -74,7 +74,8 @@ class ChannelGraph:
         heads: prediction layers: convs with no layer with weights between them and the output.
         gates: convs with filters that nothing reads directly, and whose zero becomes a constant
             that multiplies other channels: squeeze-and-excitation, softmax over branches.
-        unsuitable: convs whose filters cannot be held alone, since their norm is used elsewhere.
+        unsuitable: convs whose filters cannot be held: their norm is used elsewhere, or their
+            results are not zero where all that belongs to the filter is.
         groups: by conv, the group of each filter (int32 of shape (J,)). Filters of one group go
             together or not at all: a sum, a shared layer or a batch of several inputs brought their
             channels together.

@@ -40,7 +40,7 @@ from repr_det.method.channels import (
 )
 from repr_det.method.examples import Example, examples
 from repr_det.method.graph import ChannelGraph, Reader, reader_of
-from repr_det.method.layers import NormLink
+from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import (
     eager,
     is_conv,
@@ -105,7 +105,8 @@ class _Found:
             input.
         tied: pairs of filters whose channels became one.
         fixed: filters that must not be removed.
-        first_input: shape of what the first conv read.
+        shapes: by conv, the shape of what it read.
+        doubtful: convs whose result is not known to be zero where their filter is.
     """
 
     ran: set[str] = field(default_factory=set)
@@ -120,7 +121,8 @@ class _Found:
     irregular: set[str] = field(default_factory=set)
     tied: set[tuple[Filter, Filter]] = field(default_factory=set)
     fixed: set[Filter] = field(default_factory=set)
-    first_input: torch.Size | None = None
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    doubtful: set[str] = field(default_factory=set)
 
     def copy(self) -> _Found:
         return _Found(**{key: copy.copy(value) for key, value in vars(self).items()})
@@ -274,8 +276,8 @@ class _Tracer(TorchDispatchMode):
             # A group of its own keeps its input, since its filters have no other.
             self.found.pin(tag)
         self.found.ran.add(name)
-        if self.found.first_input is None and isinstance(x, Tensor):
-            self.found.first_input = x.shape
+        if isinstance(x, Tensor):
+            self.found.shapes.setdefault(name, x.shape)
         if not origin.layers:
             self.found.stems.add(name)
         self.found.read |= origin.layers
@@ -290,6 +292,8 @@ class _Tracer(TorchDispatchMode):
             tag = self._fresh(name, out.dim() - self.spatial[name] - 1)
             self._set_tag(out, tag)
             self.found.pin(self._tag(x), tag)
+        if self._tag(out) is None and not any(map(is_norm, self.modules[name].modules())):
+            self.found.doubtful.add(name)
         self._set_origin(out, _Origin(frozenset([name]), frozenset([name])))
 
     def _fresh(self, name: str, dim: int = 1) -> Tag:
@@ -602,7 +606,7 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
 
     trained = batch is not None and worked(batch, True)
     found: Example | None = None
-    seen = tracer.found.first_input
+    seen = next(iter(tracer.found.shapes.values()), None)
     for example in examples(model, list(tracer.convs.values()), seen if trained else None):
         if found is not None and example.kind != found.kind:
             continue
@@ -655,7 +659,14 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         stems=found.stems,
         heads=heads,
         gates={name for name, _ in found.gating - read},
-        unsuitable={conv for conv, norm, _ in found.links if norm in found.irregular},
+        unsuitable={
+            *(conv for conv, norm, _ in found.links if norm in found.irregular),
+            *(
+                name
+                for name in convs.keys() & (found.irregular | found.doubtful)
+                if name in found.shapes and not _is_silent(convs[name], found.shapes[name])
+            ),
+        },
         groups=groups_of(found.tied, widths),
         fixed={
             name: torch.tensor([(name, index) in found.fixed for index in range(width)])
@@ -663,6 +674,45 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         },
         not_run=not_run,
     )
+
+
+def _is_silent(conv: nn.Module, shape: torch.Size) -> bool:
+    """Whether a conv's filters are zero where all that belongs to them is, tried out on noise.
+
+    The weight may be computed from all filters, or something may be added to the result.
+    """
+    layer = FilterLayer("", conv)
+    chosen = torch.arange(layer.num_filters) % 2 == 0
+    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    weight = layer.weight
+    try:
+        with unchanged(conv), torch.no_grad(), eager(), _Convolutions() as convolutions:
+            for slot in layer.filter_slots(chosen):
+                slot.fill(0.0)
+            results = [conv(noise.to(weight.device, weight.dtype))]
+    except Exception:  # a conv of an unknown kind may raise anything
+        return False
+    if any(map(is_norm, conv.modules())):
+        results = convolutions.results  # what the norm adds is a part of the filter
+    places = chosen.nonzero().flatten().to(weight.device)
+    dim = -(weight.dim() - 1)
+    return not any(result.index_select(dim, places).any() for result in results)
+
+
+class _Convolutions(TorchDispatchMode):
+    """Keeps the results of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in CONVOLUTIONS:
+            self.results.append(out)
+        return out
 
 
 def _not_run(tracer: _Tracer) -> list[str]:

@@ -317,6 +317,39 @@ def test_layer_whose_norm_has_another_user_takes_no_part():
     assert "c" not in names_of(model)
 
 
+class Computed(nn.Conv2d):
+    """A conv whose weight or result is computed in a way of its own."""
+
+    def __init__(self, weight=lambda w: w, result=lambda y: y) -> None:
+        super().__init__(8, 8, 1)
+        self.computed, self.result = weight, result
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.result(F.conv2d(x, self.computed(self.weight), self.bias))
+
+
+COMPUTED = {
+    "centred in each filter": (lambda w: w - w.mean((1, 2, 3), keepdim=True), None, True),
+    "centred over filters": (lambda w: w - w.mean(0, keepdim=True), None, False),
+    "softmax of the weight": (lambda w: w.softmax(1), None, False),
+    "sign of the weight": (torch.sign, None, True),
+    "shifted result": (None, lambda y: y + 0.1, False),
+    "scaled result": (None, lambda y: 2 * y, True),
+    "sigmoid of the result": (None, torch.sigmoid, False),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_conv_takes_part_only_if_zero_weights_make_zeros(name):
+    weight, result, takes_part = COMPUTED[name]
+    given = {"weight": weight, "result": result}
+    conv = Computed(**{key: value for key, value in given.items() if value is not None})
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), conv, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1))
+    before = copy.deepcopy(model.state_dict())
+    assert ("1" in names_of(model)) == takes_part
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 # --- keyword arguments
 
 
