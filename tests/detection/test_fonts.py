@@ -126,7 +126,7 @@ def test_dollar_signs_are_drawn(draw, name):
 
 def width_of(name):
     """Of a class in the report's figure of classes, in pixels."""
-    figure = plots.bars([name], {"RePr": [[0.5]]}, "AP (%)")
+    figure = plots.bars([name], {"RePr": [[0.5]]}, "AP (%)", plots.colours(["RePr"]))
     figure.canvas.draw()
     (label,) = [t for t in figure.axes[0].get_yticklabels() if t.get_text() == name]
     return label.get_window_extent().width, figure
