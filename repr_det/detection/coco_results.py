@@ -97,11 +97,11 @@ def results_path(path: str | Path) -> Path:
         if not (path / RESULTS).is_file():
             raise UserError(
                 f"Run folder {path} holds no {RESULTS}: evaluate the run on a COCO-format dataset "
-                "first, or give a results file."
+                "first, or set a results file."
             )
         return path / RESULTS
     if not path.is_file():
-        raise UserError(f"Results {path} do not exist: give a COCO results file or a run folder.")
+        raise UserError(f"Results {path} do not exist. Set a COCO results file or a run folder.")
     return path
 
 

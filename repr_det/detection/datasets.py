@@ -242,28 +242,27 @@ def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """Refuse a config whose datasets are not there; see :func:`check_dataset`.
-
-    COCO files that Detectron2 would read are read by :func:`register_coco` from here on.
-    """
+    """Refuse a config whose datasets are not there; see :func:`check_dataset`."""
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        check_dataset(name)
-        metadata = MetadataCatalog.get(name)
-        if is_coco(metadata) and _is_read_by_us(name):
-            register_coco(name, metadata.json_file, metadata.image_root, uses_of(cfg))
+        check_dataset(name, uses_of(cfg))
 
 
-def check_dataset(name: str) -> None:
+def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
     """Refuse a dataset that is not there.
 
+    A COCO file that Detectron2 would read is read by :func:`register_coco` from here on.
+
+    Args:
+        name: of the dataset.
+        uses: what it is for.
+
     Raises:
-        UserError: a name that nobody registered.
-        UserError: annotations or images that do not exist.
+        UserError: a name that nobody registered, or annotations or images that do not exist.
     """
     if name not in DatasetCatalog.list():
         raise UserError(
-            f"Dataset {name} is not registered: register it, or give its files with --train-data "
-            f"or --test-data NAME JSON IMAGES."
+            f"Dataset {name} is not registered. Register it, or set its files with --train-data or "
+            f"--test-data NAME JSON IMAGES."
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("drawn_on_first_use"):
@@ -276,6 +275,8 @@ def check_dataset(name: str) -> None:
                 f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)} (make demo needs "
                 f"no data)."
             )
+    if is_coco(metadata) and _is_read_by_us(name):
+        register_coco(name, metadata.json_file, metadata.image_root, uses)
 
 
 def _folder_of(path: str) -> str:
@@ -304,13 +305,13 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
         if count != len(classes):
             raise UserError(
                 f"{num_classes_key(cfg)} is {count}, but dataset {name} has {len(classes)} "
-                f"classes: set it to {len(classes)}, or give another dataset."
+                f"classes. Set it to {len(classes)}, or another dataset."
             )
         first = first or (name, classes)
         if list(classes) != list(first[1]):
             raise UserError(
-                f"Dataset {name} has other classes than {first[0]}, or in another order: give both "
-                f"the same ones."
+                f"Dataset {name} has other classes than {first[0]}, or in another order. Set "
+                f"datasets with the same ones."
             )
 
 

@@ -63,7 +63,7 @@ def draw_instances(
     scores = fields["scores"].tolist() if "scores" in fields else [None] * len(classes)
     masks = fields["masks"] if "masks" in fields else [None] * len(classes)
     masks = getattr(masks, "tensor", masks)
-    # the best detection last, so that its label lies on top
+    # the best detection last, so that its label is on top
     order = sorted(range(len(classes)), key=lambda k: -1 if scores[k] is None else scores[k])
     order = [k for k in order if scores[k] is None or scores[k] >= min_score]
     thick = max(1, round(max(canvas.shape[:2]) / 250))
@@ -154,7 +154,7 @@ def draw_detections(
         class_names: names of the contiguous class ids.
         out_png: where to save the sheet.
         titles: of what is drawn of each image.
-        columns: how many images beside one another.
+        columns: how many images next to one another.
         side: see :func:`draw_instances`.
         min_score: see :func:`draw_instances`.
 
@@ -169,7 +169,7 @@ def draw_detections(
         for image, *drawn in examples
     ]
     if not tiles:
-        raise UserError("There are no images to draw detections on: give at least one.")
+        raise UserError("There are no images to draw detections on. Set at least one.")
     height = max(tile.shape[0] for row in tiles for tile in row)
     width = max(tile.shape[1] for row in tiles for tile in row)
     gap, head = max(4, width // 60), width // 12

@@ -191,8 +191,8 @@ def instances_of(output: dict[str, Any]) -> Instances:
     """
     if "instances" not in output:
         raise UserError(
-            f"The model does not answer with instances but with {', '.join(output)}: give a "
-            f"detector."
+            f"The model does not answer with instances but with {', '.join(output)}. Set the "
+            f"config of a detector."
         )
     return output["instances"].to("cpu")
 

@@ -23,7 +23,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError(
-            "DATASETS.TRAIN is empty: name registered datasets, or give images with --train-data."
+            "DATASETS.TRAIN is empty. Set registered datasets, or images with --train-data."
         )
     try:
         records = get_detection_dataset_dicts(
@@ -51,7 +51,7 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     records = [record for record in records if record["file_name"] in chosen]
     if not records:
         raise UserError(
-            f"DATASETS.TRAIN_SHARE {share} leaves no image with annotations: give a larger share."
+            f"DATASETS.TRAIN_SHARE {share} leaves no image with annotations. Set a larger share."
         )
     return records
 
@@ -100,7 +100,7 @@ def register_held_out(cfg: CfgNode) -> None:
         for name in map(held_out_name, cfg.DATASETS.TRAIN):
             if name in cfg.DATASETS.TEST and not _is_foreign(name):
                 raise UserError(
-                    f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to "
+                    f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to "
                     "hold out."
                 )
         return
@@ -109,14 +109,14 @@ def register_held_out(cfg: CfgNode) -> None:
     if len(cfg.DATASETS.TRAIN) != 1:
         raise UserError(
             f"DATASETS.HELD_OUT takes images out of one training set, but DATASETS.TRAIN is "
-            f"{tuple(cfg.DATASETS.TRAIN)}: give one, or hold out none."
+            f"{tuple(cfg.DATASETS.TRAIN)}. Set one, or DATASETS.HELD_OUT 0."
         )
     train = cfg.DATASETS.TRAIN[0]
     name = held_out_name(train)
     if _is_foreign(name):
         raise UserError(
             f"A dataset called {name} is registered already, which is how the images of "
-            "DATASETS.HELD_OUT would be called: give it another name."
+            "DATASETS.HELD_OUT would be called. Set another name for it."
         )
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)

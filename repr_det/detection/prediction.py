@@ -86,7 +86,7 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
                 raise UserError(f"Folder {path} holds no images ({', '.join(SUFFIXES)}).")
             sources += [Source(p, p.relative_to(path)) for p in found]
         elif not path.exists():
-            raise UserError(f"Input {path} does not exist: give images, folders or videos.")
+            raise UserError(f"Input {path} does not exist. Set images, folders or videos.")
         elif path.suffix.lower() in SUFFIXES:
             sources.append(Source(path, Path(path.name)))
         elif path.suffix.lower() in VIDEOS:
@@ -104,16 +104,16 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
 
 def _check_drawn(sources: Sequence[Source], output: Path) -> None:
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output} is a file: give a folder.")
+        raise UserError(f"--output {output} is a file. Set a folder.")
     by_target: dict[Path, Path] = {}
     inputs = {source.path.resolve() for source in sources}
     for source in sources:
         target = (output / source.drawn).resolve()
         if target in inputs:
-            raise UserError(f"--output {output} would replace {target}: give another folder.")
+            raise UserError(f"--output {output} would replace {target}. Set another folder.")
         if target in by_target:
             raise UserError(
-                f"{by_target[target]} and {source.path} would both be drawn as {target}: give them "
+                f"{by_target[target]} and {source.path} would both be drawn as {target}. Name them "
                 f"in separate calls."
             )
         by_target[target] = source.path
@@ -150,7 +150,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
         if len(found.names) != count:
             raise UserError(
                 f"{annotations} has {len(found.names)} classes, but {num_classes_key(cfg)} is "
-                f"{count}: give annotations of the dataset that the model was trained on."
+                f"{count}. Set annotations of the dataset that the model was trained on."
             )
         check_names(recorded, found.names, str(annotations))
         return found._replace(images={i["file_name"]: i["id"] for i in content["images"]})
@@ -195,12 +195,12 @@ class Detector:
             below its own ``SCORE_THRESH_TEST``.
 
     Raises:
-        UserError: a score that is none, or an order of channels that images do not have.
+        UserError: a score out of range, or an order of channels that images do not have.
     """
 
     def __init__(self, cfg: CfgNode, min_score: float = 0.5) -> None:
         if not 0 <= min_score <= 1:
-            raise UserError(f"--score-threshold is {min_score}: give a score from 0 to 1.")
+            raise UserError(f"--score-threshold is {min_score}. Set a score from 0 to 1.")
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
             raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: only RGB and BGR can be read.")
         self._min_score = min_score
@@ -264,13 +264,13 @@ def predict(
     """Detect on images and videos, and draw.
 
     Images are drawn by :func:`repr_det.detection.drawing.draw_over`, and videos, without keypoints,
-    by :func:`repr_det.detection.drawing.draw_instances`. What cannot be read is left out and told
+    by :func:`repr_det.detection.drawing.draw_instances`. What cannot be read is left out and named
     in the outcome.
 
     Args:
         detector: what detects.
         labels: what the results are called. ``image_id`` is the one that the labels know for a file
-            name (as it stands in a folder); other images and frames are numbered behind those.
+            name (as it stands in a folder); other images and frames are numbered after those.
         sources: from :func:`find_sources`.
         output: folder for the pictures and videos, made when there is something to write; None to
             draw nothing.
@@ -292,7 +292,7 @@ def predict(
     names = [source.drawn.as_posix() for source in images]
     if twice := [name for name in labels.images if names.count(name) > 1]:
         raise UserError(
-            f"Several images are {twice[0]} of the annotations: give them in separate calls."
+            f"Several images are {twice[0]} of the annotations. Name them in separate calls."
         )
     total = len(images) + sum(map(_length, videos))
     with tqdm(total=total, desc="Detecting", unit="image", disable=not progress) as bar:
@@ -379,7 +379,7 @@ def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
 def _check_video(path: Path) -> None:
     with _opened(path) as capture:
         if not capture.read()[0]:
-            raise UserError(f"Video {path} cannot be read: give another, or convert it to .mp4.")
+            raise UserError(f"Video {path} cannot be read. Set another, or convert it to .mp4.")
 
 
 def _fps(capture: cv2.VideoCapture) -> float:
@@ -414,7 +414,7 @@ def _read_frames(video: Source, numbers: Iterator[int], faults: list[str]) -> It
         promised = capture.get(cv2.CAP_PROP_FRAME_COUNT)
         # Some containers only estimate their number of frames.
         if promised - number > _fps(capture):
-            faults.append(f"{video.path} (behind frame {number} of {promised:.0f})")
+            faults.append(f"{video.path} (after frame {number} of {promised:.0f})")
 
 
 @contextmanager

@@ -59,12 +59,12 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
     """
     if not 0 <= held_out < size:
         raise UserError(
-            f"DATASETS.HELD_OUT is {held_out}, but the training set has {size} images: hold out "
-            "fewer."
+            f"DATASETS.HELD_OUT is {held_out}, but the training set has {size} images. Hold "
+            "out fewer."
         )
     if not 0 < share <= 1:
         raise UserError(
-            f"DATASETS.TRAIN_SHARE is {share}; give a share above 0 and at most 1, the whole."
+            f"DATASETS.TRAIN_SHARE is {share}. Set a share above 0 and at most 1, the whole."
         )
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     count = max(1, round(share * (size - held_out)))
@@ -72,7 +72,7 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is none of the user's: ``._photo.jpg``, ``.ipynb_checkpoints``."""
+    """Whether a file or folder is not meant as data: ``._photo.jpg``, ``.ipynb_checkpoints``."""
     return path.name.startswith(".") and path.name != ".."
 
 

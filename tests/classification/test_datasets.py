@@ -209,7 +209,7 @@ def test_config_names_the_held_out_part():
     cfg.DATASETS.HELD_OUT = 0
     assert len(load_images(cfg, "corners_train")) == 30
     cfg.DATASETS.TRAIN_SHARE = 1.5
-    with pytest.raises(ValueError, match="DATASETS.TRAIN_SHARE is 1.5; give a share above 0"):
+    with pytest.raises(ValueError, match="DATASETS.TRAIN_SHARE is 1.5. Set a share above 0"):
         load_images(cfg, "corners_train")
 
 

@@ -112,7 +112,7 @@ def test_masks_alone_where_asked_for(files, tmp_path, capsys):
         (None, ("--json", "nowhere/out.json"), "Folder nowhere of --json does not exist"),
         (None, ("--json", "."), "Target . of --json is a folder: give the name of a file."),
         (None, ("--iou-type", "segm"), "IoU type segm needs segmentation everywhere"),
-        (lambda a: a.unlink(), (), "do not exist: give a COCO results file or a run folder."),
+        (lambda a: a.unlink(), (), "do not exist. Set a COCO results file or a run folder."),
         (lambda a: (a.unlink(), a.mkdir()), (), "holds no inference/coco_instances_results.json"),
         (lambda a: a.write_text("hello"), (), "is not JSON (JSONDecodeError"),
         (lambda a: a.write_text('{"images": []}'), (), "is not a COCO results file"),

@@ -247,7 +247,7 @@ def test_a_video_that_breaks_off(run, tmp_path, capsys):
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     assert call(run, path, "--json", tmp_path / "found.json") == 1
-    assert f"1 could not be read: {path} (behind frame" in capsys.readouterr().err.splitlines()[-1]
+    assert f"1 could not be read: {path} (after frame" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture
@@ -279,7 +279,7 @@ def inputs(tmp_path, run, monkeypatch):
         (["clip.mp4"], ["--output", "out"], "Video clip.mp4 cannot be read"),
         (["twin"], ["--output", "out"], "would both be drawn as"),
         ([], ["--output", "."], "--output . would replace"),
-        ([], ["--output", "notes.txt"], "--output notes.txt is a file: give a folder"),
+        ([], ["--output", "notes.txt"], "--output notes.txt is a file. Set a folder"),
         ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0. Set it to 1 or more"),
         ([], ["--output", "out", "--score-threshold", "1.5"], "--score-threshold is 1.5"),
         ([], ["--output", "out", "--annotations", "no.json"], "no.json does not exist"),

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from repr_det.detection.datasets import (
+    check_annotations,
     check_classes,
+    check_dataset,
     check_datasets,
+    check_same_classes,
+    check_training_objects,
     take_num_classes,
     use_coco_data,
 )
@@ -123,3 +129,92 @@ def test_classes_in_another_order(cfg, coco, name):
             check_classes(cfg, [name, other])
     finally:
         MetadataCatalog.remove(other)
+
+
+@pytest.fixture
+def registered(coco, name):
+    """A file with a polygon of one point, registered as a user's own code does."""
+    polygon = {"segmentation": [[1, 2]]}
+    changed(coco[0], lambda c: c["annotations"][0].update(polygon))
+    register_coco_instances(name, {}, *coco)
+    return name
+
+
+def test_what_detectron2_registered_is_read_by_the_same_reader(cfg, registered):
+    """Detectron2's own leaves the object out, for boxes, too."""
+    assert not DatasetCatalog.get(registered)[0]["annotations"]
+    check_dataset(registered)
+    (entry,) = DatasetCatalog.get(registered)[0]["annotations"]
+    assert entry["bbox"] == [1, 2, 10, 10] and "segmentation" not in entry
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (registered,)
+    cfg.MODEL.MASK_ON = True
+    check_datasets(cfg)
+    for read in (
+        lambda: DatasetCatalog.get(registered),
+        lambda: check_annotations(cfg, [registered]),
+    ):
+        with pytest.raises(UserError, match=r"annotation 5 has the polygon \[1, 2\]"):
+            read()
+
+
+def test_a_loader_of_the_users_own_is_kept(cfg, coco, name):
+    """Only the annotation file, on which it is evaluated, is checked."""
+    records = [{"file_name": "1.png"}]
+    DatasetCatalog.register(name, lambda: records)
+    MetadataCatalog.get(name).set(json_file=coco[0], evaluator_type="coco")
+    check_dataset(name)
+    assert DatasetCatalog.get(name) is records
+    changed(coco[0], lambda c: c["annotations"][0].update(bbox=None))
+    with pytest.raises(UserError, match="annotation 5 has the bbox null"):
+        check_annotations(cfg, [name])
+
+
+def test_files_of_other_classes_than_the_dataset_has(cfg, coco, name):
+    register_coco_instances(name, {"thing_classes": ["bolt", "nut", "washer"]}, *coco)
+    with pytest.raises(UserError, match=f"has other classes than dataset {name}, or in another"):
+        check_annotations(cfg, [name])
+
+
+@pytest.mark.parametrize("other", ["nut,washer,bolt", "nut,bolt", "nut,bolt,washer"])
+def test_training_and_test_files_have_the_same_classes(cfg, coco, name, other):
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    MetadataCatalog.get("other_classes").thing_classes = other.split(",")
+    try:
+        if other == "nut,bolt,washer":
+            return check_same_classes(name, "other_classes")
+        with pytest.raises(UserError, match="or in another order"):
+            check_same_classes(name, "other_classes")
+    finally:
+        MetadataCatalog.remove("other_classes")
+
+
+@pytest.mark.parametrize(
+    ("file_name", "advice"),
+    [("train\\1.png", "Set the path with slashes"), ("http://a.org/1.png", "Download the images")],
+)
+def test_paths_of_windows_and_urls_are_hinted_at(cfg, coco, name, file_name, advice):
+    changed(coco[0], lambda c: c["images"][0].update(file_name=file_name))
+    with pytest.raises(UserError, match=rf"Image 1 has the file_name .*{advice}"):
+        use_coco_data(cfg, "TRAIN", name, *coco)
+    assert name not in DatasetCatalog.list() and name not in MetadataCatalog.list()
+    if "\\" in file_name:  # a name like any other where it is there
+        (Path(coco[1]) / file_name).touch()
+        use_coco_data(cfg, "TRAIN", name, *coco)
+
+
+@pytest.mark.parametrize(
+    ("segmentation", "mask_format", "sentence"),
+    [
+        ([[1, 2, 11, 2, 11, 12]], "polygon", None),
+        ({"size": [30, 40], "counts": b"x"}, "bitmask", None),
+        ({"size": [30, 40], "counts": b"x"}, "polygon", "has a mask in RLE. Set INPUT.MASK_FORMAT"),
+        (None, "polygon", "has no mask. Set a segmentation, or MODEL.MASK_ON False"),
+    ],
+)
+def test_masks_that_a_model_needs(cfg, segmentation, mask_format, sentence):
+    """Of records by a loader of the user's."""
+    cfg.INPUT.MASK_FORMAT, cfg.MODEL.MASK_ON = mask_format, True
+    entry = {"iscrowd": 0} if segmentation is None else {"segmentation": segmentation}
+    records = [{"file_name": "1.png", "annotations": [entry, {"iscrowd": 1}]}]
+    with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+        check_training_objects(cfg, records)

@@ -119,7 +119,7 @@ def test_a_file_with_an_entry_for_each_object_is_held_out_or_trained_on(cfg):
 
 def test_nothing_to_train_on(cfg):
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ()
-    with pytest.raises(ValueError, match="DATASETS.TRAIN is empty: name"):
+    with pytest.raises(ValueError, match="DATASETS.TRAIN is empty. Set registered"):
         DetectionTrainer(cfg)
 
 
@@ -132,7 +132,7 @@ def test_mistakes(cfg):
     with pytest.raises(ValueError, match="WeightedTrainingSampler weighs the images of whole"):
         training_records(cfg)
     cfg.DATASETS.HELD_OUT = 0
-    with pytest.raises(ValueError, match="pets_heldout is empty: set DATASETS.HELD_OUT"):
+    with pytest.raises(ValueError, match="pets_heldout is empty. Set DATASETS.HELD_OUT"):
         DetectionTrainer.check(cfg)
     cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN = 2, (NAMES[0], "other")
     with pytest.raises(ValueError, match="one training set, but DATASETS.TRAIN is .*other"):

@@ -26,7 +26,7 @@ def test_parts_share_no_image_and_are_nested():
     [
         (-1, 1.0, "DATASETS.HELD_OUT is -1, but the training set has 10 images"),
         (10, 1.0, "DATASETS.HELD_OUT is 10"),
-        (0, 0.0, "DATASETS.TRAIN_SHARE is 0.0; give a share above 0 and at most 1"),
+        (0, 0.0, "DATASETS.TRAIN_SHARE is 0.0. Set a share above 0 and at most 1"),
         (0, 1.01, "DATASETS.TRAIN_SHARE is 1.01"),
         (0, float("nan"), "DATASETS.TRAIN_SHARE is nan"),
     ],
