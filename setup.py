@@ -87,6 +87,8 @@ setup(
             "pytest-xdist>=3.5",
             # One minor version, because the formatter's style may change with the next.
             "ruff>=0.17,<0.18",
+            # For benchmarks/models.py.
+            "timm>=1.0",
             # From 70.1 on setuptools builds wheels by itself; up to 80 it brings the pkg_resources
             # that Detectron2's model zoo imports.
             "setuptools>=70.1,<81",
