@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -40,7 +40,7 @@ from repr_det.method.channels import (
 )
 from repr_det.method.examples import Example, examples
 from repr_det.method.graph import ChannelGraph, Reader, reader_of
-from repr_det.method.layers import FilterLayer, NormLink
+from repr_det.method.layers import NormLink
 from repr_det.method.modules import (
     eager,
     is_conv,
@@ -51,6 +51,7 @@ from repr_det.method.modules import (
     unchanged,
     unwrap,
 )
+from repr_det.method.trials import counts_channels, is_silent
 
 
 def _filters_of(channels: Channels) -> set[Filter]:
@@ -359,7 +360,9 @@ class _Tracer(TorchDispatchMode):
     def _through_norm(self, name: str, x: Tensor, tag: Tag | None) -> Tag | None:
         module = self.modules[name]
         width = norm_channels(module)
-        known = tag is not None and width == len(tag.sources) and _counts(module, x, tag.dim)
+        known = (
+            tag is not None and width == len(tag.sources) and counts_channels(module, x, tag.dim)
+        )
         if not known:
             self.found.pin(tag)
             self.found.mixed.update((name, channel) for channel in range(width or 0))
@@ -493,27 +496,6 @@ def _with_input(function: Callable, name: str) -> Callable:
 
 def _dims(x: Any) -> int:
     return x.dim() if isinstance(x, Tensor) else 0
-
-
-def _counts(norm: nn.Module, x: Tensor, dim: int) -> bool:
-    """Whether a dimension of a norm's input is the one that counts its channels."""
-    width = x.shape[dim]
-    if list(x.shape).count(width) == 1:
-        return True
-    # Another dimension is as long by chance. Where only this one is, the norm must still run.
-    shape = [2 if width != 2 else 3] * x.dim()
-    shape[dim] = width
-    training = [(module, module.training) for module in norm.modules()]
-    try:
-        with _disable_current_modes():
-            norm.eval()
-            norm.forward(torch.zeros(shape, device=x.device, dtype=x.dtype))
-        return True
-    except Exception:  # what an unknown module raises
-        return False
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -664,7 +646,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
             *(
                 name
                 for name in convs.keys() & (found.irregular | found.doubtful)
-                if name in found.shapes and not _is_silent(convs[name], found.shapes[name])
+                if name in found.shapes and not is_silent(convs[name], found.shapes[name])
             ),
         },
         groups=groups_of(found.tied, widths),
@@ -674,45 +656,6 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         },
         not_run=not_run,
     )
-
-
-def _is_silent(conv: nn.Module, shape: torch.Size) -> bool:
-    """Whether a conv's filters are zero where all that belongs to them is, tried out on noise.
-
-    The weight may be computed from all filters, or something may be added to the result.
-    """
-    layer = FilterLayer("", conv)
-    chosen = torch.arange(layer.num_filters) % 2 == 0
-    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
-    weight = layer.weight
-    try:
-        with unchanged(conv), torch.no_grad(), eager(), _Convolutions() as convolutions:
-            for slot in layer.filter_slots(chosen):
-                slot.fill(0.0)
-            results = [conv(noise.to(weight.device, weight.dtype))]
-    except Exception:  # a conv of an unknown kind may raise anything
-        return False
-    if any(map(is_norm, conv.modules())):
-        results = convolutions.results  # what the norm adds is a part of the filter
-    places = chosen.nonzero().flatten().to(weight.device)
-    dim = -(weight.dim() - 1)
-    return not any(result.index_select(dim, places).any() for result in results)
-
-
-class _Convolutions(TorchDispatchMode):
-    """Keeps the results of convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.results: list[Tensor] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func._schema.name in CONVOLUTIONS:
-            self.results.append(out)
-        return out
 
 
 def _not_run(tracer: _Tracer) -> list[str]:

@@ -1,0 +1,73 @@
+"""What looking at a module does not show, tried out on an input of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from repr_det.method.channels import CONVOLUTIONS
+from repr_det.method.layers import FilterLayer
+from repr_det.method.modules import eager, is_norm, unchanged
+
+
+def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
+    """Whether a dimension of a norm's input is the one that counts its channels."""
+    width = x.shape[dim]
+    if list(x.shape).count(width) == 1:
+        return True
+    # Another dimension is as long by chance. Where only this one is, the norm must still run.
+    shape = [2 if width != 2 else 3] * x.dim()
+    shape[dim] = width
+    training = [(module, module.training) for module in norm.modules()]
+    try:
+        with _disable_current_modes():
+            norm.eval()
+            norm.forward(torch.zeros(shape, device=x.device, dtype=x.dtype))
+        return True
+    except Exception:  # what an unknown module raises
+        return False
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
+    """Whether a conv's filters are zero where all that belongs to them is, tried out on noise.
+
+    The weight may be computed from all filters, or something may be added to the result.
+    """
+    layer = FilterLayer("", conv)
+    chosen = torch.arange(layer.num_filters) % 2 == 0
+    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    weight = layer.weight
+    try:
+        with unchanged(conv), torch.no_grad(), eager(), _Convolutions() as convolutions:
+            for slot in layer.filter_slots(chosen):
+                slot.fill(0.0)
+            results = [conv(noise.to(weight.device, weight.dtype))]
+    except Exception:  # a conv of an unknown kind may raise anything
+        return False
+    if any(map(is_norm, conv.modules())):
+        results = convolutions.results  # what the norm adds is a part of the filter
+    places = chosen.nonzero().flatten().to(weight.device)
+    dim = -(weight.dim() - 1)
+    return not any(result.index_select(dim, places).any() for result in results)
+
+
+class _Convolutions(TorchDispatchMode):
+    """Keeps the results of convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name in CONVOLUTIONS:
+            self.results.append(out)
+        return out
