@@ -34,7 +34,7 @@ from repr_det.engine.environment import environment
 from repr_det.tasks import get_cfg
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
-CONFIG = "repr_faster_rcnn_standard.yaml"
+CONFIG = "repr_faster_rcnn.yaml"
 
 
 def measure(tool: str, *arguments: object) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def make_run(folder: Path, classes: Sequence[str] = ("nut", "bolt", "washer")) -
     images.mkdir(parents=True)
     output.mkdir()
     cfg = get_cfg()
-    cfg.merge_from_file(config_path("repr_mask_rcnn_standard.yaml"))
+    cfg.merge_from_file(config_path("repr_mask_rcnn.yaml"))
+    cfg.REPR.ENABLED = False
     shrink(cfg, output)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = len(classes)
     cfg.MODEL.WEIGHTS = str(output / "model_final.pth")

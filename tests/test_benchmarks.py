@@ -38,15 +38,3 @@ def test_quick_size():
     assert 0.3 < float(kept[1]) < 1.5
     # Only the full size records.
     assert all(path.read_bytes() == before for path, before in recorded.items())
-
-
-@pytest.mark.slow
-def test_networks_at_once():
-    command = [sys.executable, BENCHMARKS / "together.py", "cifar10_c3_32.yaml"]
-    options = ["--networks", "2", "--windows", "1"]
-    printed = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
-    alone, at_once, ratio = re.search(
-        r"alone: ([\d.]+) ms a step\n2 at once: ([\d.]+) ms a step and network, ([\d.]+) times",
-        printed.stdout,
-    ).groups()
-    assert float(ratio) == pytest.approx(float(alone) / float(at_once), abs=0.01)

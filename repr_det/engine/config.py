@@ -121,12 +121,15 @@ def config_path(name: str) -> str:
     if Path(name).is_file():
         return str(Path(name).resolve())
     package = Path(__file__).resolve().parents[1]
-    # A source checkout keeps configs/ beside the package, an installed wheel inside it.
+    # A source checkout keeps configs/ next to the package, an installed wheel inside it.
     folders = [package.parent / "configs", package / "configs"]
     for folder in folders:
         if (folder / name).is_file():
             return str(folder / name)
     names = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
+    twin = name.replace("_standard.yaml", ".yaml")
+    if twin != name and twin in names:
+        raise UserError(f"{name} is gone. Set {twin} and REPR.ENABLED False, which are the same.")
     raise UserError(
         f"Config {name!r} is neither a file nor a name in configs/; there are: {', '.join(names)}."
     )

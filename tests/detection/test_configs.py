@@ -21,8 +21,6 @@ FOLDER = Path(__file__).parents[2] / "configs"
 BASES = {path for path in FOLDER.iterdir() if path.name.startswith("Base-")}
 # Whatever is no classifier's by its name, so that no file is left out.
 CONFIGS = sorted(set(FOLDER.iterdir()) - BASES - set(classification.CONFIGS))
-STANDARD = [path for path in CONFIGS if path.stem.endswith("_standard")]
-WITH_REPR = [path for path in CONFIGS if path not in STANDARD]
 # Detectron2 has no 1x schedule for ResNet-101.
 ZOO = {
     "repr_faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x",
@@ -51,10 +49,10 @@ def test_every_file_is_a_config_that_is_tested_or_the_base_of_one():
     assert all(path.suffix == ".yaml" for path in FOLDER.iterdir())
     lines = {line for path in FOLDER.iterdir() for line in path.read_text().splitlines()}
     assert {path for path in BASES if f"_BASE_: {path.name}" in lines} == BASES
-    assert {path.stem for path in WITH_REPR} == {*ZOO, "demo_faster_rcnn", "neu_det_faster_rcnn"}
+    assert {path.stem for path in CONFIGS} == {*ZOO, "demo_faster_rcnn", "neu_det_faster_rcnn"}
 
 
-@named(WITH_REPR)
+@named(CONFIGS)
 def test_config(path):
     """The model can be built, and filters come back before the learning rate falls."""
     cfg = load(path)
@@ -68,24 +66,12 @@ def test_config(path):
     assert hasattr(model.roi_heads, "mask_head") == ("mask_rcnn" in path.stem)
 
 
-@named(STANDARD)
-def test_standard_twin_differs_in_nothing_but_repr(path):
-    standard, with_repr = load(path), load(path.with_stem(path.stem.removesuffix("_standard")))
-    assert with_repr.REPR.ENABLED and not standard.REPR.ENABLED
-    assert RePrHook.from_config(standard) is None
-    standard.REPR.ENABLED = True
-    assert standard.dump() == with_repr.dump()
-
-
-def test_every_config_but_the_demo_has_a_standard_twin():
-    twins = {path.stem.removesuffix("_standard") for path in STANDARD}
-    assert {path.stem for path in WITH_REPR} - twins == {"demo_faster_rcnn"}
-
-
 @pytest.mark.parametrize("name", ZOO)
 def test_training_on_coco_is_that_of_detectron2(name):
     """Only RePr is added, and every one has the 1x schedule."""
-    standard, zoo = load(FOLDER / f"{name}_standard.yaml"), get_cfg()
+    standard, zoo = load(FOLDER / f"{name}.yaml"), get_cfg()
+    standard.REPR.ENABLED = False
+    assert RePrHook.from_config(standard) is None
     zoo.merge_from_file(model_zoo.get_config_file(f"{ZOO[name]}.yaml"))
     once = model_zoo.get_config(f"{ZOO['repr_faster_rcnn']}.yaml").SOLVER
     zoo.SOLVER.STEPS, zoo.SOLVER.MAX_ITER = once.STEPS, once.MAX_ITER

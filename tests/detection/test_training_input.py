@@ -51,9 +51,14 @@ def write(folder, change=lambda content: None):
 
 
 def arguments(data, out, *flags, **changes):
-    config = ["--config-file", "repr_faster_rcnn_standard.yaml"]
+    config = ["--config-file", "repr_faster_rcnn.yaml"]
     named = ["--train-data", "input_train", *data, "--test-data", "input_test", *data]
-    changes = {"SOLVER.MAX_ITER": "2", "SOLVER.CHECKPOINT_PERIOD": "1", **changes}
+    changes = {
+        "REPR.ENABLED": "False",
+        "SOLVER.MAX_ITER": "2",
+        "SOLVER.CHECKPOINT_PERIOD": "1",
+        **changes,
+    }
     return [*config, *named, *flags, *overrides(out, **changes)]
 
 

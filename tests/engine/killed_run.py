@@ -114,7 +114,8 @@ def classification(output: str):
     from repr_det.engine.config import config_path
 
     cfg = get_cfg()
-    cfg.merge_from_file(config_path("cifar10_c3_32_bn.yaml"))
+    cfg.merge_from_file(config_path("cifar10_c3_32.yaml"))
+    cfg.MODEL.CLASSIFIER.NAME = "c3_32_bn"
     cfg.merge_from_list(
         ["INPUT.CROP_PADDING", 4, "INPUT.RANDOM_FLIP", "horizontal", "SOLVER.IMS_PER_BATCH", 16]
     )

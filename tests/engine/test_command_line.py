@@ -70,8 +70,8 @@ def save_weights(path, *arguments):
 @needs_coco
 def test_eval_only(tmp_path, capsys):
     weights, out = tmp_path / "weights.pth", tmp_path / "out"
-    arguments = ["--config", "repr_faster_rcnn_standard.yaml"]
-    arguments += overrides(out, **{"SOLVER.MAX_ITER": "9"})
+    arguments = ["--config", "repr_faster_rcnn.yaml"]
+    arguments += overrides(out, **{"REPR.ENABLED": "False", "SOLVER.MAX_ITER": "9"})
     text = refused(capsys, "--eval-only", *arguments)
     assert "MODEL.WEIGHTS is empty: give the checkpoint of a trained model" in text
     assert not out.exists()

@@ -13,6 +13,8 @@ from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from repr_det import Reinit, RePr, RePrHook, RePrSchedule
+from repr_det.engine.config import config_path
+from repr_det.errors import UserError
 from repr_det.method.compact import MODES
 from repr_det.method.criteria import CRITERIA
 from repr_det.tasks import get_cfg
@@ -104,3 +106,8 @@ def test_direction_reaches_the_hook():
     cfg.REPR.ENABLED, cfg.REPR.S1, cfg.REPR.S2 = True, 2, 1
     cfg.REPR.REINIT.DIRECTION = "previous"
     assert RePrHook.from_config(cfg)._arguments["reinit"] == Reinit(direction="previous")
+
+
+def test_a_config_of_standard_training_that_is_gone_says_what_is_the_same():
+    with pytest.raises(UserError, match="Set repr_faster_rcnn.yaml and REPR.ENABLED False"):
+        config_path("repr_faster_rcnn_standard.yaml")
