@@ -5,8 +5,8 @@
 # make test-lowest  the everyday tests with the oldest Python and the oldest dependencies allowed
 # make lint         ruff and mypy
 # make docs         the documentation, in docs/_build/html; a warning is an error
-# make test-gpu  tests of the method and the hook on a GPU (3 minutes), or on a CPU to rehearse;
-#                failures are listed last and in output/gpu-failures.txt; DEVICE=cpu or cuda
+# make test-gpu     the tests that make sense on a GPU (3 minutes), or on a CPU to rehearse;
+#                   failures are listed last and in output/gpu-failures.txt; DEVICE=cpu or cuda
 # make bench        everything about speed (an hour, on a quiet machine); SIZE=quick takes minutes
 # make clean        delete the demo's output and all caches; environments stay (rm -r .venv)
 #
@@ -17,6 +17,8 @@ PYTHON = .venv/bin/python
 LOWEST_PYTHON = python3.10
 SIZE = full
 DEVICE = auto
+GPU_TESTS = tests/method tests/engine tests/classification/test_cycle.py \
+	tests/detection/test_two_cycles.py
 ENVIRONMENT = .venv/.installed
 
 # What an existing environment must have for the targets to start.
@@ -47,8 +49,9 @@ test-all: lint
 test-lowest: .venv-lowest/.installed
 	PYTHONPATH="$(CURDIR)" .venv-lowest/bin/python $(PYTEST) -m "not slow"
 
+test-gpu: NEEDED = torch detectron2 pytest
 test-gpu: $(ENVIRONMENT)
-	$(RUN) -m pytest tests/method tests/engine -m "gpu and not slow" --device $(DEVICE) \
+	$(RUN) -m pytest $(GPU_TESTS) -m "gpu and not slow" --device $(DEVICE) \
 		--failures output/gpu-failures.txt
 
 bench: $(ENVIRONMENT)
