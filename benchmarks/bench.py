@@ -36,6 +36,7 @@ SMALL = ("c3_32", "resnet20", "demo")
 ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 8
 GPU_ROUNDS = 60
+REMOVED = ("REPR.COMPACT", "on")
 EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 20}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
@@ -44,8 +45,8 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
     """What is measured, by part and name."""
     if size == QUICK:
         return {
-            "steps": {"c3_32": partial(speed.step_ratios, "c3_32", 6)},
-            "whole": {"c3_32": partial(speed.whole_run, "c3_32", 2)},
+            "steps": {"c3_32": partial(speed.step_ratios, NETWORKS["c3_32"], 6)},
+            "whole": {"c3_32": partial(speed.whole_run, NETWORKS["c3_32"], 2, *REMOVED)},
             "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
             "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
             "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
@@ -56,10 +57,13 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
     rounds = ROUNDS if ranking.DEVICE == "cpu" else dict.fromkeys(NETWORKS, GPU_ROUNDS)
     return {
         "steps": {
-            name: partial(speed.step_ratios, name, rounds.get(name, DETECTOR_ROUNDS))
-            for name in NETWORKS
+            name: partial(speed.step_ratios, network, rounds.get(name, DETECTOR_ROUNDS))
+            for name, network in NETWORKS.items()
         },
-        "whole": {name: partial(speed.whole_run, name, epoch) for name, epoch in EPOCH.items()},
+        "whole": {
+            name: partial(speed.whole_run, NETWORKS[name], epoch, *REMOVED)
+            for name, epoch in EPOCH.items()
+        },
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
         "kept": {name: partial(speed.kept_memory_ratio, name, 4, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},

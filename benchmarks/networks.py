@@ -68,6 +68,10 @@ class _OneBatch:
     def __iter__(self) -> Iterator[Any]:
         return itertools.repeat(self._batch)
 
+    def reopened(self) -> _OneBatch:
+        """A loader of the same data: RePr reads batches of its own."""
+        return self
+
 
 class NoiseTrainer(RePrTrainer):
     """The trainer of every task on a batch of noise; evaluates, saves and writes nothing."""

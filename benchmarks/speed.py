@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from clock import now
 from detectron2.utils.events import EventStorage
-from networks import NETWORKS, VARIANTS, make_trainer, stepper
+from networks import NETWORKS, VARIANTS, Network, make_trainer, stepper
 from scipy.stats import binom
 from torch.cuda import max_memory_allocated, max_memory_reserved
 from torch.profiler import profile
@@ -53,6 +55,10 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class TimeUpError(Exception):
+    """What was to be measured does not fit into the time."""
+
+
 def median_interval(values: list[float]) -> dict[str, Any]:
     """The median of ratios with its distribution-free interval of at least 95 % (order statistics).
 
@@ -67,13 +73,32 @@ def median_interval(values: list[float]) -> dict[str, Any]:
     }
 
 
-def _turns(steps: dict[str, Any], rounds: int, warm_up: int = WARM_UP) -> dict[str, list[float]]:
-    """Seconds of each, a step each in turn; nobody always runs behind the same other one."""
+def _turns(
+    steps: dict[str, Any],
+    rounds: int,
+    warm_up: int = WARM_UP,
+    *,
+    until: float = math.inf,
+    at_least: int = 2,
+) -> dict[str, list[float]]:
+    """Seconds of each, a step each in turn; nobody always runs behind the same other one.
+
+    Ends early at ``until`` (of ``time.time``) if ``at_least`` so many rounds were made.
+
+    Raises:
+        TimeUpError: as many will not be made by then.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    begin = time.time()
     for index in range(warm_up + rounds):
+        done = index - warm_up
+        if done >= min(at_least, rounds) and time.time() > until:
+            break
+        if 20 <= done < at_least and (time.time() - begin) / index * at_least > until - begin:
+            raise TimeUpError(f"{at_least} rounds do not fit into the time")
         for name in list(steps)[:: 1 if index % 2 else -1]:
             value = steps[name]()
-            if index >= warm_up:
+            if done >= 0:
                 seconds[name].append(value)
     return seconds
 
@@ -86,27 +111,36 @@ def _ratios(seconds: dict[str, list[float]], to: str) -> dict[str, Any]:
     }
 
 
-def step_ratios(name: str, rounds: int) -> dict[str, Any]:
+def step_ratios(
+    network: Network, rounds: int, *overrides: Any, until: float = math.inf
+) -> dict[str, Any]:
     """Time of a step of each variant / standard, and multiply-adds of the smaller network.
 
     Under ``"holding"`` the share of a masked step in which gradients are set to zero.
+
+    Args:
+        network: which.
+        rounds: of steps, one of each variant.
+        overrides: KEY, VALUE, ... of the config, of all variants.
+        until: from then on (of ``time.time``) no further round begins.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            variant: make_trainer(NETWORKS[name], folder, *overrides)
-            for variant, overrides in VARIANTS.items()
+            variant: make_trainer(network, folder, *options, *overrides)
+            for variant, options in VARIANTS.items()
         }
         steps = {v: stepper(t) for v, t in trainers.items()}
-        seconds = _turns(steps, rounds)
+        seconds = _turns(steps, rounds, until=until)
         result = _ratios(seconds, "standard")
-        holding = _holding(trainers["masked"], steps["masked"], rounds)
-        result["holding"] = round(holding / statistics.median(seconds["masked"]), 5)
+        rounds = len(seconds["standard"])
+        spent = holding(trainers["masked"], steps["masked"], min(rounds, 100))
+        result["holding"] = round(spent / statistics.median(seconds["masked"]), 5)
         result["multiply_adds"] = _multiply_adds(trainers["masked"])
     result["seconds_standard"] = round(statistics.median(seconds["standard"]), 4)
     return result | {"rounds": rounds}
 
 
-def _holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
+def holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
     """Seconds of a step of S2 in which gradients are set to zero.
 
     A median over backward passes that do nothing but accumulate the gradients that are held, with
@@ -142,22 +176,30 @@ def _multiply_adds(masked: Any) -> float:
     return round(shrunk.after.multiply_adds / shrunk.before.multiply_adds, 4)
 
 
-def whole_run(name: str, epoch: int) -> dict[str, Any]:
+def whole_run(
+    network: Network, epoch: int, *overrides: Any, until: float = math.inf
+) -> dict[str, Any]:
     """Time of a whole RePr run / of a standard one, of equal iterations, step beside step.
 
     Args:
-        name: of the network.
+        network: which.
         epoch: iterations that stand for one epoch; the run has :data:`LENGTH` of them.
+        overrides: KEY, VALUE, ... of the config of both.
+        until: when it must be over (of ``time.time``).
+
+    Raises:
+        TimeUpError: it will not be.
     """
     cycles = ("REPR.S1", S1 * epoch, "REPR.S2", S2 * epoch, "REPR.N", CYCLES)
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
-            "standard": make_trainer(NETWORKS[name], folder, "REPR.ENABLED", False),
-            "RePr": make_trainer(
-                NETWORKS[name], folder, "REPR.ENABLED", True, "REPR.COMPACT", "on", *cycles
-            ),
+            "standard": make_trainer(network, folder, *overrides, "REPR.ENABLED", False),
+            "RePr": make_trainer(network, folder, *overrides, "REPR.ENABLED", True, *cycles),
         }
-        seconds = _turns({v: stepper(t) for v, t in trainers.items()}, LENGTH * epoch, warm_up=0)
+        steps = {v: stepper(t) for v, t in trainers.items()}
+        length = LENGTH * epoch
+        seconds = _turns(steps, length, warm_up=0, until=until, at_least=length)
+    hook = trainers["RePr"]._repr_hook
     in_s2 = [
         index % ((S1 + S2) * epoch) > S1 * epoch and index < CYCLES * (S1 + S2) * epoch
         for index in range(LENGTH * epoch)
@@ -170,6 +212,7 @@ def whole_run(name: str, epoch: int) -> dict[str, Any]:
         "step_ratio_in_s2": round(step, 4),
         "bound": round(1.02 * (LENGTH - full + full * step) / LENGTH, 4),
         "iterations": LENGTH * epoch,
+        "removed": bool(hook._take_out),
     }
 
 
@@ -221,16 +264,24 @@ def _stepper_in_a_process(name: str, kind: str, stack: ExitStack) -> Callable[[]
     return step
 
 
-def loading_share(config: str, steps: int) -> dict[str, Any]:
-    """Share of a real step in which the trainer waits for its data, a median over steps."""
+def loading_share(
+    config: str, steps: int, *overrides: Any, until: float = math.inf
+) -> dict[str, Any]:
+    """Share of a real step in which the trainer waits for its data, a median over steps.
+
+    At most ``steps`` of them, and none that begins after ``until`` (of ``time.time``).
+    """
     with tempfile.TemporaryDirectory() as folder:
         cfg = get_cfg()
         cfg.merge_from_file(config_path(config))
+        cfg.merge_from_list(list(overrides))
         cfg.OUTPUT_DIR, cfg.SOLVER.MAX_ITER, cfg.REPR.ENABLED = folder, 10**9, False
         trainer = trainer_for(cfg)(cfg)
         shares = []
         with EventStorage() as trainer._trainer.storage:
             for index in range(WARM_UP + steps):
+                if len(shares) > 1 and time.time() > until:
+                    break
                 trainer._trainer.iter = index
                 begin = now()
                 trainer._trainer.run_step()
@@ -238,7 +289,7 @@ def loading_share(config: str, steps: int) -> dict[str, Any]:
                 waited = trainer._trainer.storage.history("data_time").latest()
                 if index >= WARM_UP:
                     shares.append(waited / whole)
-    return {"share": round(statistics.median(shares), 4), "steps": steps}
+    return {"share": round(statistics.median(shares), 4), "steps": len(shares)}
 
 
 def peak_memory(name: str) -> dict[str, Any]:
@@ -291,7 +342,7 @@ def _print_peak_memory(kind: str, name: str, variant: str) -> None:
     elif on_gpu:
         print({TENSORS: max_memory_allocated, PROCESS: max_memory_reserved}[kind]())
     else:
-        print(_peak_of_tensors(watched) if kind == TENSORS else _peak_of_process())
+        print(peak_of_tensors(watched) if kind == TENSORS else _peak_of_process())
 
 
 def _size_of_pruned(trainer: Any) -> int:
@@ -307,7 +358,7 @@ def _size_of_pruned(trainer: Any) -> int:
     return sum(int(mask.sum()) * tensor.element_size() for tensor, mask in masks.items())
 
 
-def _peak_of_tensors(watched: profile) -> int:
+def peak_of_tensors(watched: profile) -> int:
     """Bytes that tensors held at once, at most, while they were watched."""
     found = [e for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"]
     found.sort(key=lambda event: event.start_ns())
