@@ -147,9 +147,10 @@ def memory(name: str, size: Size, until: float, *overrides: Any) -> dict[str, An
 
 
 def _peak(network: Network, *overrides: Any) -> dict[str, float]:
-    on_gpu, threads = torch.cuda.is_available(), torch.get_num_threads()
+    on_gpu, threads, before = torch.cuda.is_available(), torch.get_num_threads(), 0
+    gc.collect()
     if on_gpu:
-        gc.collect()
+        before = torch.cuda.memory_allocated()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     with ExitStack() as stack:
@@ -164,7 +165,7 @@ def _peak(network: Network, *overrides: Any) -> dict[str, float]:
     if not on_gpu:
         return {"tensors": round(speed.peak_of_tensors(watched) / 2**20, 2)}
     return {
-        "tensors": round(torch.cuda.max_memory_allocated() / 2**20, 2),
+        "tensors": round((torch.cuda.max_memory_allocated() - before) / 2**20, 2),
         "reserved": round(torch.cuda.max_memory_reserved() / 2**20, 2),
     }
 
