@@ -7,9 +7,9 @@ r"""Run a detector on images, folders of images and videos.
 
 Pictures keep their names (small ones are enlarged); videos become .mp4. The JSON holds COCO
 results with file_name and, for videos, frame (from 0). Class names, class ids and image ids come
-from --annotations. Without it, class names come from the registered dataset of the config, or
-classes are numbered from 1. Images that cannot be read are skipped and named at the end, and the
-exit status is 1.
+from --annotations. Without it, they come from the registered dataset of the config, or classes are
+called as the run recorded, and numbered from 1. Hidden files in a folder are left alone. Images
+that cannot be read are skipped and named at the end, and the exit status is 1.
 """
 
 from __future__ import annotations

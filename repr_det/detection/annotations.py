@@ -180,7 +180,7 @@ class _Faults:
     def sentences(self) -> dict[str, str]:
         """What is wrong, by use."""
         return {
-            use: f"{first} There are {self._counts[use] - 1} more."
+            use: f"{first} {self._counts[use]} annotations need it."
             if self._counts[use] > 1
             else first
             for use, first in self._first.items()

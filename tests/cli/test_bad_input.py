@@ -88,7 +88,7 @@ ROWS = [
     Row("a damaged polygon, model of boxes", first(segmentation=[[1, 2], [3, 4], [5, 6]])),
     Row("a damaged polygon, model of masks", first(segmentation=[[1, 2, 3, 4]]), POLYGON, True),
     Row("all polygons damaged, model of masks", each("annotations", segmentation=[[]]),
-        "There are 9 more", True),
+        "10 annotations need it", True),
     Row("RLE of another size or cut off", first(segmentation={"size": [60, 80], "counts": "0"}),
         "counts are damaged or cut off", True),
     Row("no mask, model of masks", without("annotations", "segmentation"), "has no mask", True),

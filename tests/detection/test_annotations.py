@@ -205,7 +205,7 @@ def test_an_object_without_a_mask_is_named(write, mask):
 
 def test_how_many_masks_are_damaged(write):
     change = lambda c: [e.update(segmentation=[[]]) for e in c["annotations"]]  # noqa: E731
-    assert "There are 9 more." in refused_for(MASKS, write, change)
+    assert "10 annotations need it." in refused_for(MASKS, write, change)
 
 
 def remove(part, index, key):

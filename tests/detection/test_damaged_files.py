@@ -79,7 +79,7 @@ def trained_on(path, folder, masks):
 def check_sentence(sentence, path):
     assert "\n" not in sentence and len(sentence) < 600 and sentence.encode()
     assert str(path) in sentence or "has the file_name" in sentence
-    assert re.search(r"(images?|annotations?|categor(y|ies)|detection)(\[\d+\]| |,)", sentence)
+    assert re.search(r"(images?|annotations?|categor(y|ies)|detection)(\[\d+\]|[ ,.])", sentence)
     assert re.search(r"\. (Set|Correct|Remove|Download)", sentence)
 
 
