@@ -33,7 +33,7 @@ from experiments.runs import (
     write_record,
 )
 from experiments.summarise import over_time, results_page, table_in_markdown
-from experiments.tables import TABLES, Table, only
+from experiments.tables import TABLES, Table, only, studies_of
 from repr_det.engine.command_line import exit_status
 from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError
@@ -167,7 +167,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.page:
         check_folder_of("--page", args.page)
         output = args.output or RESULTS
-        page = results_page(list(TABLES.values()), lambda t: read_records(t, FULL, output))
+        tables = [*TABLES.values(), *studies_of(output)]
+        page = results_page(tables, lambda table: read_records(table, FULL, output))
         write_text_whole(args.page, page)
         print(args.page)
         return

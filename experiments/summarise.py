@@ -295,8 +295,10 @@ def results_page(tables: Sequence[Table], records_of: Callable[[Table], Sequence
             text = table_in_markdown(table, False, records).replace("# ", "## ", 1)
             hours = sum(record["wall_seconds"] for record in records) / 3600
             devices = sorted({record["device"] for record in records})
+            own = "cell" not in records[0]
+            command = f"experiments {table.name}" if own else "experiments.run_studies"
             parts.append(
-                f"{text}\n`python -m experiments {table.name}`; {len(records)} runs, {hours:.1f} "
-                f"hours on {'; '.join(devices)}.\n"
+                f"{text}\n`python -m {command}`; {len(records)} runs, {hours:.1f} hours on "
+                f"{'; '.join(devices)}.\n"
             )
     return "\n".join(parts)

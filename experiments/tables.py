@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -152,6 +153,40 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
             wanted.update((row.standard, row.teacher))
     rows = tuple(row for row in table.rows if row.name in wanted)
     return replace(table, rows=rows, whole=table)
+
+
+def studies_of(output: Path) -> list[Table]:
+    """Tables of the studies that ``run_studies.py`` records, from what the records say they are.
+
+    Args:
+        output: folder of all records.
+
+    Returns:
+        A table for each study and stage. An arm is compared with standard training in the same
+        setting, at the same value of what every arm chooses, or else at the only recorded one.
+    """
+    found = []
+    for folder in sorted(output.iterdir()) if output.is_dir() else ():
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*.json"))]
+        by_row = {r["row"]: r for r in records if "cell" in r and "row" in r}
+        if folder.name in TABLES or not by_row:
+            continue
+        cells = {name: record["cell"] for name, record in by_row.items()}
+        standards = {n: c for n, c in cells.items() if c["arm"] == "standard"}
+        rows = []
+        for name, cell in cells.items():
+            here = {n: c for n, c in standards.items() if c["setting"] == cell["setting"]}
+            same = [n for n, c in here.items() if c["value"] == cell["value"]]
+            against = same or (list(here) if len(here) == 1 else [])
+            label = f"{cell['setting']}: {cell['arm']}, {cell['value']:g}"
+            standard = None if name in standards or not against else against[0]
+            rows.append(Row(name, label, None, by_row[name]["config"], {}, standard))
+        (first, *_), study = by_row.values(), next(iter(cells.values()))
+        evaluations = next(iter(first["evaluations"].values()), None)
+        metric = AP if evaluations and "AP" in evaluations[-1] else ACCURACY
+        title = f"Study {study['study']}, {study['stage']} (PROTOCOL.md)"
+        found.append(Table(folder.name, title, tuple(rows), metric))
+    return found
 
 
 _FOLDER = Path(__file__).parent
