@@ -60,6 +60,7 @@ bench: $(ENVIRONMENT)
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
+	$(PYTHON) -m mypy
 
 docs: $(ENVIRONMENT)
 	$(RUN) -m sphinx --fail-on-warning --keep-going docs docs/_build/html

@@ -24,4 +24,4 @@ def keep_freed_memory() -> bool:
         return False
     # One heap for all threads, since what is kept in one cannot be used from another.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
-    return bool(mallopt) and all(mallopt(option, value) for option, value in options.items())
+    return bool(mallopt) and all(mallopt(option, value) for option, value in options.items())  # type: ignore[misc]

@@ -53,7 +53,7 @@ def _data_loader_of_its_own(loader: DataLoader) -> DataLoader:
     """A new one in this process: to iterate over the old one would reset persistent workers."""
     if isinstance(loader.dataset, IterableDataset):
         data = _loader_of_its_own(loader.dataset)
-        order = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+        order: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
     else:
         data = _dataset_of_its_own(loader.dataset)
         if loader.batch_size is None and loader.batch_sampler is None:

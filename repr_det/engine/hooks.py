@@ -208,7 +208,7 @@ class LossNormalizer(HookBase):
     def state_dict(self) -> dict[str, float]:
         """The normaliser by the name of its module; empty before the first step."""
         return {
-            name: float(module.loss_normalizer)
+            name: float(module.loss_normalizer)  # type: ignore[arg-type]
             for name, module in named_modules(self.trainer.model)
             # Keypoint heads keep their kind of normaliser there, a text.
             if not isinstance(getattr(module, "loss_normalizer", ""), str)
@@ -218,4 +218,4 @@ class LossNormalizer(HookBase):
         """Set the normaliser of each module; a model that made no step yet has none of its own."""
         for name, module in named_modules(self.trainer.model):
             if name in state:
-                module.loss_normalizer = state[name]
+                module.loss_normalizer = state[name]  # type: ignore[assignment]

@@ -45,6 +45,6 @@ def renew_buckets(model: DistributedDataParallel) -> None:
     if model.static_graph:
         model._static_graph_delay_allreduce_enqueued = False
         model.reducer._set_static_graph()
-        model.logger._set_static_graph()
+        model.logger._set_static_graph()  # type: ignore[attr-defined]
     for hook, state in model._comm_hooks:
         dist._register_comm_hook(model.reducer, state, hook)

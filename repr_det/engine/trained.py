@@ -33,7 +33,7 @@ def merge_trained(
     """
     device = cfg.MODEL.DEVICE
     if run is None:
-        merge_config_file(cfg, config_file)
+        merge_config_file(cfg, config_file or "")
     else:
         config = run / "config.yaml"
         if not config.is_file() or not has_run(str(run)):

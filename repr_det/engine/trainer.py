@@ -182,7 +182,7 @@ class RePrTrainer(DefaultTrainer):
     def after_train(self) -> None:
         """Detectron2's hooks after the last iteration."""
         # A run that is resumed when all iterations are done has counted one too many.
-        self.iter = min(self.iter, self.max_iter)
+        self.iter: int = min(self.iter, self.max_iter)
         super().after_train()
 
     @classmethod

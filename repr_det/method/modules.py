@@ -27,7 +27,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         if isinstance(model, _WRAPPERS):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
 
