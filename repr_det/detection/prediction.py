@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -284,48 +285,66 @@ def predict(
             a video cannot be written.
     """
     outcome = Outcome()
-    # Ids may be strings, too.
-    known = (number for number in labels.images.values() if isinstance(number, int))
-    numbers = itertools.count(max(known, default=0) + 1)
     videos = [source for source in sources if source.is_video]
     images = [source for source in sources if not source.is_video]
-    names = [source.drawn.as_posix() for source in images]
-    if twice := [name for name in labels.images if names.count(name) > 1]:
-        raise UserError(
-            f"Several images are {twice[0]} of the annotations. Name them in separate calls."
-        )
+    numbers = _new_ids(labels, images)
     total = len(images) + sum(map(_length, videos))
     with tqdm(total=total, desc="Detecting", unit="image", disable=not progress) as bar:
 
         def look(frames: Iterable[_Frame], draw: Callable[[_Frame, Instances], None]) -> None:
             for batch in _batches(frames, batch_size):
-                for frame, found in zip(batch, detector([f.image for f in batch]), strict=True):
-                    if output is not None:
-                        draw(frame, found)
-                    for entry in coco_entries(found, frame.image_id, labels.categories):
-                        outcome.entries.append({**entry, **frame.extra})
-                outcome.images += len(batch)
+                _look(detector, batch, labels, outcome, draw if output is not None else None)
                 bar.update(len(batch))
 
-        look(
-            _read_images(images, labels, numbers, outcome.faults, longest),
-            lambda frame, found: _save(
-                output / frame.source.drawn, draw_over(frame.image, found, labels.names)
-            ),
-        )
+        def save(frame: _Frame, found: Instances) -> None:
+            _save(output / frame.source.drawn, draw_over(frame.image, found, labels.names))
+
+        look(_read_images(images, labels, numbers, outcome.faults, longest), save)
         if not outcome.images and not videos:
             others = f", nor can the other {len(images) - 1}" if len(images) > 1 else ""
             raise UserError(f"Image {outcome.faults[0]} cannot be read{others}.")
         for video in videos:
             with _video_file(output and output / video.drawn, video) as write:
+                # Detectron2's Visualizer takes 15 to 35 times as long for a frame.
                 look(
                     _read_frames(video, numbers, outcome.faults),
-                    # Detectron2's Visualizer takes 15 to 35 times as long for a frame.
                     lambda frame, found, write=write: write(
                         draw_instances(frame.image, found, labels.names, side=0, min_score=0)
                     ),
                 )
     return outcome
+
+
+def _look(
+    detector: Detector,
+    batch: Sequence[_Frame],
+    labels: Labels,
+    outcome: Outcome,
+    draw: Callable[[_Frame, Instances], None] | None,
+) -> None:
+    """Detect on a batch, draw, and add what was found to the outcome."""
+    for frame, found in zip(batch, detector([f.image for f in batch]), strict=True):
+        if draw is not None:
+            draw(frame, found)
+        for entry in coco_entries(found, frame.image_id, labels.categories):
+            outcome.entries.append({**entry, **frame.extra})
+    outcome.images += len(batch)
+
+
+def _new_ids(labels: Labels, images: Sequence[Source]) -> Iterator[int]:
+    """Ids for images and frames that the labels do not know.
+
+    Raises:
+        UserError: several images are the same one of the labels.
+    """
+    names = Counter(source.drawn.as_posix() for source in images)
+    if twice := [name for name in labels.images if names[name] > 1]:
+        raise UserError(
+            f"Several images are {twice[0]} of the annotations. Name them in separate calls."
+        )
+    # Ids may be strings, too.
+    known = (number for number in labels.images.values() if isinstance(number, int))
+    return itertools.count(max(known, default=0) + 1)
 
 
 def _batches(frames: Iterable[_Frame], size: int) -> Iterator[list[_Frame]]:

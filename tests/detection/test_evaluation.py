@@ -33,7 +33,7 @@ def test_no_detections(tmp_path):
 
 
 def test_no_detector():
-    with pytest.raises(ValueError, match="does not answer with instances but with sem_seg: give"):
+    with pytest.raises(ValueError, match="does not answer with instances but with sem_seg. Set"):
         instances_of({"sem_seg": None})
 
 
