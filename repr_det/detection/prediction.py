@@ -306,12 +306,10 @@ def predict(
         for video in videos:
             with _video_file(output and output / video.drawn, video) as write:
                 # Detectron2's Visualizer takes 15 to 35 times as long for a frame.
-                look(
-                    _read_frames(video, numbers, outcome.faults),
-                    lambda frame, found, write=write: write(
-                        draw_instances(frame.image, found, labels.names, side=0, min_score=0)
-                    ),
-                )
+                def film(frame: _Frame, found: Instances, write: Any = write) -> None:
+                    write(draw_instances(frame.image, found, labels.names, side=0, min_score=0))
+
+                look(_read_frames(video, numbers, outcome.faults), film)
     return outcome
 
 
