@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from repr_det.errors import UserError
 from repr_det.method.criteria import Scores
 from repr_det.method.layers import FilterLayer
+from repr_det.method.ranks import Group, distributed, from_first_rank, mean_over_ranks
+
+
+def check_shares(prune_ratio: float, max_layer_ratio: float) -> None:
+    """Refuse shares out of range.
+
+    Raises:
+        UserError: one of them is.
+    """
+    if not 0 < prune_ratio < 1:
+        raise UserError(f"RePr: prune_ratio is {prune_ratio}. Set a share above 0 and below 1.")
+    if not 0 < max_layer_ratio <= 1:
+        raise UserError(
+            f"RePr: max_layer_ratio is {max_layer_ratio}. Set a share above 0 and up to 1."
+        )
 
 
 def layer_limits(layers: Sequence[FilterLayer], max_layer_ratio: float) -> list[int]:
@@ -24,6 +40,64 @@ def layer_limits(layers: Sequence[FilterLayer], max_layer_ratio: float) -> list[
 def number_to_prune(layers: Sequence[FilterLayer], ratio: float) -> int:
     """``ratio`` of all filters together, rounded down."""
     return math.floor(ratio * sum(layer.num_filters for layer in layers) + 1e-9)
+
+
+def check_reachable(layers: Sequence[FilterLayer], ratio: float, max_layer_ratio: float) -> None:
+    """Refuse a share of all filters that is less than one, or more than the layers may lose.
+
+    Raises:
+        UserError: it is.
+    """
+    wanted = number_to_prune(layers, ratio)
+    total = sum(layer.num_filters for layer in layers)
+    most = sum(layer_limits(layers, max_layer_ratio))
+    if wanted == 0:
+        raise UserError(
+            f"RePr: prune_ratio {ratio} of {total} filters is less than one filter. "
+            f"Raise it or include more layers."
+        )
+    if wanted > most:
+        raise UserError(
+            f"RePr: prune_ratio {ratio} of {total} filters is {wanted}, but max_layer_ratio "
+            f"{max_layer_ratio} allows {most} at most. Raise max_layer_ratio or lower prune_ratio."
+        )
+
+
+def agreed_scores(
+    scores: Scores, layers: Sequence[FilterLayer], criterion: str, group: Group = None
+) -> Scores:
+    """Scores averaged over ranks, the same bits on all of them, on the CPU.
+
+    Args:
+        scores: what this rank's criterion returned.
+        layers: the filter layers.
+        criterion: its name.
+        group: the ranks.
+
+    Raises:
+        UserError: the criterion did not return a score for each filter.
+    """
+    if not isinstance(scores, Mapping):
+        raise UserError(
+            f"RePr: criterion {criterion!r} returned {type(scores).__name__}. Return scores by "
+            f"layer name."
+        )
+    for layer in layers:
+        got = scores.get(layer.name)
+        if got is None or got.shape != (layer.num_filters,):
+            raise UserError(
+                f"RePr: criterion {criterion!r} returned scores of shape "
+                f"{None if got is None else tuple(got.shape)}. Return a score for each of the "
+                f"{layer.num_filters} filters of {layer.name}."
+            )
+    if not distributed(group):
+        return {name: score.cpu() for name, score in scores.items()}
+    device = layers[0].weight.device
+    # Copies: a criterion may keep what it returns.
+    form = {"copy": True, "memory_format": torch.contiguous_format}
+    own = {name: score.to(device, torch.float64, **form) for name, score in scores.items()}
+    mean = {name: mean_over_ranks(score, group) for name, score in own.items()}
+    return {name: score.cpu() for name, score in from_first_rank(mean, group).items()}
 
 
 def choose(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -15,38 +15,33 @@ from torch.optim import Optimizer
 
 from repr_det.errors import UserError
 from repr_det.method.calibration import calibrate
-from repr_det.method.choice import choose, layer_limits, number_to_prune
+from repr_det.method.choice import agreed_scores, check_reachable, check_shares, choose
 from repr_det.method.criteria import (
     CRITERIA,
-    NEEDS_DATA,
     Criterion,
     Data,
     Scores,
+    check_criterion,
     filter_overlap,
     mean_overlap,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
-from repr_det.method.graph import ChannelGraph, Reader
+from repr_det.method.graph import ChannelGraph, Reader, in_copy
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
-from repr_det.method.layers import (
-    FilterLayer,
-    NormLink,
-    column_slots,
-    extremes,
-    row_lengths,
-    unit_rows,
-)
-from repr_det.method.modules import eager, named_modules, unchanged, unwrap
+from repr_det.method.layers import FilterLayer, column_slots, extremes, row_lengths
+from repr_det.method.modules import eager, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
-from repr_det.method.ranks import (
-    distributed,
-    from_first_rank,
-    group_of,
-    mean_over_ranks,
-    object_of_first_rank,
-)
-from repr_det.method.reinit import Reinit, lengths_of, orthogonal_directions
+from repr_det.method.ranks import group_of, object_of_first_rank
+from repr_det.method.reinit import Reinit
 from repr_det.method.removal import Removable
+from repr_det.method.returning import (
+    hand_over,
+    new_rows,
+    reset_statistics,
+    restore,
+    values_of,
+    write_affine,
+)
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_same_settings, check_whole
@@ -139,8 +134,8 @@ class RePr:
         warmup: int = 0,
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
     ) -> None:
-        _check_shares(prune_ratio, max_layer_ratio)
-        needs_data = _check_criterion(criterion, None not in (batches, loss))
+        check_shares(prune_ratio, max_layer_ratio)
+        needs_data = check_criterion(criterion, None not in (batches, loss))
         self._looks_at_weights = isinstance(criterion, str) and not needs_data
         check_whole("seed", seed)
         check_optimizer(optimizer)
@@ -164,7 +159,7 @@ class RePr:
 
         self._copied_models = list(copies)
         self._build(self._traced())
-        self._check_reachable()
+        check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
@@ -206,7 +201,7 @@ class RePr:
         """
         self.layers: list[FilterLayer] = self._find_layers(names)
         self._outgoing = self._factors_on_readers()
-        self._copies = [self._rebound(copy) for copy in self._copied_models]
+        self._copies = [in_copy(copy, self.layers, self._readers) for copy in self._copied_models]
 
     def _run_on_a_batch(self) -> None:
         self._loss(self._model, next(self._batches()))
@@ -214,7 +209,7 @@ class RePr:
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that do not serve what they are for; warn where they miss."""
         constant = not self.reinit.as_it_was and any(
-            link.constant_statistics for link, _ in self._norms(None)
+            link.constant_statistics for layer in self.layers for link in layer.norms
         )
         if None not in (self._batches, self._loss) and (constant or needs_data):
             self._check_loss()
@@ -287,62 +282,10 @@ class RePr:
         groups = self.optimizer.param_groups
         return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
-    def _rebound(self, copy: nn.Module) -> tuple[list[FilterLayer], list[Reader]]:
-        """The same layers and readers in a copy of the model."""
-        modules = dict(named_modules(copy))
-        if missing := {layer.name for layer in self.layers} - set(modules):
-            raise UserError(
-                f"RePr: a copy of the model has no layer {min(missing)}; copies must be built as "
-                f"the model is."
-            )
-        for layer in [*self.layers, *self._readers]:
-            mine, theirs = layer.module.weight.shape, modules[layer.name].weight.shape
-            if mine != theirs:
-                raise UserError(
-                    f"RePr: the weight of {layer.name} is {tuple(theirs)} in a copy of the model "
-                    f"and {tuple(mine)} in the model; copies must be built as the model is."
-                )
-        layers = [
-            FilterLayer(
-                layer.name,
-                modules[layer.name],
-                tuple(
-                    NormLink(n.name, modules[n.name], n.filters, n.channels, n.dim)
-                    for n in layer.norms
-                ),
-            )
-            for layer in self.layers
-        ]
-        return layers, [replace(r, module=modules[r.name]) for r in self._readers]
-
-    def _check_reachable(self) -> None:
-        wanted = number_to_prune(self.layers, self.prune_ratio)
-        total = sum(layer.num_filters for layer in self.layers)
-        most = sum(layer_limits(self.layers, self.max_layer_ratio))
-        if wanted == 0:
-            raise UserError(
-                f"RePr: prune_ratio {self.prune_ratio} of {total} filters is less than one filter; "
-                f"raise it or include more layers."
-            )
-        if wanted > most:
-            raise UserError(
-                f"RePr: prune_ratio {self.prune_ratio} wants {wanted} of {total} filters, but "
-                f"max_layer_ratio {self.max_layer_ratio} lets go of {most} at most; "
-                f"raise max_layer_ratio or lower prune_ratio."
-            )
-
     def _none_pruned(self) -> dict[str, Tensor]:
         return {
             layer.name: torch.zeros(layer.num_filters, dtype=torch.bool) for layer in self.layers
         }
-
-    def _norms(self, chosen: dict[str, Tensor] | None) -> Iterator[tuple[NormLink, Tensor]]:
-        for layer in self.layers:
-            for link in layer.norms:
-                yield (
-                    link,
-                    link.channels if chosen is None else link.channels_of(chosen[layer.name]),
-                )
 
     def count_zero_filters(self) -> dict[str, int]:
         """Number of filters of zero norm by layer name, layers without any left out."""
@@ -487,39 +430,25 @@ class RePr:
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
         self._take_stock()
-        self._check_reachable()
+        check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         if len(self.optimizer.param_groups) != self._num_groups:
             check_optimizer(self.optimizer)
             self._num_groups = len(self.optimizer.param_groups)
         self._pruned = self._none_pruned()
         self._check_finite("rank")
-        scores = self._agreed_scores(self._scores(cycle))
+        scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self._group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
-        self._before = self._values(self.layers, pruned)
+        self._before = values_of(self.layers, pruned, self.reinit, self._group)
         if self.reinit.as_it_was:
-            self._before_in_copies = [self._values(layers, pruned) for layers, _ in self._copies]
+            self._before_in_copies = [
+                values_of(layers, pruned, self.reinit, self._group) for layers, _ in self._copies
+            ]
         self._aside = [self._take_out(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
         self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
-
-    def _values(
-        self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]
-    ) -> dict[str, dict[str, Any]]:
-        losing = [layer for layer in layers if pruned[layer.name].any()]
-        values = over_layers(
-            lambda layer: _values(layer, pruned[layer.name], self.reinit.as_it_was), losing
-        )
-        if self.reinit.as_it_was:
-            for norm in (norm for of_layer in values for norm in of_layer["norms"]):
-                # Where they train, every rank has its own.
-                norm["statistics"] = [
-                    [from_first_rank({"": tensor}, self._group)[""] for tensor in pair]
-                    for pair in norm["statistics"]
-                ]
-        return {layer.name: v for layer, v in zip(losing, values, strict=True)}
 
     def _take_out(
         self,
@@ -545,7 +474,9 @@ class RePr:
         for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
             put_back(readers, returned, optimizer, aside, self._outgoing)
         if self.reinit.as_it_was:
-            self._restore(returned)
+            restore(self.layers, returned, self._before)
+            for (layers, _), before in zip(self._copies, self._before_in_copies, strict=True):
+                restore(layers, returned, before)
         else:
             self._renew(returned, generator)
         for layer in self.layers:
@@ -623,21 +554,9 @@ class RePr:
 
     # --- coming back
 
-    def _restore(self, returned: dict[str, Tensor]) -> None:
-        """Set returned filters to what they were at the drop, in the model and in its copies."""
-        everywhere = zip(
-            [self.layers, *(layers for layers, _ in self._copies)],
-            [self._before, *self._before_in_copies],
-            strict=True,
-        )
-        for layers, before in everywhere:
-            for layer in layers:
-                if layer.name in before:
-                    _write_values(layer, returned[layer.name], before[layer.name])
-
     def _renew(self, returned: dict[str, Tensor], generator: torch.Generator) -> None:
         """Set returned filters to new ones, and hand them over to the copies."""
-        rows = self._new_rows(generator)
+        rows = new_rows(self.layers, returned, self._before, self.reinit, generator, self._group)
         trained = self._trained()
         for layer in self.layers:
             # What was frozen meanwhile could never learn new filters.
@@ -647,110 +566,15 @@ class RePr:
         def write(layer: FilterLayer) -> None:
             chosen = returned[layer.name]
             layer.write_rows(chosen, rows[layer.name])
-            self._write_affine(layer, chosen)
+            write_affine(layer, chosen, self._before[layer.name], self.reinit)
 
         over_layers(write, [layer for layer in self.layers if layer.name in rows])
-        self._reset_statistics(returned)
-        for layers, _ in self._copies:
-            _hand_over(self.layers, layers, returned)
-
-    def _new_rows(self, generator: torch.Generator) -> dict[str, Tensor]:
-        returning = [layer for layer in self.layers if layer.name in self._before]
-        # Threads finish in any order, so each layer has its own seed.
-        seeds = torch.randint(2**62, (len(returning),), generator=generator).tolist()
-        seed_of = {layer.name: seed for layer, seed in zip(returning, seeds, strict=True)}
-
-        def rows_of(layer: FilterLayer) -> Tensor:
-            chosen, rows = self._pruned[layer.name].to(layer.weight.device), layer.matrix()
-            # A copy, at least in float32.
-            sets = rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-            sets[chosen] = self._before[layer.name]["weight"].to(sets)
-            units, lengths = unit_rows(sets.reshape(layer.groups, -1, layer.dimension))
-            dropped = chosen.reshape(lengths.shape)
-            source = torch.Generator().manual_seed(seed_of[layer.name])
-            new = torch.cat(
-                [orthogonal_directions(*one, source) for one in zip(units, dropped, strict=True)]
-            )
-            new *= lengths_of(self.reinit, lengths, dropped)[dropped].to(new.dtype)[:, None]
-            return new.to(rows.dtype)
-
-        rows = over_layers(rows_of, returning)
-        rows = {layer.name: new for layer, new in zip(returning, rows, strict=True)}
-        return from_first_rank(rows, self._group)
-
-    def _write_affine(self, layer: FilterLayer, chosen: Tensor) -> None:
-        """Bias, gamma and beta of returned filters, by the choices of :class:`Reinit`."""
-        before = self._before[layer.name]
-        if layer.bias is not None:
-            choice = self.reinit.beta if layer.bias.requires_grad else "previous"
-            _write_choice(layer.bias, chosen, ~chosen, choice, before["bias"])
-        for key, old in before.get("per_filter", {}).items():
-            gain = layer.per_filter[key]
-            choice = self.reinit.gamma if gain.requires_grad else "previous"
-            _write_choice(gain, chosen, ~chosen, choice, old)
-        for link, old in zip(layer.norms, before["norms"], strict=True):
-            new, kept = link.channels_of(chosen), link.channels_of(~chosen)
-            for key, tensor, choice in (
-                ("gamma", link.gamma, self.reinit.gamma), ("beta", link.beta, self.reinit.beta)
-            ):  # fmt: skip
-                if tensor is not None:
-                    _write_choice(
-                        tensor, new, kept, choice if link.trains else "previous", old[key]
-                    )
-
-    def _reset_statistics(self, returned: dict[str, Tensor]) -> None:
-        """Running statistics: as in a new norm where they train, else measured on real batches."""
-        constant = []
-        for link, channels in self._norms(returned):
-            if not len(channels):
-                continue
-            if link.constant_statistics:
-                constant.append((link, channels))
-                continue
-            for mean, var in link.running_statistics():
-                mean[channels], var[channels] = 0.0, 1.0
-            link.begin_average()
-        if not constant:
-            return
-        # Measured below; those that no batch reaches keep what they had before the drop.
-        for layer in self.layers:
-            if layer.name not in self._before:
-                continue
-            for link, old in zip(layer.norms, self._before[layer.name]["norms"], strict=True):
-                channels = link.channels_of(returned[layer.name])
-                for (mean, var), (old_mean, old_var) in zip(
-                    link.running_statistics(), old["statistics"], strict=False
-                ):  # none were kept of statistics that train
-                    mean[channels] = old_mean.to(mean.device)
-                    var[channels] = old_var.to(var.device)
-        if self._batches is not None and self._loss is not None:
+        constant = reset_statistics(self.layers, returned, self._before)
+        if constant and None not in (self._batches, self._loss):
             batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
             calibrate(self._model, constant, batches, self._loss, self._group)
-
-    def _agreed_scores(self, scores: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scores averaged over ranks, the first rank's bits on all of them; on the CPU."""
-        if not isinstance(scores, Mapping):
-            raise UserError(
-                f"RePr criterion {self._criterion_name!r} must return scores by layer name; it "
-                f"returned {type(scores).__name__}."
-            )
-        for layer in self.layers:
-            got = scores.get(layer.name)
-            if got is None or got.shape != (layer.num_filters,):
-                raise UserError(
-                    f"RePr criterion {self._criterion_name!r} must return a score for each of the "
-                    f"{layer.num_filters} filters of {layer.name}; it returned "
-                    f"{'none' if got is None else tuple(got.shape)}."
-                )
-        if not distributed(self._group):
-            return {name: score.cpu() for name, score in scores.items()}
-        device = self.layers[0].weight.device
-        # Copies: a criterion may keep what it returns.
-        form = {"copy": True, "memory_format": torch.contiguous_format}
-        own = {n: s.to(device, torch.float64, **form) for n, s in scores.items()}
-        mean = {n: mean_over_ranks(s, self._group) for n, s in own.items()}
-        agreed = from_first_rank(mean, self._group)
-        return {name: score.cpu() for name, score in agreed.items()}
+        for layers, _ in self._copies:
+            hand_over(self.layers, layers, returned)
 
     # --- state
 
@@ -855,110 +679,6 @@ def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
         for entries in state["aside"]
         for reader in readers
     )
-
-
-def _check_shares(prune_ratio: float, max_layer_ratio: float) -> None:
-    """Refuse shares out of range."""
-    if not 0 < prune_ratio < 1:
-        raise UserError(f"RePr: prune_ratio is {prune_ratio}; give a share above 0 and below 1.")
-    if not 0 < max_layer_ratio <= 1:
-        raise UserError(
-            f"RePr: max_layer_ratio is {max_layer_ratio}; give a share above 0 and up to 1."
-        )
-
-
-def _check_criterion(criterion: str | Criterion, has_data: bool) -> bool:
-    """Refuse a name that is unknown, or what it needs and lacks; returns whether it needs data."""
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise UserError(
-            f"RePr: unknown criterion {criterion!r}; the known ones are {', '.join(CRITERIA)}."
-        )
-    needs_data = isinstance(criterion, str) and criterion in NEEDS_DATA
-    if needs_data and not has_data:
-        raise UserError(
-            f"RePr: criterion {criterion!r} looks at training batches; pass batches= and loss=."
-        )
-    return needs_data
-
-
-def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> dict[str, Any]:
-    """What the chosen filters of a layer are before they go.
-
-    Statistics of norms that train only where they come back: they differ from rank to rank.
-    """
-    norms = []
-    for link in layer.norms:
-        channels = link.channels_of(chosen)
-        norms.append(
-            {
-                key: tensor.detach()[channels]
-                for key, tensor in (("gamma", link.gamma), ("beta", link.beta))
-                if tensor is not None
-            }
-            | {
-                "statistics": [
-                    [mean[channels], var[channels]]
-                    for mean, var in link.running_statistics()
-                    if all_statistics or link.constant_statistics
-                ]
-            }
-        )
-    rows = chosen.nonzero().flatten().to(layer.weight.device)
-    values = {"weight": layer.matrix().index_select(0, rows), "norms": norms}
-    if layer.bias is not None:
-        values["bias"] = layer.bias.detach()[chosen]
-    if layer.per_filter:
-        values["per_filter"] = {k: p.detach()[chosen] for k, p in layer.per_filter.items()}
-    return values
-
-
-def _write_values(layer: FilterLayer, chosen: Tensor, values: dict[str, Any]) -> None:
-    """Set the chosen filters to what :func:`_values` gave."""
-    layer.write_rows(chosen, values["weight"])
-    if layer.bias is not None:
-        _write_entries(layer.bias, chosen, values["bias"])
-    for key, old in values.get("per_filter", {}).items():
-        _write_entries(layer.per_filter[key], chosen, old)
-    for link, old in zip(layer.norms, values["norms"], strict=True):
-        channels = link.channels_of(chosen)
-        for key, tensor in (("gamma", link.gamma), ("beta", link.beta)):
-            if tensor is not None:
-                _write_entries(tensor, channels, old[key])
-        for pair, old_pair in zip(link.running_statistics(), old["statistics"], strict=True):
-            for tensor, entries in zip(pair, old_pair, strict=True):
-                _write_entries(tensor, channels, entries)
-
-
-def _write_entries(tensor: Tensor, where: Tensor, values: Tensor) -> None:
-    tensor.detach()[where] = values.to(tensor.device, tensor.dtype)
-
-
-def _write_choice(tensor: Tensor, new: Tensor, kept: Tensor, choice: str, previous: Tensor) -> None:
-    """Set entries of a one-dimensional tensor by a choice of :class:`Reinit`."""
-    survivors = tensor.detach()[kept]
-    if choice == "survivors" and len(survivors):
-        values = survivors.mean()
-    elif choice in ("survivors", "previous"):
-        values = previous.to(tensor.device)
-    else:
-        values = torch.tensor({"one": 1.0, "zero": 0.0}[choice], device=tensor.device)
-    tensor.detach()[new] = values.to(tensor.dtype)
-
-
-def _hand_over(
-    source: Sequence[FilterLayer], target: Sequence[FilterLayer], returned: dict[str, Tensor]
-) -> None:
-    """Copy returned filters with their norm's statistics from one model into another."""
-    for mine, theirs in zip(source, target, strict=True):
-        chosen = returned[mine.name]
-        for a, b in zip(mine.filter_slots(chosen), theirs.filter_slots(chosen), strict=True):
-            b.write(a.read())
-        for a, b in zip(mine.norms, theirs.norms, strict=True):
-            channels = a.channels_of(chosen)
-            for (m1, v1), (m2, v2) in zip(
-                a.running_statistics(), b.running_statistics(), strict=True
-            ):
-                m2[channels], v2[channels] = m1[channels].to(m2.device), v1[channels].to(v2.device)
 
 
 def _finite_mean(scores: Tensor) -> float:

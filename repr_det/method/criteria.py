@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
 from repr_det.method import data_criteria
 from repr_det.method.layers import FilterLayer, unit_rows
 from repr_det.method.ranks import Group
@@ -169,6 +170,26 @@ CRITERIA: dict[str, Criterion] = {
 
 NEEDS_DATA = {"activations", "apoz", "gradients", "taylor", "hessian", "oracle"}
 """Criteria that cannot do without batches and a loss."""
+
+
+def check_criterion(criterion: str | Criterion, has_data: bool) -> bool:
+    """Refuse an unknown name, and one that needs batches where there are none.
+
+    Returns:
+        Whether it needs batches and a loss.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if not isinstance(criterion, str):
+        return False
+    if criterion not in CRITERIA:
+        raise UserError(f"RePr: criterion is {criterion!r}. Set one of {', '.join(CRITERIA)}.")
+    if criterion in NEEDS_DATA and not has_data:
+        raise UserError(
+            f"RePr: criterion {criterion!r} looks at training batches. Pass batches= and loss=."
+        )
+    return criterion in NEEDS_DATA
 
 
 def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> Scores:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from repr_det.errors import UserError
 from repr_det.method.channels import Channels
-from repr_det.method.layers import NormLink
+from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import named_modules
 
 
@@ -159,3 +160,31 @@ class ChannelGraph:
             not_run=list(state["not_run"]),
             example=example,
         )
+
+
+def in_copy(
+    copy: nn.Module, layers: Sequence[FilterLayer], readers: Sequence[Reader]
+) -> tuple[list[FilterLayer], list[Reader]]:
+    """The same layers and readers in a copy of the model.
+
+    Raises:
+        UserError: the copy lacks a layer, or has one of another shape.
+    """
+    modules = dict(named_modules(copy))
+    if missing := {layer.name for layer in layers} - set(modules):
+        raise UserError(
+            f"RePr: a copy of the model has no layer {min(missing)}. Build copies as the model is "
+            f"built."
+        )
+    for layer in [*layers, *readers]:
+        mine, theirs = layer.module.weight.shape, modules[layer.name].weight.shape
+        if mine != theirs:
+            raise UserError(
+                f"RePr: the weight of {layer.name} is {tuple(theirs)} in a copy of the model and "
+                f"{tuple(mine)} in the model. Build copies as the model is built."
+            )
+    found = []
+    for layer in layers:
+        norms = tuple(replace(link, module=modules[link.name]) for link in layer.norms)
+        found.append(replace(layer, module=modules[layer.name], norms=norms))
+    return found, [replace(r, module=modules[r.name]) for r in readers]

@@ -207,7 +207,7 @@ def test_a_sampler_that_is_running_is_left_alone():
 
 def test_a_criterion_that_needs_batches_asks_for_them():
     READ.clear()
-    with pytest.raises(UserError, match="'apoz' looks at training batches; pass batches="):
+    with pytest.raises(UserError, match="'apoz' looks at training batches. Pass batches="):
         trainer_over(examples(), criterion="apoz")
     assert READ == []
 

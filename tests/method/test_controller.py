@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.errors import UserError
-from repr_det.method import controller, ranks
+from repr_det.method import choice, ranks
 from repr_det.method.criteria import chance_overlap
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.operations import Operations
@@ -766,16 +766,16 @@ def test_copies_are_kept_in_step(name):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        ({"prune_ratio": 0.0}, "prune_ratio is 0.0; give a share above 0 and below 1"),
+        ({"prune_ratio": 0.0}, "prune_ratio is 0.0. Set a share above 0 and below 1"),
         ({"prune_ratio": 1.0}, "prune_ratio is 1.0"),
         ({"prune_ratio": -0.1}, "prune_ratio is -0.1"),
         ({"prune_ratio": float("nan")}, "prune_ratio is nan"),
         ({"prune_ratio": 0.05}, "prune_ratio 0.05 of 16 filters is less than one filter"),
-        ({"max_layer_ratio": 0.0}, "max_layer_ratio is 0.0; give a share above 0 and up to 1"),
+        ({"max_layer_ratio": 0.0}, "max_layer_ratio is 0.0. Set a share above 0 and up to 1"),
         ({"max_layer_ratio": 1.1}, "max_layer_ratio is 1.1"),
-        ({"max_layer_ratio": 0.2}, "wants 4 of 16 filters, but max_layer_ratio 0.2 lets go of 2"),
-        ({"prune_ratio": 0.6}, "wants 9 of 16 filters, but max_layer_ratio 0.5 lets go of 8 at"),
-        ({"criterion": "orto"}, "unknown criterion 'orto'; the known ones are ortho, ortho_paper"),
+        ({"max_layer_ratio": 0.2}, "of 16 filters is 4, but max_layer_ratio 0.2 allows 2 at most"),
+        ({"prune_ratio": 0.6}, "of 16 filters is 9, but max_layer_ratio 0.5 allows 8 at most"),
+        ({"criterion": "orto"}, "criterion is 'orto'. Set one of ortho, ortho_paper"),
         ({"include": ["nothing"]}, "INCLUDE pattern 'nothing' matches no conv layer"),
         ({"exclude": ["*"]}, "no filters to drop: of the 3 conv layers, all .* match no pattern"),
     ],
@@ -786,7 +786,7 @@ def test_arguments_out_of_range(arguments, told):
 
 
 def test_no_layer_ever_loses_all_filters():
-    with pytest.raises(ValueError, match="wants 15 of 16 filters, .* lets go of 14 at most"):
+    with pytest.raises(ValueError, match="of 16 filters is 15, .* allows 14 at most"):
         build(prune_ratio=0.95, max_layer_ratio=1.0)
     _, _, method = build(prune_ratio=0.88, max_layer_ratio=1.0)
     method.step(3)
@@ -831,7 +831,7 @@ def test_copies_of_another_width_are_refused():
 
 def test_criterion_that_returns_nothing_is_told():
     _, _, method = build(criterion=lambda layers, data: None)
-    with pytest.raises(ValueError, match="must return scores by layer name; it returned NoneType"):
+    with pytest.raises(ValueError, match="returned NoneType. Return scores by layer name"):
         method.step(3)
 
 
@@ -852,7 +852,7 @@ def test_state_does_not_go_on_with_the_run():
 def test_what_goes_to_other_ranks_is_a_contiguous_copy(monkeypatch):
     """NCCL refuses other strides, gloo takes the memory as it is; and scores may be kept."""
     sent = []
-    for module in (controller, ranks):
+    for module in (choice, ranks):
         monkeypatch.setattr(module, "distributed", lambda group: True)
     monkeypatch.setattr(ranks.dist, "get_world_size", lambda group: 2)
     monkeypatch.setattr(ranks.dist, "all_reduce", lambda t, group: t.mul_(3))
