@@ -17,6 +17,7 @@ PYTHON = .venv/bin/python
 LOWEST_PYTHON = python3.10
 SIZE = full
 DEVICE = auto
+PROCESSES = 4
 GPU_TESTS = tests/method tests/engine tests/classification/test_cycle.py \
 	tests/detection/test_two_cycles.py
 ENVIRONMENT = .venv/.installed
@@ -49,10 +50,10 @@ test-all: lint
 test-lowest: .venv-lowest/.installed
 	PYTHONPATH="$(CURDIR)" .venv-lowest/bin/python $(PYTEST) -m "not slow"
 
-test-gpu: NEEDED = torch detectron2 pytest
+test-gpu: NEEDED = torch detectron2 pytest xdist hypothesis
 test-gpu: $(ENVIRONMENT)
-	$(RUN) -m pytest $(GPU_TESTS) -m "gpu and not slow" --device $(DEVICE) \
-		--failures output/gpu-failures.txt
+	$(RUN) -m pytest $(GPU_TESTS) -m "gpu and not slow" --numprocesses $(PROCESSES) \
+		--device $(DEVICE) --failures output/gpu-failures.txt
 
 bench: $(ENVIRONMENT)
 	$(RUN) benchmarks/bench.py $(SIZE)

@@ -24,6 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Once, and not in every process of pytest-xdist.
+    if (file := config.getoption("--failures")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Failures(Path(file)))
     device = config.getoption("--device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,20 +38,26 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    """Write the names of failed tests last, one a line, and into a file."""
-    if not (file := config.getoption("--failures")):
-        return
-    found = terminalreporter.stats
-    names = [report.nodeid for kind in ("failed", "error") for report in found.get(kind, [])]
-    Path(file).parent.mkdir(parents=True, exist_ok=True)
-    Path(file).write_text("".join(f"{name}\n" for name in names))
-    terminalreporter.section(f"{len(names)} failures on {os.environ['REPR_DET_TEST_DEVICE']}")
-    for name in names:
-        terminalreporter.write_line(name)
+class Failures:
+    """Names of failed tests: in a file as they fail, in case the run is stopped, and at the end."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._names: list[str] = []
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        if report.failed and report.nodeid not in self._names:
+            self._names.append(report.nodeid)
+            self._file.write_text("".join(f"{name}\n" for name in self._names))
+
+    pytest_collectreport = pytest_runtest_logreport
+
+    def pytest_unconfigure(self) -> None:
+        """After pytest's own summary, so that the end of the output holds them."""
+        device = os.environ["REPR_DET_TEST_DEVICE"]
+        print("", f"{len(self._names)} failures on {device}", *self._names, sep="\n")
 
 
 @pytest.fixture(autouse=True)
