@@ -117,6 +117,10 @@ class Call:
         self._asked.add(name)
         return self._tags.get(name, [])
 
+    def seen(self, name: str) -> list[Tag | None]:
+        """Like :meth:`tags`, and promises nothing."""
+        return self._tags.get(name, [])
+
     def tag(self, name: str) -> Tag | None:
         """The tag that an argument had before the operation."""
         tags = self.tags(name)
@@ -165,7 +169,7 @@ class Call:
         known = any(tag is not None for tags in self._tags.values() for tag in tags)
         found = RULES[self.op](self) if self.op in RULES and (known or self.op in _ZEROS) else None
         for name, tags in self._tags.items():
-            if (found is None or name not in self._asked) and self.op not in _SHAPE_ONLY:
+            if (found is None or name not in self._asked) and self.op not in SHAPE_ONLY:
                 self.pin(*tags)
         listed = found if isinstance(found, list) else [found]
         listed = [*listed, *[None] * len(outputs)][: len(outputs)]
@@ -244,12 +248,18 @@ READS = {
 """Arguments whose values are in the result, where others only say which values to take. RoIAlign
 gets its boxes from the RPN. That does not make the RPN's prediction convs inner layers."""
 
-_SHAPE_ONLY = {
+SHAPE_ONLY = {
     "aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::full_like", "aten::rand_like",
     "aten::randn_like", "aten::randint_like", "aten::new_zeros", "aten::new_ones", "aten::new_full",
     "aten::new_empty", "aten::new_empty_strided",
 }  # fmt: skip
 """Operations that look at no value of their first argument."""
+
+PARTS = {
+    "aten::slice", "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::select",
+    "aten::unbind",
+}  # fmt: skip
+"""Operations whose result may be a part of their argument: nobody sees the rest there."""
 
 _ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
 

@@ -54,7 +54,7 @@ CALIBRATION_BATCHES = 4
 
 _STATE_VERSION = 2
 
-_LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal"}
+_LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal", "linear": False}
 """Settings that older checkpoints do not mention, and what they were then."""
 
 
@@ -62,7 +62,7 @@ class LayerReport(NamedTuple):
     """What a phase change did to one layer.
 
     Attributes:
-        name: dotted name of the conv.
+        name: dotted name of the layer.
         filters: number of filters.
         pruned: how many of them were dropped or came back.
         mean_score: mean score over all filters; None on a return. Zero filters do not count.
@@ -110,6 +110,7 @@ class RePr:
             return, at most S1; 0 leaves it alone.
         progress: shows how far a slow criterion (``oracle``) is: takes the filters to go through
             and returns what passes them on, ``tqdm`` for example.
+        linear: whether hidden units of linear layers take part, too; see ``select_layers``.
 
     Raises:
         UserError: an argument out of range, patterns that match nothing, an optimizer that is
@@ -133,6 +134,7 @@ class RePr:
         reinit: Reinit | None = None,
         warmup: int = 0,
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
+        linear: bool = False,
     ) -> None:
         check_shares(prune_ratio, max_layer_ratio)
         needs_data = check_criterion(criterion, None not in (batches, loss))
@@ -154,6 +156,7 @@ class RePr:
             else getattr(criterion, "__name__", type(criterion).__name__)
         )
         self._include, self._exclude = list(include or ()), list(exclude or ())
+        self._linear = bool(linear)
         self._model, self._group = unwrap(model), group_of(model)
         self._batches, self._loss, self._progress = batches, loss, progress
 
@@ -238,13 +241,16 @@ class RePr:
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
         layers = [
-            FilterLayer(name, conv, tuple(self.graph.norms.get(name, ())))
-            for name, conv in self.graph.convs.items()
+            FilterLayer(name, layer, tuple(self.graph.norms.get(name, ())))
+            for name, layer in self.graph.layers.items()
         ]
         if names is not None:
             return separable(layers, names)
         selected = select_layers(
             self.graph.convs,
+            self.graph.linears,
+            visible=self.graph.visible,
+            linear=self._linear,
             stems=self.graph.stems,
             heads=self.graph.heads,
             gates=self.graph.gates,
@@ -589,6 +595,7 @@ class RePr:
             "criterion": self._criterion_name,
             "include": self._include,
             "exclude": self._exclude,
+            "linear": self._linear,
             "max_layer_ratio": float(self.max_layer_ratio),
             "seed": self.seed,
             "warmup": self._warmup.length,

@@ -89,7 +89,8 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
 
         def multiply(site: _Site, out: Tensor, gates: list = gates) -> Tensor:
             # The derivative by a factor of one an image and channel is the sum of dC/dz * z.
-            shape = [n if d in (0, site.dim) else 1 for d, n in enumerate(out.shape)]
+            dims = (0, site.dim % out.dim())
+            shape = [n if d in dims else 1 for d, n in enumerate(out.shape)]
             gate = out.new_ones(shape).requires_grad_()
             gates.append((site, gate, out.numel() // max(gate.numel(), 1)))
             return out * gate
@@ -241,7 +242,7 @@ class _Site:
     """A module whose output holds feature maps of filters, maybe of several layers.
 
     Attributes:
-        module: a norm, or a conv that no norm follows.
+        module: a norm, or a conv or linear layer that no norm follows.
         dim: the dimension of its output that counts channels.
     """
 
@@ -269,7 +270,9 @@ def _sites(layers: Sequence[FilterLayer]) -> list[_Site]:
             site.holds(layer.name, link.filters, link.channels)
         if not layer.norms:
             every = torch.arange(layer.num_filters)
-            sites.setdefault(layer.module, _Site(layer.module, 1)).holds(layer.name, every, every)
+            dim = -1 if isinstance(layer.module, nn.Linear) else 1
+            site = sites.setdefault(layer.module, _Site(layer.module, dim))
+            site.holds(layer.name, every, every)
     return list(sites.values())
 
 

@@ -69,24 +69,29 @@ class ChannelGraph:
 
     Attributes:
         convs: every conv that ran, by dotted name.
-        norms: by conv, the norm channels that each belong to one of its filters.
+        linears: likewise every linear layer that multiplies its input by its own weight.
+        visible: by linear layer, why its units are not hidden, where they are not: the operation
+            after which one of them is not known to be zero, or who else sees them.
+        norms: by layer, the norm channels that each belong to one of its filters.
         readers: every conv and linear layer that ran, by dotted name.
-        stems: convs that read the image: no layer with weights before them.
+        stems: layers that read the image: no layer with weights before them.
         heads: prediction layers: convs with no layer with weights between them and the output.
         gates: convs with filters that nothing reads directly, and whose zero becomes a constant
             that multiplies other channels: squeeze-and-excitation, softmax over branches.
-        unsuitable: convs whose filters cannot be held: their norm is used elsewhere, or their
+        unsuitable: layers whose filters cannot be held: their norm is used elsewhere, or their
             results are not zero where all that belongs to the filter is.
-        groups: by conv, the group of each filter (int32 of shape (J,)). Filters of one group go
+        groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group go
             together or not at all: a sum, a shared layer or a batch of several inputs brought their
             channels together.
-        fixed: by conv, filters that must not be removed (bool of shape (J,)): something sees their
+        fixed: by layer, filters that must not be removed (bool of shape (J,)): something sees their
             channels that is not known to work alike with fewer of them.
         not_run: parameters and norms that no run used. What they would read is not known.
         example: runs the model on the example input on which it was followed, if there was one.
     """
 
     convs: dict[str, nn.Module] = field(default_factory=dict)
+    linears: dict[str, nn.Module] = field(default_factory=dict)
+    visible: dict[str, str] = field(default_factory=dict)
     norms: dict[str, list[NormLink]] = field(default_factory=dict)
     readers: dict[str, Reader] = field(default_factory=dict)
     stems: set[str] = field(default_factory=set)
@@ -98,10 +103,17 @@ class ChannelGraph:
     not_run: list[str] = field(default_factory=list)
     example: Callable[[], Any] | None = None
 
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """All convs and linear layers that have filters."""
+        return {**self.convs, **self.linears}
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but modules and the example, as names, numbers and tensors."""
         return {
             "convs": list(self.convs),
+            "linears": list(self.linears),
+            "visible": dict(self.visible),
             "norms": {
                 conv: [
                     {"name": n.name, "filters": n.filters, "channels": n.channels, "dim": n.dim}
@@ -138,6 +150,9 @@ class ChannelGraph:
 
         return cls(
             convs={name: modules[name] for name in state["convs"]},
+            # Checkpoints of before linear layers took part do not mention them.
+            linears={name: modules[name] for name in state.get("linears", ())},
+            visible=dict(state.get("visible", {})),
             norms={
                 conv: [NormLink(module=modules[link["name"]], **on_cpu(link)) for link in links]
                 for conv, links in state["norms"].items()

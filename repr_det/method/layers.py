@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvTransposeNd
 
+from repr_det.method.modules import num_filters
+
 
 class Slot(NamedTuple):
     """A part of a tensor that belongs to some filters: indices along one dimension.
@@ -113,11 +115,11 @@ class NormLink:
 
 @dataclass(frozen=True, eq=False)
 class FilterLayer:
-    """A conv layer that takes part: its filters are its output channels.
+    """A layer that takes part: its filters are the output channels of a conv or a linear layer.
 
     Attributes:
         name: dotted name, wrappers left out.
-        module: the conv.
+        module: the conv or linear layer.
         norms: the norm channels that follow its filters.
     """
 
@@ -127,12 +129,12 @@ class FilterLayer:
 
     @property
     def weight(self) -> nn.Parameter:
-        """The conv's weight."""
+        """The layer's weight."""
         return self.module.weight
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """The conv's bias, None where it has none."""
+        """The layer's bias, None where it has none."""
         return getattr(self.module, "bias", None)
 
     @property
@@ -150,12 +152,12 @@ class FilterLayer:
     @property
     def num_filters(self) -> int:
         """J, the number of output channels."""
-        return self.module.out_channels
+        return num_filters(self.module)
 
     @property
     def groups(self) -> int:
         """Groups of the convolution; filters are compared inside one."""
-        return self.module.groups
+        return getattr(self.module, "groups", 1)
 
     @property
     def transposed(self) -> bool:

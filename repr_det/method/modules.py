@@ -68,6 +68,11 @@ def is_conv(module: nn.Module) -> bool:
     )
 
 
+def num_filters(layer: nn.Module) -> int:
+    """Output channels of a conv, output units of a linear layer."""
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises channels.
 

@@ -26,7 +26,7 @@ class Removal(NamedTuple):
     """What goes.
 
     Attributes:
-        filters: by conv, bool of shape (J,).
+        filters: by conv or linear layer, bool of shape (J,).
         inputs: by conv or linear layer, its input channels, bool of shape (c_in,).
         norms: by norm, bool of shape (channels,).
     """
@@ -101,12 +101,12 @@ class Removable:
     def _keep_some(self, going: Tensor, multiple: int) -> bool:
         """Keep what would break up a grouped conv or a multiple, in place; whether any was."""
         before = int(going.sum())
-        for name, conv in self._graph.convs.items():
-            members = self._groups[name]
-            if conv.groups > 1:
-                _equalize(going, members.reshape(conv.groups, -1))
+        for name, layer in self._graph.layers.items():
+            members, groups = self._groups[name], getattr(layer, "groups", 1)
+            if groups > 1:
+                _equalize(going, members.reshape(groups, -1))
                 if name in self._inputs:
-                    _equalize(going, self._inputs[name].reshape(conv.groups, -1))
+                    _equalize(going, self._inputs[name].reshape(groups, -1))
             gone = going[members].nonzero().flatten()
             if len(gone):
                 odd = (len(members) - len(gone)) % multiple

@@ -1,15 +1,17 @@
-"""Which conv layers take part: patterns and defaults."""
+"""Which layers take part: patterns and defaults."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 
 from torch import Tensor, nn
 
 from repr_det.errors import UserError
 from repr_det.method.layers import FilterLayer
+from repr_det.method.modules import num_filters
 from repr_det.method.tracing import Reader
 
 
@@ -26,76 +28,87 @@ def names_itself(name: str, patterns: Sequence[str]) -> bool:
 
 
 def select_layers(
-    convs: dict[str, nn.Module],
+    convs: Mapping[str, nn.Module],
+    linears: Mapping[str, nn.Module] = MappingProxyType({}),
     *,
     stems: Collection[str],
     heads: Collection[str],
     gates: Collection[str],
     trained: Collection[int],
     has_backbone: bool,
+    visible: Mapping[str, str] = MappingProxyType({}),
+    linear: bool = False,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> list[str]:
-    """Names of the conv layers that take part.
+    """Names of the layers that take part.
 
-    Default: below ``backbone`` where the model has one, else everywhere, without the stem, without
-    prediction layers and without gates. With ``include``, what the patterns match; these layers
-    then only where a pattern matches their own name. Never: depthwise and single-filter
-    layers (a filter has no other to be compared with), and layers whose weight does not train.
+    Default: convs below ``backbone`` where the model has one, else everywhere, without the stem,
+    without prediction layers and without gates. With ``linear``, linear layers everywhere, too.
+    With ``include``, what the patterns match; these layers then only where a pattern matches their
+    own name. Linear layers are among them with ``linear``, and where a pattern matches no conv.
+
+    Never: depthwise and single-filter layers (a filter has no other to be compared with), layers
+    whose weight does not train, and linear layers whose units are not hidden.
 
     Args:
         convs: all convs of the model by dotted name.
-        stems: names of convs that read the image.
+        linears: all linear layers by dotted name.
+        stems: names of layers that read the image.
         heads: names of prediction layers.
-        gates: names of convs whose output other channels are multiplied by, behind a sigmoid.
+        gates: names of convs whose output other channels are multiplied by, after a sigmoid.
         trained: ``id`` of every parameter that the optimizer trains.
         has_backbone: whether the model has a module called ``backbone``.
+        visible: linear layers whose units are not hidden, and why.
+        linear: whether linear layers take part that no pattern names.
         include: shell-style patterns; a pattern also takes everything below what it matches.
         exclude: likewise; wins over ``include``.
 
     Raises:
-        UserError: a pattern that matches no conv; nothing trainable or comparable matched.
+        UserError: a pattern that matches nothing that could take part; nothing trainable or
+            comparable matched.
     """
-    for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
-        for pattern in patterns or ():
-            if not any(matches(name, [pattern]) for name in convs):
-                some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
-                raise UserError(
-                    f"RePr {key} pattern {pattern!r} matches no conv layer; "
-                    f"names that exist are, for example: {some}."
-                )
+    include, exclude = list(include or ()), list(exclude or ())
+    _check_patterns(convs, linears, visible, include, exclude)
+    layers = {**convs, **linears}
+    special = {*stems, *heads, *gates}
     if include:
-        special = {*stems, *heads, *gates}
-        names = [
-            name
-            for name in convs
-            if matches(name, include) and (name not in special or names_itself(name, include))
-        ]
-    elif has_backbone:
-        names = [n for n in convs if n.startswith("backbone.") and n not in {*stems, *gates}]
+        of_linears = [p for p in include if linear or not _any_matches(convs, p)]
+        names = [name for name in convs if matches(name, include)]
+        names += [name for name in linears if matches(name, of_linears)]
+        names = [n for n in names if n not in special or names_itself(n, include)]
     else:
-        names = [n for n in convs if n not in {*stems, *heads, *gates}]
-    names = [n for n in names if not matches(n, exclude or ())]
-    trainable = [n for n in names if id(convs[n].weight) in trained]
+        if has_backbone:
+            names = [n for n in convs if n.startswith("backbone.") and n not in {*stems, *gates}]
+        else:
+            names = [n for n in convs if n not in special]
+        names += [n for n in linears if linear and n not in special]
+    names = [n for n in names if n not in visible and not matches(n, exclude)]
+    trainable = [n for n in names if id(layers[n].weight) in trained]
+    kind = "conv or linear" if linear or not {*names} <= {*convs} else "conv"
     if not trainable:
-        raise UserError(f"RePr found no filters to drop: {_why_none(convs, names)}")
-    comparable = [n for n in trainable if convs[n].out_channels // convs[n].groups > 1]
+        raise UserError(f"RePr found no filters to drop: {_why_none(layers, names)}")
+    comparable = [
+        n for n in trainable if num_filters(layers[n]) // getattr(layers[n], "groups", 1) > 1
+    ]
     if not comparable:
         raise UserError(
-            f"RePr found nothing to compare: all {len(trainable)} matching conv layers are "
+            f"RePr found nothing to compare: all {len(trainable)} matching {kind} layers are "
             f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
         )
     return comparable
 
 
-def _why_none(convs: dict[str, nn.Module], names: list[str]) -> str:
-    """Why none of the selected convs (``names``) trains, and what to set."""
+def _why_none(layers: dict[str, nn.Module], names: list[str]) -> str:
+    """Why none of the selected layers (``names``) trains, and what to set."""
     if not names:
+        convs = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
         return (
             f"of the {len(convs)} conv layers, all read the image, predict, are gates or match no "
-            f"pattern. Change INCLUDE/EXCLUDE, or train a model with more conv layers."
+            f"pattern. Change INCLUDE/EXCLUDE, set REPR.LINEAR (linear=True) for hidden units of "
+            f"linear layers, or train a model with more conv layers."
         )
-    weights = [convs[name].weight for name in names]
+    weights = [layers[name].weight for name in names]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):
         return (
             f"the weight of {names[0]} is computed from others, as by weight norm. Remove the "
@@ -136,16 +149,47 @@ def trained_elsewhere(
     return found
 
 
+def _any_matches(names: Collection[str], pattern: str) -> bool:
+    return any(matches(name, [pattern]) for name in names)
+
+
+def _check_patterns(
+    convs: Collection[str],
+    linears: Collection[str],
+    visible: Mapping[str, str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    """Refuse patterns that match no layer, or only linear layers that cannot take part."""
+    for key, patterns in (("INCLUDE", include), ("EXCLUDE", exclude)):
+        for pattern in patterns:
+            if _any_matches(convs, pattern):
+                continue
+            found = [name for name in linears if matches(name, [pattern])]
+            if not found:
+                some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
+                raise UserError(
+                    f"RePr {key} pattern {pattern!r} matches no conv or linear layer; "
+                    f"names that exist are, for example: {some}."
+                )
+            if key == "INCLUDE" and all(name in visible for name in found):
+                raise UserError(
+                    f"RePr INCLUDE pattern {pattern!r} matches only linear layers whose units are "
+                    f"not hidden: {found[0]} cannot take part, {visible[found[0]]}. Name layers "
+                    f"that only other layers read, through operations that keep a zero zero."
+                )
+
+
 def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[FilterLayer]:
     """Those layers of the given names whose filters can be dropped without touching any others.
 
-    Convs that share a weight become one layer: the first that holds it, with the norms behind all
-    that do. Left out is what is shared with a conv that does not take part: a weight, or a channel
-    of a norm that is called after several convs. So are convs that share a weight but not their
-    bias, since a filter has one bias here, and convs that share anything but their weight.
+    Layers that share a weight become one layer: the first that holds it, with the norms behind all
+    that do. Left out is what is shared with a layer that does not take part: a weight, or a channel
+    of a norm that is called after several layers. So are layers that share a weight but not their
+    bias, since a filter has one bias here, and layers that share anything but their weight.
 
     Args:
-        layers: of all convs.
+        layers: of all convs and linear layers.
         names: of those that are to take part.
     """
     by_weight: dict[Tensor, list[FilterLayer]] = {}

@@ -27,8 +27,10 @@ from repr_det.method.channels import (
     CONTRACTIONS,
     CONVOLUTIONS,
     GATES,
+    PARTS,
     PRODUCTS,
     READS,
+    SHAPE_ONLY,
     SHIFTS,
     Call,
     Channels,
@@ -48,6 +50,7 @@ from repr_det.method.modules import (
     mixes_channels,
     named_modules,
     norm_channels,
+    num_filters,
     unchanged,
     unwrap,
 )
@@ -95,11 +98,12 @@ class _Found:
         ran: layers whose forward ran.
         used: parameters that an operation outside of norms and linear layers took.
         inputs: by conv and linear layer, the sources of its input channels over all calls.
-        links: by conv, norm and channel of the norm, the filter that it belongs to.
-        link_dims: by conv and norm, the dimension that counts the norm's channels.
+        lost: layers with a filter that was not followed on all of its ways, and what it met there.
+        links: by layer, norm and channel of the norm, the filter that it belongs to.
+        link_dims: by layer and norm, the dimension that counts the norm's channels.
         mixed: channels of norms that were seen with something else than one filter in them.
         read: convs that another layer with weights reads.
-        stems: convs that no layer with weights comes before.
+        stems: layers that no layer with weights comes before.
         gating: filters whose zero becomes a constant that multiplies.
         irregular: layers that do not simply multiply their input by their own weight. The weight
             is computed from others, is used outside the layer, or meets something else than the
@@ -113,6 +117,7 @@ class _Found:
     ran: set[str] = field(default_factory=set)
     used: set[str] = field(default_factory=set)
     inputs: dict[str, Channels] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
     links: dict[tuple[str, str, int], int] = field(default_factory=dict)
     link_dims: dict[tuple[str, str], int] = field(default_factory=dict)
     mixed: set[tuple[str, int]] = field(default_factory=set)
@@ -133,6 +138,13 @@ class _Found:
         for tag in tags:
             # The filters of one channel were tied when they came together: any stands for all.
             self.fixed.update(next(iter(s)) for s in (tag.sources if tag else ()) if s)
+
+    def lose(self, what: str, *tags: Tag | None) -> None:
+        """Likewise; nor are they known to be zero where they went, into ``what``."""
+        self.pin(*tags)
+        for tag in tags:
+            for name, _ in _filters_of(tag.sources if tag else ()):
+                self.lost.setdefault(name, what)
 
     def tie(self, a: Channels, b: Channels) -> None:
         """Channels that became one: they are removed together."""
@@ -163,6 +175,7 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules = dict(named_modules(model))
         self.convs = {n: m for n, m in self.modules.items() if is_conv(m)}
+        self.linears = {n: m for n, m in self.modules.items() if _is_plain_linear(m)}
         self.spatial = {n: m.weight.dim() - 2 for n, m in self.convs.items()}
         self.parameters, self.holders = _parameters(self.modules)
         self.shared = _shared(self.modules, self.holders)
@@ -183,7 +196,7 @@ class _Tracer(TorchDispatchMode):
         try:
             with unchanged(model), torch.no_grad(), eager(), self._watching():
                 model.train(training)
-                self._pin_all(run())
+                self._lose_all("the output of the model", run())
                 self._pin_what_is_kept()
         except BaseException:
             self.found = before
@@ -205,8 +218,11 @@ class _Tracer(TorchDispatchMode):
         else:
             self._tags[tensor] = tag
 
-    def _pin_all(self, values: Any) -> None:
-        """The channels of all tensors in some values must stay, attributes of objects included."""
+    def _lose_all(self, what: str, values: Any) -> None:
+        """The channels of all tensors in some values must stay, attributes of objects included.
+
+        ``what`` sees them.
+        """
         seen: set[int] = set()
         waiting = tree_leaves(values)
         while waiting:
@@ -215,7 +231,8 @@ class _Tracer(TorchDispatchMode):
                 continue
             seen.add(id(value))
             if isinstance(value, Tensor):
-                self.found.pin(self._tag(value), self._companions.get(value))
+                self.found.lose(what, self._tag(value))
+                self.found.pin(self._companions.get(value))
             elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
                 waiting += tree_leaves(list(vars(value).values()))
 
@@ -260,7 +277,8 @@ class _Tracer(TorchDispatchMode):
                 hook = _with_input(enter, name)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             hook = _with_input(leave, name)
-            handles.append(module.register_forward_hook(hook, with_kwargs=True))
+            # Before the user's hooks, which may change what the layer returns.
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         try:
             with self:
                 yield
@@ -298,29 +316,37 @@ class _Tracer(TorchDispatchMode):
         self._set_origin(out, _Origin(frozenset([name]), frozenset([name])))
 
     def _fresh(self, name: str, dim: int = 1) -> Tag:
-        """The tag of what a conv returns."""
-        count = self.modules[name].out_channels
+        """The tag of what a conv or linear layer returns."""
+        count = num_filters(self.modules[name])
         return Tag(dim, tuple(frozenset([(name, i)]) for i in range(count)))
 
     def _enter_linear(self, name: str, x: Any, values: Any) -> None:
         module = self.modules[name]
         self.found.ran.add(name)
-        self.found.read |= self._origin(values).layers
+        origin = self._origin(values)
+        if not origin.layers and name in self.linears:
+            self.found.stems.add(name)
+        self.found.read |= origin.layers
         self._add_input(name, self._tag(x), module.in_features, _dims(x) - 1)
-        if _is_plain_linear(module):
+        if name in self.linears:
             self._inside += 1
         else:
             self.found.irregular.add(name)
+            self._lose_all(f"a layer of its own kind, {name}", values)
         if self._has_other_users(name):
-            self._pin_all(values)
+            self.found.pin(self._tag(x))
 
     def _leave_linear(self, name: str, x: Any, values: Any, out: Any) -> None:
-        self._inside -= _is_plain_linear(self.modules[name])
-        self._pin_all(out)
         self._set_origin(out, _Origin(frozenset([name])))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._set_tag(tensor, None)
+        if name not in self.linears:
+            self._lose_all(name, out)
+            for tensor in tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._set_tag(tensor, None)
+            return
+        self._inside -= 1
+        if not self._inside:
+            self._set_tag(out, self._fresh(name, out.dim() - 1))
 
     def _leave_other(self, name: str, x: Any, values: Any, out: Any) -> None:
         """A module with weights of its own that is no layer; it may run outside the dispatcher."""
@@ -332,7 +358,7 @@ class _Tracer(TorchDispatchMode):
         known = tag is not None and tag.dim == dim and len(tag.sources) == width
         sources = tag.sources if known else (None,) * width
         if not known:
-            self.found.pin(tag)
+            self.found.lose(f"the layer {name} in another shape", tag)
         if name in self.found.inputs:
             self.found.tie(self.found.inputs[name], sources)
             sources = merged(self.found.inputs[name], sources)
@@ -355,7 +381,7 @@ class _Tracer(TorchDispatchMode):
         if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
             self._set_tag(out, self._through_norm(name, x, tag))
         else:
-            self._pin_all(values)
+            self._lose_all(f"the norm {name}", values)
 
     def _through_norm(self, name: str, x: Tensor, tag: Tag | None) -> Tag | None:
         module = self.modules[name]
@@ -364,17 +390,19 @@ class _Tracer(TorchDispatchMode):
             tag is not None and width == len(tag.sources) and counts_channels(module, x, tag.dim)
         )
         if not known:
-            self.found.pin(tag)
+            self.found.lose(f"the norm {name} in another shape", tag)
             self.found.mixed.update((name, channel) for channel in range(width or 0))
             return None
         if mixes_channels(module) or self._has_other_users(name):
             self.found.pin(tag)
         if mixes_channels(module) and getattr(module, "weight", None) is None:
-            return None  # other channels shift a zero one, and there is no scale to hold at zero
+            # Other channels shift a zero one, and there is no scale to hold at zero.
+            self.found.lose(f"the norm {name} without a scale", tag)
+            return None
         sources: list[Sources] = []
         for channel, source in enumerate(tag.sources):
             if source is None or len(source) != 1:
-                self.found.pin(Tag(tag.dim, (source,)))
+                self.found.lose(f"the norm {name} with others", Tag(tag.dim, (source,)))
                 self.found.mixed.add((name, channel))
                 sources.append(None)
                 continue
@@ -402,6 +430,9 @@ class _Tracer(TorchDispatchMode):
             self.found.pin(*call.pinned)
             for pair in call.tied:
                 self.found.tie(*pair)
+            if call.tied:
+                tags = [self._without_sums(tag) for tag in tags]
+            self._note_losses(call, tags)
         outputs = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
         self._forget_written(call, outputs, origin)
         self._set_origin(outputs, origin)
@@ -410,6 +441,24 @@ class _Tracer(TorchDispatchMode):
             if tag is None and tags[0] is not None:
                 self._companions[tensor] = tags[0]
         return call.out
+
+    def _without_sums(self, tag: Tag | None) -> Tag | None:
+        """Units of linear layers are followed while they are alone, and not in residual streams."""
+        if tag is None:
+            return None
+        sums = (s and len(s) > 1 and any(n in self.linears for n, _ in s) for s in tag.sources)
+        alone = (None if is_sum else s for is_sum, s in zip(sums, tag.sources, strict=True))
+        return Tag(tag.dim, tuple(alone))
+
+    def _note_losses(self, call: Call, tags: list[Tag | None]) -> None:
+        """Note layers with a filter that goes into an operation and is not known to come out."""
+        known = [tag.sources for tag in tags if tag is not None]
+        if call.op in SHAPE_ONLY or (known and call.op in PARTS):
+            return
+        for given in (tag.sources for name in call.names for tag in call.seen(name) if tag):
+            if not any(sources is given for sources in known):
+                for name, _ in _filters_of(given).difference(*map(_filters_of, known)):
+                    self.found.lost.setdefault(name, call.op)
 
     def _notice_use(self, args: tuple, kwargs: dict) -> None:
         """Weights that are used outside their layer, and channels seen through a companion."""
@@ -461,7 +510,7 @@ class _Tracer(TorchDispatchMode):
         plain = call["weight"] is module._parameters.get("weight")
         if opened.seen or not plain or not same:
             self.found.irregular.add(opened.name)
-            self.found.pin(x)
+            self.found.lose(f"the layer {opened.name}", x)
         opened.seen = True
         # What says where to read, of a deformable convolution.
         self.found.pin(*(self._tag(call[name]) for name in call.names if name != "input"))
@@ -477,7 +526,7 @@ class _Tracer(TorchDispatchMode):
         for other in list(self._origins):
             if id(other) not in results and other.untyped_storage()._cdata in memory:
                 self._origins[other] = _together([self._origins[other], origin])
-                self.found.pin(self._tag(other))
+                self.found.lose(call.op, self._tag(other))
                 self._set_tag(other, None)
 
 
@@ -499,7 +548,7 @@ def _dims(x: Any) -> int:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -619,12 +668,16 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
     found = tracer.found
     convs = {name: conv for name, conv in tracer.convs.items() if name in found.ran}
     heads = convs.keys() - found.read
+    linears = {name: layer for name, layer in tracer.linears.items() if name in found.ran}
+    layers = {**convs, **linears}
     not_run = _not_run(tracer)
     several = found.irregular | tracer.shared.keys()
-    for name in convs if not_run else heads | (several & convs.keys()):
+    for name in layers if not_run else heads | (several & layers.keys()):
         found.pin(tracer._fresh(name))
     for name in several & found.inputs.keys():
         found.pin(Tag(1, found.inputs[name]))
+    for name in found.irregular & found.inputs.keys():
+        found.lose(f"the layer {name}, whose weight is used elsewhere", Tag(1, found.inputs[name]))
     readers = _readers(tracer)
     _around_norms(found, several)
     read = {
@@ -633,9 +686,11 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         for conv, (_, filters) in reader.filters.items()
         for index in filters.tolist()
     }
-    widths = {name: conv.out_channels for name, conv in convs.items()}
+    widths = {name: num_filters(layer) for name, layer in layers.items()}
     return ChannelGraph(
         convs=convs,
+        linears=linears,
+        visible=_visible(found, linears, read),
         norms=_links(tracer),
         readers=readers,
         stems=found.stems,
@@ -656,6 +711,19 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         },
         not_run=not_run,
     )
+
+
+def _visible(found: _Found, linears: dict[str, nn.Module], read: set[Filter]) -> dict[str, str]:
+    """By linear layer whose units are not hidden, why; ``read`` are filters that a layer reads."""
+    visible = {}
+    for name, layer in linears.items():
+        if name in found.irregular:
+            visible[name] = "its weight is used elsewhere"
+        elif name in found.lost:
+            visible[name] = f"its units go into {found.lost[name]}"
+        elif not all((name, index) in read for index in range(num_filters(layer))):
+            visible[name] = "no layer reads all of its units"
+    return visible
 
 
 def _not_run(tracer: _Tracer) -> list[str]:

@@ -109,7 +109,8 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
             max_layer_ratio=1.0,
         )
     model.eval()
-    return Network(cfg, model, method.layers, sorted(method.graph.stems))
+    stems = method.graph.stems & method.graph.convs.keys()
+    return Network(cfg, model, method.layers, sorted(stems))
 
 
 def load_weights(network: Network, path: str | Path) -> None:
