@@ -36,10 +36,14 @@ def add_repr_config(cfg: CfgNode) -> None:
     cfg.REPR.CRITERION = "ortho"
     # Shell-style patterns of conv layers that take part. A pattern also matches everything below
     # it. Empty: the backbone with its FPN, or without a backbone all layers but the stem and the
-    # prediction layers, and never gates (squeeze-and-excitation).
+    # prediction layers, and never gates (squeeze-and-excitation). A pattern that matches no conv
+    # takes linear layers: roi_heads.box_head.fc1.
     cfg.REPR.INCLUDE = []
     # Patterns of layers that take no part. They win over INCLUDE.
     cfg.REPR.EXCLUDE = []
+    # Whether linear layers take part, too, where their units are hidden: those of box heads and of
+    # the MLPs in transformers.
+    cfg.REPR.LINEAR = False
     # Share of one layer that a drop may take.
     cfg.REPR.MAX_LAYER_RATIO = 0.5
     # Whether pruned filters are taken out of the network during S2: "on", "off" (they stay as

@@ -45,6 +45,9 @@ WORTHWHILE = 1.03
 LONG_ENOUGH = 20_000
 """Iterations from which on a run from loaded weights is not warned: shorter ones lost accuracy."""
 
+SMALL_SHARE = 0.1
+"""Share of the trainable weights below which the log says how little takes part."""
+
 STATE_KEY = "RePrHook"
 """Where this hook's state lies in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
 
@@ -128,6 +131,7 @@ class RePrHook(HookBase):
             criterion=keys.CRITERION,
             include=list(keys.INCLUDE),
             exclude=list(keys.EXCLUDE),
+            linear=keys.LINEAR,
             max_layer_ratio=keys.MAX_LAYER_RATIO,
             compact=keys.COMPACT,
             warmup=keys.WARMUP,
@@ -191,10 +195,12 @@ class RePrHook(HookBase):
         layers = self.method.layers
         self._sums_at_start = _sums(layers)
         logger.info(
-            f"RePr: {sum(layer.num_filters for layer in layers)} filters of {len(layers)} conv "
+            f"RePr: {sum(layer.num_filters for layer in layers)} filters of {_kinds(self.method)} "
             f"layers take part; {self.schedule.cycles} cycles of {self.schedule.s1} + "
             f"{self.schedule.s2} iterations, then full training from {self.schedule.end}."
         )
+        if line := _small_share(self.method, trainer.model):
+            logger.info(line)
 
     def check_fits(self, max_iter: int) -> None:
         """Refuse a training length that the schedule does not fit; see :class:`RePrSchedule`.
@@ -426,6 +432,31 @@ def pays(speed: Speed, s2: int) -> bool:
     if speed.lowest <= 1.0 or speed.ratio < WORTHWHILE:
         return False
     return (1 - 1 / speed.ratio) * s2 > speed.price
+
+
+def _kinds(method: RePr) -> str:
+    """How many conv layers, and how many linear ones where there are some, take part."""
+    linear = sum(layer.name in method.graph.linears for layer in method.layers)
+    conv = len(method.layers) - linear
+    return f"{conv} conv and {linear} linear" if linear else f"{conv} conv"
+
+
+def _small_share(method: RePr, model: nn.Module) -> str | None:
+    """What to say where a small part of the model takes part; else None."""
+    total = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    mine = sum(layer.weight.numel() for layer in method.layers)
+    if mine >= SMALL_SHARE * total:
+        return None
+    taken = {layer.name for layer in method.layers}
+    hidden = {n: m for n, m in method.graph.linears.items() if n not in method.graph.visible}
+    more = sum(m.weight.numel() for n, m in hidden.items() if n not in taken)
+    line = f"RePr: the layers that take part hold {mine / total:.1%} of the trainable weights."
+    if more:
+        line += (
+            f" Linear layers with hidden units hold {more / total:.1%} more: set REPR.LINEAR to "
+            f"True, in code linear=True, so that they take part."
+        )
+    return line
 
 
 def _sums(layers: Sequence[FilterLayer]) -> dict[str, float]:

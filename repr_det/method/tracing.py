@@ -277,8 +277,9 @@ class _Tracer(TorchDispatchMode):
                 hook = _with_input(enter, name)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             hook = _with_input(leave, name)
-            # Before the user's hooks, which may change what the layer returns.
-            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            # A linear layer's before the user's hooks, which may change what it returns.
+            first = name in self.linears
+            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         try:
             with self:
                 yield

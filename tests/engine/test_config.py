@@ -75,7 +75,7 @@ def test_a_hook_by_config_is_one_by_default():
 def test_every_key_of_repr_reaches_the_hook():
     other = {
         "S1": 4, "S2": 3, "N": 2, "PRUNE_RATIO": 0.2, "CRITERION": "weights", "INCLUDE": ["a"],
-        "EXCLUDE": ["b"], "MAX_LAYER_RATIO": 0.4, "COMPACT": "on", "WARMUP": 1, "SEED": 9,
+        "EXCLUDE": ["b"], "MAX_LAYER_RATIO": 0.4, "COMPACT": "on", "LINEAR": True, "WARMUP": 1, "SEED": 9,
         "REINIT.NORM": "previous", "REINIT.SCALE": 0.5, "REINIT.GAMMA": "one",
         "REINIT.BETA": "previous", "REINIT.OUTGOING": 1.0,
     }  # fmt: skip
@@ -94,6 +94,7 @@ def test_every_key_of_repr_reaches_the_hook():
         "criterion": "weights",
         "include": ["a"],
         "exclude": ["b"],
+        "linear": True,
         "max_layer_ratio": 0.4,
         "warmup": 1,
         "seed": 9,

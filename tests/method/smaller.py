@@ -107,20 +107,23 @@ class SmallerNorm(nn.Module):
 
 
 class SmallerLinear(nn.Module):
-    """A linear layer without the columns of removed features."""
+    """A linear layer without removed rows and columns; removed units are filled up with zeros."""
 
-    def __init__(self, linear: nn.Linear, keep_in: Tensor) -> None:
+    def __init__(self, linear: nn.Linear, keep_out: Tensor, keep_in: Tensor) -> None:
         super().__init__()
-        self.linear, self.keep_in = linear, keep_in
-        self.weight = nn.Parameter(linear.weight.detach()[:, keep_in].clone())
-        self.bias = nn.Parameter(linear.bias.detach().clone())
+        self.linear, self.keep_out, self.keep_in = linear, keep_out, keep_in
+        self.weight = nn.Parameter(linear.weight.detach()[keep_out][:, keep_in].clone())
+        self.bias = (
+            None if linear.bias is None else nn.Parameter(linear.bias.detach()[keep_out].clone())
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x[:, self.keep_in], self.weight, self.bias)
+        y = nn.functional.linear(x[..., self.keep_in], self.weight, self.bias)
+        return _scatter(y, self.keep_out, -1)
 
     def full(self) -> Tensor:
         weight = torch.zeros_like(self.linear.weight)
-        weight[:, self.keep_in] = self.weight.detach()
+        weight[self.keep_out.nonzero(), self.keep_in.nonzero().T] = self.weight.detach()
         return weight
 
 
@@ -137,7 +140,8 @@ def smaller(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
     def record(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple) -> None:
             x = args[0].detach()
-            axes = [d for d in range(x.dim()) if d != 1]
+            channels = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+            axes = [d for d in range(x.dim()) if d != channels]
             silent[name] = silent.get(name, True) & (x.abs().amax(axes) == 0)
 
         return hook
@@ -159,7 +163,7 @@ def smaller(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
                 weight = weight.transpose(0, 1)
             new = SmallerConv(module, weight.flatten(1).abs().amax(1) != 0, ~silent[name])
         elif isinstance(module, nn.Linear):
-            new = SmallerLinear(module, ~silent[name])
+            new = SmallerLinear(module, module.weight.detach().abs().amax(1) != 0, ~silent[name])
         elif getattr(module, "running_mean", None) is not None:
             if module.weight is None:
                 gone = silent[name]
@@ -180,9 +184,7 @@ def full_weights(model: nn.Module) -> dict[str, Tensor]:
             weights[f"{name}.weight"] = module.full()
             if module.bias is not None:
                 bias = module.bias.detach()
-                weights[f"{name}.bias"] = (
-                    _scatter(bias, module.keep_out, 0) if isinstance(module, SmallerConv) else bias
-                )
+                weights[f"{name}.bias"] = _scatter(bias, module.keep_out, 0)
         elif isinstance(module, SmallerNorm):
             for key, value in module.norm.named_parameters():
                 weights[f"{name}.{key}"] = _scatter(value.detach(), module.keep, 0)
@@ -208,8 +210,9 @@ def cuts(module: nn.Module) -> Iterator[tuple[str, nn.Parameter, Callable[[Tenso
         if module.bias is not None:
             yield "bias", module.bias, lambda v: v[rows]
     elif isinstance(module, SmallerLinear):
-        yield "weight", module.weight, lambda v: v[:, module.keep_in]
-        yield "bias", module.bias, lambda v: v
+        yield "weight", module.weight, lambda v: v[module.keep_out][:, module.keep_in]
+        if module.bias is not None:
+            yield "bias", module.bias, lambda v: v[module.keep_out]
     elif isinstance(module, SmallerNorm):
         for name, parameter in module.norm.named_parameters():
             yield name, parameter, lambda v: v[module.keep]
