@@ -289,6 +289,13 @@ def keeps_places(op: str) -> bool:
     return RULES.get(op) in (_entrywise, _clamped)
 
 
+@rule("aten::pow", "aten::pow_")
+def _power(call: Call) -> Tag | None:
+    exponent = call["exponent"]
+    is_positive = isinstance(exponent, (int, float)) and exponent > 0
+    return call.tag("self") if is_positive else None  # zero to the power of zero is one
+
+
 @rule("aten::prelu", "aten::_prelu_kernel")
 def _prelu(call: Call) -> Tag | None:
     if call["weight"].numel() > 1:
@@ -390,6 +397,15 @@ def _reshaped(call: Call) -> Tag | None:
     return None
 
 
+@rule("aten::roll", "aten::flip")
+def _moved(call: Call) -> Tag | None:
+    """Entries change places: windows are shifted."""
+    tag = call.tag("self")
+    # Without dimensions, roll counts all entries in one row.
+    dims = {call.axis(d) for d in call["dims"]}
+    return tag if tag is not None and dims and tag.dim not in dims else None
+
+
 @rule("aten::expand")
 def _expanded(call: Call) -> Tag | None:
     tag = call.tag("self")
@@ -423,6 +439,20 @@ def _sliced(call: Call) -> Tag | None:
         return tag
     call.pin(tag)
     return Tag(tag.dim, tag.sources[slice(call["start"], call["end"], call["step"])])
+
+
+@rule("aten::select")
+def _one(call: Call) -> Tag | None:
+    tag, dim = call.tag("self"), call.axis(call["dim"])
+    if tag is None or tag.dim == dim:
+        return None
+    return Tag(tag.dim - (dim < tag.dim), tag.sources)
+
+
+@rule("aten::unbind")
+def _unbound(call: Call) -> list[Tag | None] | None:
+    tag = _one(call)
+    return None if tag is None else [tag] * len(call.out)
 
 
 @rule("aten::split", "aten::split_with_sizes", "aten::chunk")
@@ -506,6 +536,17 @@ def _product(call: Call) -> Tag | None:
                 call.pin(tag)  # a factor for each channel
             return tag
     return None
+
+
+@rule(
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+)  # fmt: skip
+def _attended(call: Call) -> Tag | None:
+    """Sums of values, weighted alike in every channel; queries and keys are mixed."""
+    tag = call.tag("value")
+    return tag if tag is not None and tag.dim == len(call.shape("value")) - 1 else None
 
 
 @rule("aten::copy", "aten::copy_")

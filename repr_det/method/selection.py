@@ -105,8 +105,8 @@ def _why_none(layers: dict[str, nn.Module], names: list[str]) -> str:
         convs = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
         return (
             f"of the {len(convs)} conv layers, all read the image, predict, are gates or match no "
-            f"pattern. Change INCLUDE/EXCLUDE, set REPR.LINEAR (linear=True) for hidden units of "
-            f"linear layers, or train a model with more conv layers."
+            f"pattern, and no hidden linear layer was chosen. Change INCLUDE/EXCLUDE, set "
+            f"REPR.LINEAR to True (linear=True), or train a model with more layers."
         )
     weights = [layers[name].weight for name in names]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):

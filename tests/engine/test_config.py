@@ -75,8 +75,8 @@ def test_a_hook_by_config_is_one_by_default():
 def test_every_key_of_repr_reaches_the_hook():
     other = {
         "S1": 4, "S2": 3, "N": 2, "PRUNE_RATIO": 0.2, "CRITERION": "weights", "INCLUDE": ["a"],
-        "EXCLUDE": ["b"], "MAX_LAYER_RATIO": 0.4, "COMPACT": "on", "LINEAR": True, "WARMUP": 1, "SEED": 9,
-        "REINIT.NORM": "previous", "REINIT.SCALE": 0.5, "REINIT.GAMMA": "one",
+        "EXCLUDE": ["b"], "MAX_LAYER_RATIO": 0.4, "COMPACT": "on", "LINEAR": True, "WARMUP": 1,
+        "SEED": 9, "REINIT.NORM": "previous", "REINIT.SCALE": 0.5, "REINIT.GAMMA": "one",
         "REINIT.BETA": "previous", "REINIT.OUTGOING": 1.0,
     }  # fmt: skip
     cfg = get_cfg()

@@ -52,6 +52,9 @@ EXAMPLES = {
     },
     "hardtanh above zero": (ATEN.hardtanh.default, (0.5, 2.0)),
     "hardtanh below zero": (ATEN.hardtanh.default, (-2.0, -0.5)),
+    "squared": (ATEN.pow.Tensor_Scalar, (2,)),
+    "square in place": (ATEN.pow_.Scalar, (2,)),
+    "to the power of zero": (ATEN.pow.Tensor_Scalar, (0,)),
     "relu6": (ATEN.hardtanh.default, (0.0, 6.0)),
     "one slope": (ATEN._prelu_kernel.default, (tensor(1),)),
     "prelu": (ATEN.prelu.default, (tensor(1),)),
@@ -123,9 +126,21 @@ EXAMPLES = {
     "half in place": (ATEN.div_.Tensor, (2.0,)),
     "plus one": (ATEN.add.Tensor, (1.0,)),
     "plus something": (ATEN.add.Tensor, (tensor(*X, seed=1),)),
-    # Without a rule: all of these must be unknown.
+    # What transformers and ConvNeXt do.
+    "layer scale": (ATEN.mul.Tensor, (tensor(4, 1, 1, seed=1),)),
+    "stochastic depth": (ATEN.mul.Tensor, (tensor(3, 1, 1, 1, seed=1),)),
+    "stochastic depth in place": (ATEN.div_.Tensor, (tensor(3, 1, 1, 1, seed=1),)),
+    "windows shifted": (ATEN.roll.default, ([1, -1], [1, 2])),
+    "roll of all": (ATEN.roll.default, ([1],)),
     "flip": (ATEN.flip.default, ([1],)),
-    "roll": (ATEN.roll.default, ([1], [1])),
+    "windows": (ATEN.view.default, ([3, 2, 2, 3, 2, -1],)),
+    "every second row": (ATEN.slice.Tensor, (-2, 1, None, 2)),
+    "class token": (ATEN.select.int, (1, 0)),
+    "class token of the last": (ATEN.select.int, (-1, 1)),
+    "unbound": (ATEN.unbind.int, (0,)),
+    "unbound from the back": (ATEN.unbind.int, (-1,)),
+    "relative position": (ATEN.add.Tensor, (tensor(6, 5, seed=1),)),
+    # Without a rule: all of these must be unknown.
     "cumsum": (ATEN.cumsum.default, (1,)),
     "sort": (ATEN.sort.default, (1,)),
     "softmax": (ATEN._softmax.default, (1, False)),
@@ -228,6 +243,18 @@ SEVERAL = {
         ),
         (2, None),
     ),
+    "attention to values": (
+        lambda a, b: (ATEN._scaled_dot_product_flash_attention_for_cpu.default, (b, b, a)),
+        (3, None),
+    ),
+    "attention by queries": (
+        lambda a, b: (ATEN._scaled_dot_product_flash_attention_for_cpu.default, (a, b, b)),
+        (3, None),
+    ),
+    "attention across values": (
+        lambda a, b: (ATEN._scaled_dot_product_flash_attention_for_cpu.default, (b, b, a)),
+        (2, None),
+    ),
     "grid": (
         lambda a, b: (ATEN.grid_sampler_2d.default, (a, tensor(4, 4, 4, 2), 0, 0, False)),
         (1, None),
@@ -321,4 +348,5 @@ def test_every_rule_has_an_example():
     tested |= {f"aten::{n}" for n in ("zeros", "zeros_like", "new_zeros")}
     tested |= {"aten::native_dropout", "aten::rrelu_with_noise"}
     left = {"aten::contiguous", "aten::_reshape_alias", "aten::mkldnn_adaptive_avg_pool2d"}
+    left |= {name for name in RULES if "dot_product" in name}
     assert RULES.keys() - tested <= left

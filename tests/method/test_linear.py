@@ -118,7 +118,7 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu_(self.fc1(torch.flatten(self.body(x), 1)))
         x = F.silu(self.fc2(x), inplace=True)
-        return self.scores(x) + self.boxes(x).square().mean(1, keepdim=True)
+        return self.scores(x) + self.boxes(x).unflatten(1, (2, 4)).square().mean(-1)
 
 
 NETS = {"mlp": Mlp, "transformer": Transformer, "convnext": ConvNeXt, "box": BoxHead}
@@ -318,6 +318,8 @@ def test_units_return_orthogonal_with_a_new_state(name):
     method.step(WARM_UP + STEPS)
     for layer in method.layers:
         chosen, rows = pruned[layer.name], F.normalize(layer.matrix())
+        if not chosen.any():
+            continue
         new = rows[chosen]
         old = F.normalize(torch.cat([before[layer.name][~chosen], gone[layer.name]]))
         if len(old) + len(new) <= layer.dimension:
@@ -450,7 +452,8 @@ class Gated(nn.Module):
         return self.up(x) + 1.0
 
     def alone(self, x):
-        return F.scaled_dot_product_attention(x, x, self.up(x))
+        x, y = self.up(x)[:, None], self.gate(x)[:, None]
+        return F.scaled_dot_product_attention(y, y, x)[:, 0]
 
 
 @pytest.mark.parametrize(
