@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repr_det.errors import UserError
-from repr_det.method.channels import Channels
+from repr_det.method.channels import Channels, Filter
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import named_modules
 
@@ -203,3 +203,34 @@ def in_copy(
         norms = tuple(replace(link, module=modules[link.name]) for link in layer.norms)
         found.append(replace(layer, module=modules[layer.name], norms=norms))
     return found, [replace(r, module=modules[r.name]) for r in readers]
+
+
+def groups_of(tied: Iterable[tuple[Filter, Filter]], widths: dict[str, int]) -> dict[str, Tensor]:
+    """Numbers of groups of filters, by conv; filters that are tied have the same.
+
+    Args:
+        tied: pairs of filters.
+        widths: number of filters by conv.
+    """
+    parents: dict[Filter, Filter] = {}
+
+    def root(one: Filter) -> Filter:
+        path = []
+        while one in parents:
+            path.append(one)
+            one = parents[one]
+        for passed in path:
+            parents[passed] = one
+        return one
+
+    for a, b in tied:
+        if (first := root(a)) != (second := root(b)):
+            parents[second] = first
+    numbers: dict[Filter, int] = {}
+    return {
+        name: torch.tensor(
+            [numbers.setdefault(root((name, i)), len(numbers)) for i in range(width)],
+            dtype=torch.int32,
+        )
+        for name, width in widths.items()
+    }

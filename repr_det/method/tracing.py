@@ -41,7 +41,7 @@ from repr_det.method.channels import (
     merged,
 )
 from repr_det.method.examples import Example, examples
-from repr_det.method.graph import ChannelGraph, Reader, reader_of
+from repr_det.method.graph import ChannelGraph, Reader, groups_of, reader_of
 from repr_det.method.layers import NormLink
 from repr_det.method.modules import (
     eager,
@@ -762,37 +762,6 @@ def _around_norms(found: _Found, several: Collection[str]) -> None:
             found.tied.add((one, (conv, index)))
         if (norm, channel) in found.mixed or norm in several:
             found.fixed.add((conv, index))
-
-
-def groups_of(tied: Iterable[tuple[Filter, Filter]], widths: dict[str, int]) -> dict[str, Tensor]:
-    """Numbers of groups of filters, by conv; filters that are tied have the same.
-
-    Args:
-        tied: pairs of filters.
-        widths: number of filters by conv.
-    """
-    parents: dict[Filter, Filter] = {}
-
-    def root(one: Filter) -> Filter:
-        path = []
-        while one in parents:
-            path.append(one)
-            one = parents[one]
-        for passed in path:
-            parents[passed] = one
-        return one
-
-    for a, b in tied:
-        if (first := root(a)) != (second := root(b)):
-            parents[second] = first
-    numbers: dict[Filter, int] = {}
-    return {
-        name: torch.tensor(
-            [numbers.setdefault(root((name, i)), len(numbers)) for i in range(width)],
-            dtype=torch.int32,
-        )
-        for name, width in widths.items()
-    }
 
 
 def _readers(tracer: _Tracer) -> dict[str, Reader]:
