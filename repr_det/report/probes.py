@@ -294,23 +294,16 @@ def similarity(first: Matrix, second: Matrix) -> float:
     Returns:
         At most 1; NaN where a side is constant.
     """
-    grams = []
-    for values in (first, second):
-        centred = values - values.mean(axis=0)
-        gram = centred @ centred.T
-        np.fill_diagonal(gram, 0)
-        grams.append(gram)
+    x, y = first - first.mean(axis=0), second - second.mean(axis=0)
 
-    def hsic(k: Matrix, m: Matrix) -> float:
-        n = len(k)
-        return (
-            (k * m).sum()
-            + k.sum() * m.sum() / ((n - 1) * (n - 2))
-            - 2 / (n - 2) * (k.sum(axis=0) @ m.sum(axis=0))
-        )
+    def hsic(a: Matrix, b: Matrix) -> float:
+        """Of two kernels a a^T and b b^T without their diagonals; centred, their rows sum to 0."""
+        n, k, m = len(a), (a**2).sum(axis=1), (b**2).sum(axis=1)
+        together = ((a.T @ b) ** 2).sum() - k @ m
+        return together + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m)
 
-    scale = hsic(grams[0], grams[0]) * hsic(grams[1], grams[1])
-    return float(hsic(*grams) / math.sqrt(scale)) if scale > 0 else math.nan
+    scale = hsic(x, x) * hsic(y, y)
+    return float(hsic(x, y) / math.sqrt(scale)) if scale > 0 else math.nan
 
 
 def first_filters(network: Network) -> Matrix | None:
