@@ -53,7 +53,7 @@ _LENGTHS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A row with a seed: what is to be trained, and where it lies.
+    """A row with a seed: what is to be trained, and where it is.
 
     Attributes:
         table: the whole table.
@@ -116,7 +116,7 @@ def row_cfg(row: Row, seed: int) -> CfgNode:
     cfg = get_cfg()
     cfg.merge_from_file(config_path(row.config))
     cfg.merge_from_list([part for pair in row.overrides.items() for part in pair])
-    # Standard training takes no notice of the second: initial weights and data order of a seed are
+    # Standard training ignores the second: initial weights and data order of a seed are
     # those of RePr, and runs with one seed are pairs.
     cfg.SEED = cfg.REPR.SEED = seed
     return cfg
@@ -269,7 +269,7 @@ def read_evaluations(run: Run, folder: Path) -> dict[str, list[dict[str, float]]
         columns = {f"{prefix}{metric}": key for key, metric in run.measure.metrics.items()}
         values = metrics[[c for c in columns if c in metrics]].rename(columns=columns)
         values = values.dropna(how="all")
-        # The evaluation after training is written with the iteration behind the last.
+        # The evaluation after training is written with the iteration after the last.
         values.index = (values.index.astype(int) + 1).where(
             values.index < run.max_iter, run.max_iter
         )

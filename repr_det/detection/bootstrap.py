@@ -325,20 +325,8 @@ def paired_bootstrap(
     Raises:
         UserError: no runs, runs of different images or classes, or an argument out of range.
     """
-    if resamples < 1 or not 0 < level < 1:
-        raise UserError(
-            f"There is no bootstrap with {resamples} resamples and level {level}: give at least 1 "
-            "and a level between 0 and 1."
-        )
-    if len(arms) < 2 or not all(arms.values()):
-        raise UserError("An arm without runs cannot be compared: give at least one for each.")
+    _check(arms, resamples, level)
     every = list(chain.from_iterable(arms.values()))
-    for one, other in pairwise(every):
-        if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
-            raise UserError(
-                "Evaluations of different images or classes cannot be compared: evaluate all runs "
-                "on the same annotations."
-            )
     images = len(every[0].image_ids)
     # The first row is every image once, so that it goes the same way.
     once = np.ones((1, images), dtype=np.int32)
@@ -362,6 +350,22 @@ def paired_bootstrap(
         for name, second in values.items()
         if name != baseline
     }
+
+
+def _check(arms: Mapping[str, Sequence[Matches]], resamples: int, level: float) -> None:
+    if resamples < 1 or not 0 < level < 1:
+        raise UserError(
+            f"There is no bootstrap with {resamples} resamples and level {level}: give at least 1 "
+            "and a level between 0 and 1."
+        )
+    if len(arms) < 2 or not all(arms.values()):
+        raise UserError("An arm without runs cannot be compared: give at least one for each.")
+    for one, other in pairwise(chain.from_iterable(arms.values())):
+        if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
+            raise UserError(
+                "Evaluations of different images or classes cannot be compared: evaluate all runs "
+                "on the same annotations."
+            )
 
 
 def corrected_level(comparisons: int, level: float = 0.95) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repr_det.detection.bootstrap import Difference, corrected_level, paired_bootstrap
+from repr_det.detection.bootstrap import Comparison, Difference, corrected_level, paired_bootstrap
 from repr_det.detection.coco_results import (
     check_iou_type,
     evaluable_types,
@@ -75,16 +75,13 @@ def compare_results(
         found = paired_bootstrap(
             matches, baseline, resamples=resamples, seed=seed, level=level, progress=progress
         )
-        compared[each] = {
-            name: {
-                "overall": _in_per_cent(comparison.overall),
-                "classes": {
-                    category: _in_per_cent(table) for category, table in comparison.classes.items()
-                },
-            }
-            for name, comparison in found.items()
-        }
+        compared[each] = {name: _as_record(comparison) for name, comparison in found.items()}
     return {"images": len(truth.imgs), "level": level, "compared": compared}
+
+
+def _as_record(comparison: Comparison) -> dict[str, Any]:
+    classes = {name: _in_per_cent(table) for name, table in comparison.classes.items()}
+    return {"overall": _in_per_cent(comparison.overall), "classes": classes}
 
 
 def _in_per_cent(table: dict[str, Difference]) -> dict[str, dict[str, float | None]]:

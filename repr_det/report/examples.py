@@ -72,7 +72,7 @@ def example(
     results: Sequence[Sequence[dict[str, Any]]],
     counts: Sequence[int],
 ) -> Example:
-    """Read an image and put its detections beside it.
+    """Read an image with its detections.
 
     Args:
         record: of the image in Detectron2's format.

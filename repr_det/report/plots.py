@@ -165,52 +165,55 @@ def curves(
     Raises:
         UserError: nothing to draw.
     """
-    panels = [panel for panel in panels if panel.lines]
+    panels = [
+        panel._replace(spans=[*spans, *panel.spans], rate_drops=[*rate_drops, *panel.rate_drops])
+        for panel in panels
+        if panel.lines
+    ]
     if not panels:
         raise UserError("Nothing was recorded yet that could be drawn over iterations.")
     with _style():
         figure = _figure(0.4 + 2.2 * len(panels))
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-        told: list[str] = []
-        last = max(np.max(line.x) for panel in panels for line in panel.lines if len(line.x))
+        shown: list[str] = []
         for axes, panel in zip(every, panels, strict=True):
-            for begin, end in (*spans, *panel.spans):
-                axes.axvspan(begin, end, color=_SHADE, zorder=0, linewidth=0)
-            for drop in (*rate_drops, *panel.rate_drops):
-                axes.axvline(drop, color=_INK, linestyle=":", linewidth=1)
-            for line in panel.lines:
-                axes.plot(
-                    line.x,
-                    line.y,
-                    color=line.colour,
-                    linestyle=line.style,
-                    marker=line.marker,
-                    label=line.label,
-                )
-                if line.spread is not None:
-                    middle, around = np.asarray(line.y), np.asarray(line.spread)
-                    low, high = middle - around, middle + around
-                    axes.fill_between(line.x, low, high, color=line.colour, alpha=0.25, linewidth=0)
-            axes.set_ylabel(panel.ylabel)
-            axes.set_ylim(bottom=panel.bottom)
+            _draw_panel(axes, panel)
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            if list(handles) != told:  # above the axes, where no line is in the way
+            if list(handles) != shown:  # above the axes, where no line is in the way
                 place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
                 axes.legend(handles.values(), handles.keys(), ncols=2, **place)
-                told = list(handles)
+                shown = list(handles)
+        lines = [line for panel in panels for line in panel.lines]
+        last = max(np.max(line.x) for line in lines if len(line.x))
         every[-1].set_xlabel(xlabel)
         every[-1].set_xlim(0, 1.02 * max(last, 1))
         every[-1].xaxis.set_major_locator(MaxNLocator(6, integer=True))
         marks = {}
-        if spans or any(panel.spans for panel in panels):
+        if any(panel.spans for panel in panels):
             marks["S2: filters dropped"] = Patch(color=_SHADE)
-        if any(line.spread is not None for panel in panels for line in panel.lines):
+        if any(line.spread is not None for line in lines):
             marks[spread] = Patch(color=_INK, alpha=0.25, linewidth=0)
-        if rate_drops or any(panel.rate_drops for panel in panels):
+        if any(panel.rate_drops for panel in panels):
             marks["learning rate falls"] = Line2D([], [], color=_INK, linestyle=":", linewidth=1)
         if marks:
             figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=2)
     return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    for begin, end in panel.spans:
+        axes.axvspan(begin, end, color=_SHADE, zorder=0, linewidth=0)
+    for drop in panel.rate_drops:
+        axes.axvline(drop, color=_INK, linestyle=":", linewidth=1)
+    for line in panel.lines:
+        style = {"linestyle": line.style, "marker": line.marker, "label": line.label}
+        axes.plot(line.x, line.y, color=line.colour, **style)
+        if line.spread is not None:
+            middle, around = np.asarray(line.y), np.asarray(line.spread)
+            ends = middle - around, middle + around
+            axes.fill_between(line.x, *ends, color=line.colour, alpha=0.25, linewidth=0)
+    axes.set_ylabel(panel.ylabel)
+    axes.set_ylim(bottom=panel.bottom)
 
 
 def map_of_layers(
@@ -256,24 +259,21 @@ def map_of_layers(
         axes.set_xlabel(xlabel)
         axes.grid(False)
         if share and len(names) <= _MANY and len(columns) <= 8:
-            for row, column in np.ndindex(values.shape):
-                if values[row, column] > 0:
-                    dark = values[row, column] > 0.55 * limits["vmax"]
-                    axes.text(
-                        column,
-                        row,
-                        f"{100 * values[row, column]:.0f}",
-                        ha="center",
-                        va="center",
-                        fontsize=7,
-                        color="#ffffff" if dark else "#111111",
-                    )
+            _print_shares(axes, values, limits["vmax"])
         bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
         bar.set_label(label)
         bar.outline.set_visible(False)
         if share:
             bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f}")
     return figure
+
+
+def _print_shares(axes: Axes, values: NDArray[np.float64], largest: float) -> None:
+    for row, column in np.argwhere(values > 0):
+        value = values[row, column]
+        ink = "#ffffff" if value > 0.55 * largest else "#111111"
+        place = {"ha": "center", "va": "center", "fontsize": 7}
+        axes.text(column, row, f"{100 * value:.0f}", color=ink, **place)
 
 
 def shortened(names: Sequence[str]) -> list[str]:

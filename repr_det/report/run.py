@@ -138,10 +138,10 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether training came to its end, and was not begun anew or prolonged since."""
+        """Whether training came to its end, and was not restarted or prolonged since."""
         if self._newest or not (self.folder / FINAL).is_file():
             return self._newest == FINAL
-        # Without a word of what was written last, as where a run was begun anew.
+        # Nothing says what was written last, for example after a restart.
         return read_checkpoint(self.folder / FINAL).get("iteration", -1) + 1 == self.iterations
 
     @cached_property
