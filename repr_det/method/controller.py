@@ -28,7 +28,7 @@ from repr_det.method.criteria import (
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.graph import ChannelGraph, Reader, in_copy
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
-from repr_det.method.layers import FilterLayer, column_slots, extremes, row_lengths
+from repr_det.method.layers import FilterLayer, column_slots, row_lengths
 from repr_det.method.modules import eager, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
 from repr_det.method.ranks import group_of, object_of_first_rank
@@ -45,7 +45,6 @@ from repr_det.method.returning import (
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_same_settings, check_whole
-from repr_det.method.threads import over_layers
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
@@ -467,7 +466,8 @@ class RePr:
         aside = set_aside(
             readers, pruned, optimizer, self._outgoing, keep_moments=not self.reinit.as_it_was
         )
-        over_layers(lambda layer: zero_filters(layer, pruned[layer.name], optimizer), layers)
+        for layer in layers:
+            zero_filters(layer, pruned[layer.name], optimizer)
         return aside
 
     def _return(self) -> PhaseChange:
@@ -495,12 +495,8 @@ class RePr:
         return PhaseChange("return", self._cycle, report)
 
     def _check_finite(self, action: str) -> None:
-        device = self.layers[0].weight.device
-        found = over_layers(lambda layer: extremes(layer.weight).to(device), self.layers)
-        # All at once: on a GPU each look at a value waits for what was launched before.
-        finite = torch.stack(found).isfinite().all(dim=1).tolist()
-        for layer, is_finite in zip(self.layers, finite, strict=True):
-            if not is_finite:
+        for layer in self.layers:
+            if not layer.weight.isfinite().all():
                 raise FloatingPointError(
                     f"RePr cannot {action} the filters of {layer.name}: its weight holds NaN or "
                     f"infinity; training has diverged, lower the learning rate or resume an "
@@ -509,14 +505,7 @@ class RePr:
 
     def _warn_of_moved(self) -> None:
         """Say it where filters did not stay zero: not all that could wake them can be foreseen."""
-        gone = [layer for layer in self.layers if self._pruned[layer.name].any()]
-        device = self.layers[0].weight.device
-        found = over_layers(lambda layer: moved(layer, self._pruned[layer.name]).to(device), gone)
-        names = [
-            layer.name
-            for layer, woke in zip(gone, torch.stack(found).tolist(), strict=True)
-            if woke
-        ]
+        names = [layer.name for layer in self.layers if moved(layer, self._pruned[layer.name])]
         if names:
             warnings.warn(
                 f"RePr: dropped filters of {', '.join(names[:3])}{' ...' * (len(names) > 3)} did "
@@ -569,12 +558,10 @@ class RePr:
             if layer.name in rows and id(layer.weight) not in trained:
                 rows[layer.name] = self._before[layer.name]["weight"].to(rows[layer.name])
 
-        def write(layer: FilterLayer) -> None:
-            chosen = returned[layer.name]
-            layer.write_rows(chosen, rows[layer.name])
-            write_affine(layer, chosen, self._before[layer.name], self.reinit)
-
-        over_layers(write, [layer for layer in self.layers if layer.name in rows])
+        for layer in self.layers:
+            if layer.name in rows:
+                layer.write_rows(returned[layer.name], rows[layer.name])
+                write_affine(layer, returned[layer.name], self._before[layer.name], self.reinit)
         constant = reset_statistics(self.layers, returned, self._before)
         if constant and None not in (self._batches, self._loss):
             batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)

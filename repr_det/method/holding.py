@@ -18,14 +18,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from repr_det.method.graph import Reader
-from repr_det.method.layers import FilterLayer, Slot, column_slots, extremes
+from repr_det.method.layers import FilterLayer, Slot, column_slots
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
-from repr_det.method.threads import over_layers
 
 
 class GradientMask:
@@ -109,14 +107,12 @@ def zero_filters(layer: FilterLayer, pruned: Tensor, optimizer: Optimizer | None
             mean.detach()[channels.to(mean.device)] = 0.0
 
 
-def moved(layer: FilterLayer, pruned: Tensor) -> Tensor:
-    """Whether pruned filters (bool of shape (J,)) of a layer are no longer zero: bool of shape ().
+def moved(layer: FilterLayer, pruned: Tensor) -> bool:
+    """Whether pruned filters (bool of shape (J,)) of a layer are no longer zero.
 
-    What they do not train counts as well: shifts of a frozen norm, say.
+    What does not train counts as well, for example shifts of a frozen norm.
     """
-    slots = [slot for slot in layer.filter_slots(pruned) if len(slot.index)]
-    # Several times faster than ``any``.
-    return torch.cat([extremes(slot.read()) for slot in slots]).ne(0).any()
+    return any(bool(slot.read().any()) for slot in layer.filter_slots(pruned))
 
 
 class _Columns(NamedTuple):
@@ -191,8 +187,8 @@ def set_aside(
     Returns:
         By reader and weight slot, ``{"value": ..., "state": {name: ...}}``; for :func:`put_back`.
     """
-
-    def of(reader: Reader) -> list[dict[str, Any]]:
+    found = {}
+    for reader in readers:
         entries = []
         for columns in _columns(reader, pruned, factors):
             slot, factor = columns.slot, columns.factor
@@ -204,10 +200,9 @@ def set_aside(
             }
             entries.append({"value": columns.read(), "state": kept} if factor else {"state": kept})
             _zero(slot, optimizer)
-        return entries
-
-    found = over_layers(of, readers)
-    return {reader.name: some for reader, some in zip(readers, found, strict=True) if some}
+        if entries:
+            found[reader.name] = entries
+    return found
 
 
 def put_back(
@@ -218,8 +213,7 @@ def put_back(
     factors: Mapping[str, float],
 ) -> None:
     """Undo :func:`set_aside`, with a factor on weights and on their first moments."""
-
-    def of(reader: Reader) -> None:
+    for reader in readers:
         found = _columns(reader, pruned, factors)
         for columns, entry in zip(found, aside.get(reader.name, []), strict=True):
             slot, factor = columns.slot, columns.factor
@@ -236,5 +230,3 @@ def put_back(
                     columns.write(entry["state"][key], like=state)
                 else:
                     columns.write(factor * entry["state"][key], like=state)
-
-    over_layers(of, readers)

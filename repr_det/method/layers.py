@@ -268,8 +268,3 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
         for g, part in enumerate(dead.reshape(groups, -1))
         if part.any()
     ]
-
-
-def extremes(values: Tensor) -> Tensor:
-    """The smallest and the largest value, NaN where there is one: shape (2,)."""
-    return torch.stack(torch.aminmax(values.detach()))
