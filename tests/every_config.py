@@ -1,6 +1,6 @@
 """Train every shipped config for three steps on tiny data: a full step, a drop and a return.
 
-    python -m tests.every_config PROCESSES FOLDER [CONFIG ...]
+    python -m tests.every_config PROCESSES FOLDER [CONFIG ...] [--machines N RANK URL]
 
 Networks have their own depth and width; images are small and drawn. Every rank must end with the
 same weights. One line a config is printed; the exit status is 1 where one failed.
@@ -8,6 +8,7 @@ same weights. One line a config is printed; the exit status is 1 where one faile
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 import traceback
@@ -38,6 +39,7 @@ COMMON = (
 DETECTION = (
     *("DATASETS.TRAIN", "('shapes_val',)", "INPUT.MASK_FORMAT", "bitmask"),
     *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MAX_SIZE_TRAIN", "64"),
+    *("MODEL.RPN.POST_NMS_TOPK_TRAIN", "20", "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", "8"),
     *("MODEL.ROI_HEADS.NUM_CLASSES", str(len(CLASSES)), "DATASETS.HELD_OUT", "0"),
 )
 CLASSIFICATION = (
@@ -134,6 +136,19 @@ def main(folder: Path, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    processes, folder, *names = sys.argv[1:]
-    write_class_folders(Path(folder) / "classes")
-    launch(main, int(processes), args=(Path(folder), names or CONFIGS))
+    parser = argparse.ArgumentParser()
+    parser.add_argument("processes", type=int)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("configs", nargs="*", default=CONFIGS)
+    parser.add_argument("--machines", nargs=3, default=("1", "0", "auto"))
+    args = parser.parse_intermixed_args()
+    machines, rank, url = args.machines
+    write_class_folders(args.folder / "classes")
+    launch(
+        main,
+        args.processes,
+        num_machines=int(machines),
+        machine_rank=int(rank),
+        dist_url=url,
+        args=(args.folder, args.configs),
+    )

@@ -2,7 +2,7 @@ r"""Compare detectors on one COCO-format annotation file, with confidence interv
 
   repr-det compare annotations.json results_a.json results_b.json
   repr-det compare annotations.json output/standard output/repr --json comparison.json
-  repr-det compare annotations.json --arm standard output/standard_* --arm N-1 output/n1_* \\
+  repr-det compare annotations.json --arm standard output/standard_* --arm N-1 output/n1_* \
       --arm N-5 output/n5_* --baseline standard
 
 An arm is one results file or run folder, or several (seeds), whose mean is compared. Each arm is

@@ -2,7 +2,8 @@ r"""Draw one figure of a report as PNG or SVG, of runs or of any checkpoint.
 
   repr-det figure curves output/standard output/repr -o curves.svg
   repr-det figure cca output/repr -o cca.png
-  repr-det figure overlap_by_layer --config-file repr_faster_rcnn.yaml --weights model.pth -o a.png
+  repr-det figure overlap_by_layer --config-file repr_faster_rcnn.yaml -o overlap.png \
+      MODEL.WEIGHTS model.pth
   repr-det figure contributions output/repr -o contributions.png
 
 FIGURE is curves, classes, sizes, drops, times, overlap, overlap_over_time, overlap_by_layer, cca,
@@ -25,6 +26,7 @@ from repr_det.cli.arguments import (
     add_data,
     add_json,
     add_num_images,
+    add_renamed,
 )
 from repr_det.errors import UserError
 
@@ -39,8 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("figure", metavar="FIGURE", help="see above")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="OUTPUT_DIR of a run")
     add_arms(parser, "RUN")
-    add_config_file(parser, "in place of runs, with --weights: a config file or its name")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a checkpoint for the config")
+    add_config_file(
+        parser,
+        "in place of RUN, with MODEL.WEIGHTS FILE at the end: a config file, or the name of one in "
+        "configs/",
+    )
+    add_renamed(parser, "--weights", "MODEL.WEIGHTS FILE at the end", "weights")
     parser.add_argument(
         "-o",
         "--output",
@@ -59,11 +65,14 @@ def _arms(args: argparse.Namespace) -> Arms:
     from repr_det.report.run import of_checkpoint
     from repr_det.tasks import use_data
 
-    if not (args.config_file or args.weights):
+    weights, words = getattr(args, "weights", None), args.runs
+    if len(words) == 2 and words[0] == "MODEL.WEIGHTS":
+        weights, words = words[1], []
+    if not (args.config_file or weights):
         return read_arms(args)
-    if args.runs or args.arm or not (args.config_file and args.weights):
-        raise UserError("Set either runs, or --config-file and --weights together.")
-    run = of_checkpoint(args.config_file, args.weights)
+    if words or args.arm or not (args.config_file and weights):
+        raise UserError("Set either runs, or --config-file FILE and MODEL.WEIGHTS FILE together.")
+    run = of_checkpoint(args.config_file, Path(weights))
     use_data(run.cfg, args)
     return by_method([run])
 

@@ -2,7 +2,7 @@ r"""Write one HTML page that shows what RePr did in a run, or how arms of runs d
 
   repr-det report output/repr -o report.html
   repr-det report output/standard_* output/repr_* -o report.html
-  repr-det report -o report.html --arm standard output/standard_* --arm N-1 output/n1_* \\
+  repr-det report -o report.html --arm standard output/standard_* --arm N-1 output/n1_* \
       --arm N-5 output/n5_* --baseline standard
   repr-det report output/repr -o report.html --test-data my_val val.json images/
 

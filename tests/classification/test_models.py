@@ -119,7 +119,7 @@ def test_depth_is_the_number_of_weighted_layers(name, convs, linears):
     "name",
     ["c3_32", "c8_32_bn", "c3_32_k5", "cifar_resnet20", "cifar_densenet5", "cifar_densenet40"],
 )
-def test_small_networks_run_and_train(name):
+def test_every_weight_of_small_networks_gets_a_finite_gradient(name):
     network = build_classifier(name, 7)
     logits = network(torch.randn(2, 3, 32, 32))
     assert logits.shape == (2, 7)
@@ -160,13 +160,11 @@ def test_torchvision_networks_by_name(name):
         assert network(torch.empty(2, 3, size, size)).shape == (2, 5)
 
 
-def test_every_listed_name_can_be_built():
-    names = classifier_names()
-    assert {"c18_32_bn", "cifar_resnet110", "resnet18", "vgg16", "bn_inception"} <= set(names)
+@pytest.mark.parametrize("name", classifier_names())
+def test_every_listed_name_can_be_built(name):
     with torch.device("meta"):
-        for name in ("alexnet", "densenet121", "mobilenet_v2", "squeezenet1_1", "convnext_tiny"):
-            assert name in names
-            build_classifier(name, 3, image_size=224)
+        network = build_classifier(name, 3, image_size=299 if name == "inception_v3" else 224)
+    assert any(3 in parameter.shape[:1] for parameter in network.parameters())
 
 
 def test_building_leaves_the_seed_to_the_weights():
@@ -218,7 +216,6 @@ def test_depth_that_does_not_exist(name):
 def test_dropout_zeroes_half_of_the_last_layers_input_in_training_only():
     network = build_classifier("c3_32", 10, dropout=0.5)
     assert list(network.state_dict()) == list(build_classifier("c3_32", 10).state_dict())
-    seen = []
     fc = network.fc
     x = torch.ones(400, fc.in_features)
     nn.init.ones_(fc.weight)

@@ -58,7 +58,7 @@ def test_a_checkpoint_with_a_config_gives_overlap_and_correlations(tmp_path):
     model = ClassificationTrainer.build_model(cfg)
     weights = tmp_path / "weights.pth"
     torch.save({"model": model.state_dict()}, weights)
-    given = ["--config", str(config), "--weights", str(weights), "--num-images", "20"]
+    given = ["--config-file", str(config), "MODEL.WEIGHTS", str(weights), "--num-images", "20"]
     numbers = {}
     for figure in ("overlap_by_layer", "cca_by_layer"):
         out = tmp_path / f"{figure}.json"
@@ -92,7 +92,7 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
         ("figure", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
         ("figure", ["curves", "-o", png], "There are no runs to report on"),
         ("figure", ["drops", run, "-o", png], "This figure needs at least one RePr run."),
-        ("figure", ["cca", "--weights", "w.pth", "-o", png], "Set either runs, or --config-file"),
+        ("figure", ["cca", "--config", "c.yaml", "-o", png], "Set either runs, or --config-file"),
         ("figure", ["curves", run, "-o", png, "--json", js], "curves has no numbers"),
         ("figure", ["contributions", run, "-o", png, "--json", js], "contributions has"),
         ("figure", ["detections", run, "-o", png, "--json", js], "detections has no"),
