@@ -133,7 +133,7 @@ def step_ratios(
         seconds = _turns(steps, rounds, until=until)
         result = _ratios(seconds, "standard")
         rounds = len(seconds["standard"])
-        spent = holding(trainers["masked"], steps["masked"], min(rounds, 100))
+        spent = holding(trainers["masked"], steps["masked"], min(rounds, 20))
         result["holding"] = round(spent / statistics.median(seconds["masked"]), 5)
         result["multiply_adds"] = _multiply_adds(trainers["masked"])
     result["seconds_standard"] = round(statistics.median(seconds["standard"]), 4)

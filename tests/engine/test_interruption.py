@@ -36,7 +36,8 @@ TIMES = ("time", "eta_seconds")
 def start(task, output, *moment):
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        # What was there may hold Detectron2, on a machine where it is not installed.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "DETECTRON2_DATASETS": str(output.parent / "data"),
         "REPR_DET_CACHE": str(output.parent / "cache"),
