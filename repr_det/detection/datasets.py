@@ -271,9 +271,9 @@ def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
         path = metadata.get(kind)
         if path is not None and not Path(path).exists():
             raise UserError(
-                f"Dataset {name} needs {Path(path).resolve()}, which does not exist: set "
-                f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)} (make demo needs "
-                f"no data)."
+                f"Dataset {name} needs {Path(path).resolve()}, which does not exist. Set "
+                f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)}. "
+                f"`repr-det demo` needs no data."
             )
     if is_coco(metadata) and _is_read_by_us(name):
         register_coco(name, metadata.json_file, metadata.image_root, uses)

@@ -309,7 +309,7 @@ def _contributions(material: Material) -> Drawn:
     values = {arm: np.concatenate(list(found.values())) for arm, found in kept.items() if found}
     if not values:
         raise UserError(
-            "Not computed yet. Run tools/analyze.py contributions RUN (one forward pass a filter)."
+            "Not computed yet. Run `repr-det figure contributions RUN` (one forward pass a filter)."
         )
     share = {arm: 100 * float((found <= 0).mean()) for arm, found in values.items()}
     words = ", ".join(f"{value:.0f} % of {arm}" for arm, value in share.items())
@@ -438,7 +438,7 @@ FIGURES: dict[str, Entry] = {
     "contributions": Entry("What each filter contributes", _contributions),
     "filters": Entry("First-layer filters", _filters),
 }
-"""By the name that tools/analyze.py and the page's anchors have for them, in a report's order."""
+"""By the name that `repr-det figure` and the page's anchors have for them, in a report's order."""
 
 
 def class_names(run: RunFolder) -> list[str]:

@@ -265,9 +265,7 @@ def read_run(folder: str | Path) -> RunFolder:
     folder = Path(folder)
     path = folder / "config.yaml"
     if not path.is_file():
-        raise UserError(
-            f"{path} does not exist: give the OUTPUT_DIR of a run of tools/train_net.py."
-        )
+        raise UserError(f"{path} does not exist. Pass the OUTPUT_DIR of a run of `repr-det train`.")
     return RunFolder(folder, _read_config(path), read_metrics(folder))
 
 

@@ -81,7 +81,7 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
     folder, js = tmp_path / "folder.png", str(out / "j")
     folder.mkdir()
     for name, arguments, sentence in (
-        ("report", [str(tmp_path), "-o", page], f"{tmp_path}/config.yaml does not exist: give"),
+        ("report", [str(tmp_path), "-o", page], f"{tmp_path}/config.yaml does not exist. Pass"),
         ("report", [run, other, "-o", page], f"The test set of {other} is another"),
         (
             "report",

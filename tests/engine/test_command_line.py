@@ -149,7 +149,7 @@ class TestErrors:
         text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out))
         assert "nowhere/instances.json, which does not exist" in text
         assert "DETECTRON2_DATASETS" in text
-        assert "make demo needs no data" in text
+        assert "`repr-det demo` needs no data" in text
 
     def test_not_coco(self, out, capsys, tmp_path):
         path = tmp_path / "a.json"
