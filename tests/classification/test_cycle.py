@@ -50,12 +50,12 @@ class Watch(HookBase):
 
 def cycles(tmp_path, name, criterion="ortho", size=32, amp=False):
     images, labels = make_arrays(8, size=size)
-    register("tiny_train", images, labels, list("abcd"))
+    register("cycles_train", images, labels, list("abcd"))
     cfg = small_cfg(str(tmp_path))
     cfg.MODEL.CLASSIFIER.NAME = name
     cfg.MODEL.DEVICE, cfg.SOLVER.AMP.ENABLED = str(DEVICE), amp
     cfg.INPUT.IMAGE_SIZE = size
-    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("tiny_train",)
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("cycles_train",)
     cfg.SOLVER.IMS_PER_BATCH = 4
     cfg.SOLVER.BASE_LR = 0.001
     cfg.SOLVER.MAX_ITER = 6

@@ -57,12 +57,12 @@ def trained(cfg, resume):
 )
 def test_two_cycles_and_a_resumed_run(tmp_path, config, amp):
     """Filters are taken out under AMP: float16 on a GPU, bfloat16 on a CPU."""
-    register_shapes(ShapesSpec(size=64, train=12, val=4), prefix="tiny")
+    register_shapes(ShapesSpec(size=64, train=12, val=4), prefix="two_cycles")
     cfg = get_cfg()
     cfg.merge_from_file(config_path(config))
     shrink(cfg, tmp_path)
     cfg.MODEL.ROI_HEADS.NUM_CLASSES = 6
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("tiny_train",), ()
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("two_cycles_train",), ()
     cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N = S1, S2, 2
     cfg.REPR.COMPACT = "on" if amp else "off"
     cfg.SOLVER.MAX_ITER = LAST
