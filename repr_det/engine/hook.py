@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -489,40 +488,31 @@ def _precision(trainer: TrainerBase) -> Callable[[], Any]:
 def weights_alike(
     holders: Iterable[Any], model: nn.Module, known: Iterable[nn.Module] = ()
 ) -> dict[str, Any]:
-    """Attributes of objects that hold a tensor for each parameter of a model, and their versions.
+    """Attributes of objects that hold tensors shaped as the parameters of a model, and versions.
 
-    Looks at modules and at dictionaries of tensors, also one object deeper, under any prefix.
+    Looks at modules and at dictionaries of tensors, also one object deeper.
 
     Returns:
         ``Class.attribute`` -> something that changes when the tensors do.
     """
-    shapes = {name: p.shape for name, p in unwrap(model).named_parameters()}
-    shared = os.path.commonprefix(list(shapes)).rpartition(".")[0]
-    shapes = {name.removeprefix(shared).lstrip("."): shape for name, shape in shapes.items()}
-    last = next(reversed(shapes))
+    shapes = [p.shape for p in unwrap(model).parameters()]
     own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
     found = {}
     for holder in holders:
-        inner = [v for v in _attributes(holder).values() if hasattr(v, "__dict__")]
-        for one, prefix in ((holder, ""), *((v, f"{type(holder).__name__}.") for v in inner)):
-            for key, value in _attributes(one).items():
+        inner = [v for v in vars(holder).values() if not isinstance(v, (nn.Module, type))]
+        named = [(v, f"{type(holder).__name__}.") for v in inner if hasattr(v, "__dict__")]
+        for one, prefix in ((holder, ""), *named):
+            for key, value in list(vars(one).items()):
                 state = value.state_dict() if isinstance(value, nn.Module) else value
                 if not isinstance(state, Mapping):
                     continue
-                tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
-                for start in [k.removesuffix(last) for k in tensors if k.endswith(last)]:
-                    mine = [tensors.get(start + name) for name in shapes]
-                    if any(t is None for t in mine) or own & {t.data_ptr() for t in mine}:
-                        continue
-                    if [t.shape for t in mine] == list(shapes.values()):
-                        name = f"{prefix}{type(one).__name__}.{key}"
-                        found[name] = [(t.data_ptr(), t._version) for t in mine]
+                tensors = [t for t in state.values() if isinstance(t, Tensor)]
+                others = iter([t.shape for t in tensors])  # buffers may come between
+                alike = all(shape in others for shape in shapes)
+                if alike and own.isdisjoint(t.data_ptr() for t in tensors):
+                    name = f"{prefix}{type(one).__name__}.{key}"
+                    found[name] = [(t.data_ptr(), t._version) for t in tensors]
     return found
-
-
-def _attributes(holder: Any) -> dict[str, Any]:
-    """What an object holds, but for modules and classes, whose own attributes are their matter."""
-    return {} if isinstance(holder, (nn.Module, type)) else dict(getattr(holder, "__dict__", {}))
 
 
 def _cost_line(shrunk: Shrunk) -> str:
