@@ -23,7 +23,7 @@ from typing import Any
 
 import ranking
 import speed
-from networks import NETWORKS
+from networks import NETWORKS, PHASES
 from tabulate import tabulate
 
 from repr_det.engine.environment import environment
@@ -37,6 +37,7 @@ ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 8
 GPU_ROUNDS = 60
 REMOVED = ("REPR.COMPACT", "on")
+CYCLES = {"resnet50": 7, "demo": 7}
 EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 20}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 
@@ -48,6 +49,7 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             "steps": {"c3_32": partial(speed.step_ratios, NETWORKS["c3_32"], 6)},
             "whole": {"c3_32": partial(speed.whole_run, NETWORKS["c3_32"], 2, *REMOVED)},
             "options": {"c3_32": partial(speed.option_ratios, "c3_32", 6)},
+            "phases": {"demo": partial(speed.phase_changes, PHASES["demo"], 1)},
             "ranking": {"ResNet-18": partial(ranking.drop_and_return, "ResNet-18")},
             "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256))},
             "kept": {"c3_32": partial(speed.kept_memory_ratio, "c3_32", 1, 12)},
@@ -65,6 +67,10 @@ def jobs(size: str) -> dict[str, dict[str, Callable[[], Any]]]:
             for name, epoch in EPOCH.items()
         },
         "options": {name: partial(speed.option_ratios, name, 12) for name in SMALL},
+        "phases": {
+            name: partial(speed.phase_changes, network, CYCLES.get(name, 3))
+            for name, network in PHASES.items()
+        },
         "kept": {name: partial(speed.kept_memory_ratio, name, 4, 12) for name in SMALL},
         "ranking": {name: partial(ranking.drop_and_return, name) for name in ranking.MODELS},
         "growth": {"3 x 3": partial(ranking.growth, (64, 128, 256, 512, 1024))},
@@ -123,6 +129,16 @@ def _kept(found: dict[str, Any]) -> str:
     return _table([head, ["on a CPU", *(_times(one[speed.KEPT]) for one in found.values())]])
 
 
+def _phases(found: dict[str, Any]) -> str:
+    head = ["in full-phase steps", "drop", "return", "cycles", "load of the machine"]
+    rows = [
+        [PHASES[name].title, _times(one["drop"]), _times(one["return"]), f"{one['cycles']}",
+         f"{one['load']}"]
+        for name, one in found.items()
+    ]  # fmt: skip
+    return _table([head, *rows])
+
+
 def _ranking(found: dict[str, Any]) -> str:
     head = ["filters of", "layers", "filters", "drop, s", "return, s", "pivoted QR (SciPy), s",
             "times"]  # fmt: skip
@@ -156,8 +172,8 @@ def _memory(found: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "steps": _steps, "whole": _whole, "options": _options, "kept": _kept, "ranking": _ranking,
-    "growth": _growth, "loading": _loading_line, "memory": _memory,
+    "steps": _steps, "whole": _whole, "options": _options, "kept": _kept, "phases": _phases,
+    "ranking": _ranking, "growth": _growth, "loading": _loading_line, "memory": _memory,
 }  # fmt: skip
 
 

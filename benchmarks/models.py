@@ -253,7 +253,7 @@ def check(build: Callable[[], Built]) -> dict[str, Any]:
 
 def removed(model: nn.Module, method: RePr, batch: Batch) -> dict[str, Any]:
     """How many pruned filters can be removed, and how much that changes the loss."""
-    compact = Compact(model, method.optimizer, batches=lambda: iter([batch]), loss=loss)
+    compact = Compact(method)
 
     def value() -> float:
         torch.manual_seed(1)
@@ -263,7 +263,7 @@ def removed(model: nn.Module, method: RePr, batch: Batch) -> dict[str, Any]:
 
     before = value()
     try:
-        count = compact.shrink(method).removed
+        count = compact.shrink().removed
     except RuntimeError as error:
         return {"removed": 0, "removal": str(error)[:200]}
     after = value()

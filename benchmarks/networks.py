@@ -33,12 +33,14 @@ class Network:
         config: a config file.
         images: in a batch.
         size: height and width of an image in pixels.
+        options: KEY, VALUE, ... of the config.
     """
 
     title: str
     config: str
     images: int
     size: tuple[int, int]
+    options: tuple[Any, ...] = ()
 
 
 NETWORKS = {
@@ -49,6 +51,13 @@ NETWORKS = {
     "faster_rcnn": Network("Faster R-CNN R50-FPN, 800 px", "repr_faster_rcnn.yaml", 1, (800, 1067)),
     "mask_rcnn": Network("Mask R-CNN R50-FPN, 800 px", "repr_mask_rcnn.yaml", 1, (800, 1067)),
 }
+
+_X101 = ("MODEL.RESNETS.DEPTH", 101, "MODEL.RESNETS.NUM_GROUPS", 32,
+         "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.STRIDE_IN_1X1", False)  # fmt: skip
+PHASES = {name: NETWORKS[name] for name in ("resnet50", "demo", "faster_rcnn")} | {
+    "x101": Network("X101-32x8d-FPN, 480 px", "repr_faster_rcnn.yaml", 1, (480, 640), _X101)
+}
+"""Those whose drops and returns are counted in steps."""
 
 VARIANTS: dict[str, tuple[Any, ...]] = {
     "standard": ("REPR.ENABLED", False),
@@ -139,7 +148,7 @@ def make_trainer(network: Network, folder: str, *overrides: Any) -> NoiseTrainer
     # part, with the work on them.
     cfg.SOLVER.BASE_LR, cfg.TEST.EVAL_PERIOD = 0.0, 0
     cfg.REPR.UNIT, cfg.REPR.N = "iteration", 1
-    cfg.merge_from_list(list(overrides))
+    cfg.merge_from_list([*network.options, *overrides])
     seed_all_rng(0)
     trainer = NoiseTrainer(cfg)
     torch.use_deterministic_algorithms(False)

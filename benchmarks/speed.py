@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from clock import now
 from detectron2.utils.events import EventStorage
-from networks import NETWORKS, VARIANTS, Network, make_trainer, stepper
+from networks import NETWORKS, NEVER, VARIANTS, Network, make_trainer, stepper
 from scipy.stats import binom
 from torch.cuda import max_memory_allocated, max_memory_reserved
 from torch.profiler import profile
@@ -168,10 +169,9 @@ def holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
 def _multiply_adds(masked: Any) -> float:
     """Of the smaller network / of the whole one, in a forward pass."""
     hook = masked._repr_hook
-    arguments = {"batches": hook.method._batches, "loss": hook.method._loss}
-    compact = Compact(masked.model, masked.optimizer, **arguments)
+    compact = Compact(hook.method)
     with EventStorage():
-        shrunk = compact.shrink(hook.method)
+        shrunk = compact.shrink()
         compact.grow()
     return round(shrunk.after.multiply_adds / shrunk.before.multiply_adds, 4)
 
@@ -214,6 +214,32 @@ def whole_run(
         "iterations": LENGTH * epoch,
         "removed": bool(hook._take_out),
     }
+
+
+def phase_changes(network: Network, cycles: int) -> dict[str, Any]:
+    """Time of a drop, and of a return, / of a full-phase step, all in turns.
+
+    Args:
+        network: which.
+        cycles: of two steps, a drop, a step and a return each. One more comes first, uncounted.
+    """
+    found: dict[str, list[float]] = {"drop": [], "return": []}
+    options = ("REPR.S1", 2, "REPR.S2", 1, "REPR.N", NEVER // 4, "REPR.COMPACT", "off")
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(network, folder, "REPR.ENABLED", True, *options)
+        step, change = stepper(trainer), trainer._repr_hook.before_step
+        for cycle in range(cycles + 1):
+            full = statistics.mean(step() for _ in range(2))
+            for kind, values in found.items():
+                begin = now()
+                with trainer.storage:
+                    change()
+                values.append((now() - begin) / full)
+                if kind == "drop":
+                    step()
+            print(f"cycle {cycle}: a step {full:.2f} s", file=sys.stderr, flush=True)
+    ratios = {kind: median_interval(values[1:]) for kind, values in found.items()}
+    return {**ratios, "cycles": cycles, "load": round(os.getloadavg()[1], 1)}
 
 
 def option_ratios(name: str, rounds: int) -> dict[str, Any]:

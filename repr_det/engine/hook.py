@@ -182,15 +182,7 @@ class RePrHook(HookBase):
         arguments = {**defaults, **self._arguments}
         self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
         self._recorder = Recorder(self.method, trainer)
-        self._smaller = Compact(
-            trainer.model,
-            trainer.optimizer,
-            copies=arguments.get("copies", ()),
-            batches=arguments.get("batches"),
-            loss=arguments["loss"],
-            precision=_precision(trainer),
-            group=self._group,
-        )
+        self._smaller = Compact(self.method, _precision(trainer))
         layers = self.method.layers
         self._sums_at_start = _sums(layers)
         logger.info(
@@ -379,7 +371,7 @@ class RePrHook(HookBase):
         self._resized = True
         try:
             with RandomStream(0).active():
-                shrunk = self._smaller.shrink(self.method)
+                shrunk = self._smaller.shrink()
         except RuntimeError as error:
             problem = str(error)
         if problems := [found for found in objects_of_all_ranks(problem, self._group) if found]:
@@ -408,7 +400,7 @@ class RePrHook(HookBase):
         self._resized = True
         try:
             with RandomStream(0).active():
-                mine = self._smaller.speedup(self.method)
+                mine = self._smaller.speedup()
         except Exception as error:  # what a foreign model raises when it cannot be made smaller
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = Speed(0.0, 0.0, 0.0)

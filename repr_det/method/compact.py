@@ -24,7 +24,7 @@ import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -40,9 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from repr_det.errors import UserError
 from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
-from repr_det.method.modules import eager, named_modules, unchanged, unwrap
+from repr_det.method.modules import eager, named_modules, unchanged
 from repr_det.method.optimizers import state_tensors
-from repr_det.method.ranks import Group, object_of_first_rank
+from repr_det.method.ranks import object_of_first_rank
 from repr_det.method.removal import Removal
 
 MODES = ("auto", "on", "off")
@@ -142,58 +142,38 @@ class Compact:
     """Takes pruned filters out of a network physically and puts them back.
 
     Args:
-        model: the network; wrappers are looked through.
-        optimizer: trains it.
-        copies: models kept in step (EMA), of the same structure; they shrink and grow with it.
-        batches: returns an iterator of training batches; see :class:`repr_det.RePr`.
-        loss: ``loss(model, batch)`` returns a scalar.
+        method: prunes the network. Its copies shrink and grow with the network, and it works on the
+            smaller layers until :meth:`grow`. Without its batches and loss, the network is run on
+            the example that the method followed.
         precision: returns a context to run the network in: that of mixed precision.
-        group: the ranks; all of them take out what the first one does.
-
-    Without ``batches`` and ``loss`` the network is run on the example that the method followed.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        copies: Sequence[nn.Module] = (),
-        batches: Callable[[], Iterator[Any]] | None = None,
-        loss: Callable[[nn.Module, Any], Tensor] | None = None,
-        precision: Callable[[], Any] = nullcontext,
-        group: Group = None,
-    ) -> None:
-        self._model = unwrap(model)
-        self._optimizer = optimizer
-        self._copies = [unwrap(copy) for copy in copies]
-        self._batches, self._loss = batches, loss
-        self._precision, self._group = precision, group
+    def __init__(self, method: RePr, precision: Callable[[], Any] = nullcontext) -> None:
+        self._method = method
+        self._model = method.model
+        self._batches, self._loss = method.batches, method.loss
+        self._precision = precision
         self._warned = False
         self._bodies: list[_Body] = []
-        self._method: RePr | None = None
 
     @property
     def active(self) -> bool:
         """Whether the network is physically smaller now."""
-        return self._method is not None
+        return bool(self._bodies)
 
-    def shrink(self, method: RePr) -> Shrunk:
+    def shrink(self) -> Shrunk:
         """Take out what can go of the filters that are pruned now.
-
-        Args:
-            method: what pruned them; stands on the smaller layers until :meth:`grow`.
 
         Raises:
             RuntimeError: the network cannot be followed, what would go is not zero, or the smaller
                 network cannot be run or differs from the masked one; the network is as it was then.
         """
-        removal = self._choose(method)
+        removal = self._choose()
         try:
-            runs = self._runs(method)
+            runs = self._runs()
             masked = [self._outputs(run) for run in runs]
             before = _cost(self._model, runs[0])
-            self._remove(method, removal)
+            self._remove(removal)
             # On each batch, rounding may change what a detector samples: one that agrees is enough.
             differ = all(
                 _differ(whole, self._outputs(run)) for whole, run in zip(masked, runs, strict=True)
@@ -210,13 +190,14 @@ class Compact:
                 "the smaller network differs from the masked one, as where code reads a number of "
                 "channels"
             )
-        gone = (removal.filters[name] for name in method.pruned if name in removal.filters)
+        gone = (removal.filters[name] for name in self._method.pruned if name in removal.filters)
         removed = sum(int(mask.sum()) for mask in gone)
-        return Shrunk(before, after, removed, method.num_pruned - removed)
+        return Shrunk(before, after, removed, self._method.num_pruned - removed)
 
-    def _choose(self, method: RePr) -> Removal:
+    def _choose(self) -> Removal:
         """What can go. Every process must come here, and fails here if the first one does."""
         removal: Removal | str
+        method = self._method
         if method.graph.not_run and not self._warned:
             self._warned = True
             names = method.graph.not_run
@@ -231,36 +212,35 @@ class Compact:
             removal = method.removable.choose(method.pruned, multiple)
         except Exception as error:  # what running an unknown model raises
             removal = f"the network could not be followed ({type(error).__name__}: {error})"
-        removal = object_of_first_rank(removal, self._group)
+        removal = object_of_first_rank(removal, method.group)
         if isinstance(removal, str):
             raise RuntimeError(removal)
         return removal
 
-    def _remove(self, method: RePr, removal: Removal) -> None:
+    def _remove(self, removal: Removal) -> None:
+        method = self._method
         self._bodies = [
-            _Body(self._model, removal, self._optimizer),
-            *(_Body(copy, removal, None) for copy in self._copies),
+            _Body(self._model, removal, method.optimizer),
+            *(_Body(copy, removal, None) for copy in method.copies),
         ]
-        self._method = method
         for body in self._bodies:
             body.shrink()
         method.stand_in(*_smaller_layers(method.layers, method.pruned, removal))
 
     def grow(self) -> None:
         """Put everything back in its place; nothing happens where nothing was taken out."""
-        if self._method is not None:
+        if self._bodies:
             for body in self._bodies:
                 body.grow()
             self._bodies = []
             self._method.full_size()
-            self._method = None
 
-    def _runs(self, method: RePr) -> list[Callable[[], Any]]:
+    def _runs(self) -> list[Callable[[], Any]]:
         """Runs of the network forward, on two batches, or on the example that was followed."""
         if self._batches is None or self._loss is None:
-            if method.graph.example is None:
+            if self._method.graph.example is None:
                 raise ValueError("there is no input")
-            return [method.graph.example]
+            return [self._method.graph.example]
         batches = list(itertools.islice(self._batches(), 2))
         if not batches:
             raise ValueError("there are no batches")
@@ -278,14 +258,13 @@ class Compact:
                     raise
         raise AssertionError
 
-    def speedup(self, method: RePr, rounds: int = 5) -> Speed:
+    def speedup(self, rounds: int = 5) -> Speed:
         """Compare forward and backward of the smaller network with those of the masked one.
 
         Both take turns on one batch. Gradients, buffers and torch's random state stay as they are,
         and so does the network, which is full-size before and after.
 
         Args:
-            method: as for :meth:`shrink`.
             rounds: turns of each; each is a run to warm up and one that counts.
 
         Raises:
@@ -294,7 +273,7 @@ class Compact:
         """
         if self._batches is None or self._loss is None:
             raise UserError("there are no batches to measure on")
-        removal = self._choose(method)
+        removal = self._choose()
         batch = next(self._batches())
         parameters = list(self._model.parameters())
         gradients = [p.grad for p in parameters]
@@ -303,7 +282,7 @@ class Compact:
             for _ in range(rounds):
                 masked.append([self._seconds(batch) for _ in range(2)][1])
                 start = time.perf_counter()
-                self._remove(method, removal)
+                self._remove(removal)
                 self._seconds(batch)
                 first.append(time.perf_counter() - start)
                 smaller.append(self._seconds(batch))

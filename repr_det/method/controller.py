@@ -156,10 +156,10 @@ class RePr:
         )
         self._include, self._exclude = list(include or ()), list(exclude or ())
         self._linear = bool(linear)
-        self._model, self._group = unwrap(model), group_of(model)
-        self._batches, self._loss, self._progress = batches, loss, progress
+        self.model, self.group = unwrap(model), group_of(model)
+        self.batches, self.loss, self._progress = batches, loss, progress
 
-        self._copied_models = list(copies)
+        self.copies = [unwrap(copy) for copy in copies]
         self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
@@ -177,17 +177,17 @@ class RePr:
 
     def _traced(self) -> ChannelGraph:
         """How channels go through the model. What the first rank found counts on all of them."""
-        has_data = None not in (self._batches, self._loss)
+        has_data = None not in (self.batches, self.loss)
         found, failure = None, None
         try:
-            found = trace(self._model, self._run_on_a_batch if has_data else None)
+            found = trace(self.model, self._run_on_a_batch if has_data else None)
         except (UserError, RuntimeError) as error:  # raised below, or the other ranks would wait
             failure = error
         # Ranks see different batches, which may lead through different parts of the model.
-        state = object_of_first_rank(found.state_dict() if found else None, self._group)
+        state = object_of_first_rank(found.state_dict() if found else None, self.group)
         if state is None:
             raise failure or UserError("RePr could not run the model in the first process.")
-        return ChannelGraph.from_state(state, self._model, found.example if found else None)
+        return ChannelGraph.from_state(state, self.model, found.example if found else None)
 
     def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
         """Find everything that follows from how channels go through the model."""
@@ -203,22 +203,22 @@ class RePr:
         """
         self.layers: list[FilterLayer] = self._find_layers(names)
         self._outgoing = self._factors_on_readers()
-        self._copies = [in_copy(copy, self.layers, self._readers) for copy in self._copied_models]
+        self._in_copies = [in_copy(copy, self.layers, self._readers) for copy in self.copies]
 
     def _run_on_a_batch(self) -> None:
-        self._loss(self._model, next(self._batches()))
+        self.loss(self.model, next(self.batches()))
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that do not serve what they are for; warn where they miss."""
         constant = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
-        if None not in (self._batches, self._loss) and (constant or needs_data):
+        if None not in (self.batches, self.loss) and (constant or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
-            with unchanged(self._model), eager():
+            with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
-        if self._batches is None and constant:
+        if self.batches is None and constant:
             warnings.warn(
                 "RePr: the model has norms with constant statistics, which returned channels need "
                 "measured; pass batches= and loss=, or they keep those of the dropped filters.",
@@ -228,10 +228,10 @@ class RePr:
     def _check_loss(self) -> None:
         """Fail now where batches and a loss would fail at the first phase change, an hour later."""
         try:
-            with unchanged(self._model), torch.no_grad(), eager():
-                self._model.train()
-                for batch in itertools.islice(self._batches(), 1):
-                    self._loss(self._model, batch)
+            with unchanged(self.model), torch.no_grad(), eager():
+                self.model.train()
+                for batch in itertools.islice(self.batches(), 1):
+                    self.loss(self.model, batch)
         except Exception as error:  # foreign loaders and models may raise anything
             raise RuntimeError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
@@ -254,7 +254,7 @@ class RePr:
             heads=self.graph.heads,
             gates=self.graph.gates,
             trained=self._trained(),
-            has_backbone=isinstance(getattr(self._model, "backbone", None), nn.Module),
+            has_backbone=isinstance(getattr(self.model, "backbone", None), nn.Module),
             include=self._include,
             exclude=self._exclude,
         )
@@ -419,18 +419,18 @@ class RePr:
 
     def _data(self, cycle: int) -> Data:
         return Data(
-            self._model,
-            self._batches,
-            self._loss,
+            self.model,
+            self.batches,
+            self.loss,
             self._generator(cycle, 0),
             self._progress,
-            self._group,
+            self.group,
         )
 
     def _scores(self, cycle: int) -> Scores:
         if self._looks_at_weights:
             return self._criterion(self.layers, self._data(cycle))
-        with unchanged(self._model), eager():
+        with unchanged(self.model), eager():
             return self._criterion(self.layers, self._data(cycle))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
@@ -441,12 +441,12 @@ class RePr:
             self._num_groups = len(self.optimizer.param_groups)
         self._pruned = self._none_pruned()
         self._check_finite("rank")
-        scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self._group)
+        scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
-        self._before = values_of(self.layers, pruned, self.reinit, self._group)
+        self._before = values_of(self.layers, pruned, self.reinit, self.group)
         if self.reinit.as_it_was:
             self._before_in_copies = [
-                values_of(layers, pruned, self.reinit, self._group) for layers, _ in self._copies
+                values_of(layers, pruned, self.reinit, self.group) for layers, _ in self._in_copies
             ]
         self._aside = [self._take_out(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
@@ -481,7 +481,7 @@ class RePr:
             put_back(readers, returned, optimizer, aside, self._outgoing)
         if self.reinit.as_it_was:
             restore(self.layers, returned, self._before)
-            for (layers, _), before in zip(self._copies, self._before_in_copies, strict=True):
+            for (layers, _), before in zip(self._in_copies, self._before_in_copies, strict=True):
                 restore(layers, returned, before)
         else:
             self._renew(returned, generator)
@@ -519,7 +519,7 @@ class RePr:
         """The model and its copies: layers, readers, and the optimizer that trains them."""
         return [
             (self.layers, self._readers, self.optimizer),
-            *((layers, readers, None) for layers, readers in self._copies),
+            *((layers, readers, None) for layers, readers in self._in_copies),
         ]
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
@@ -551,7 +551,7 @@ class RePr:
 
     def _renew(self, returned: dict[str, Tensor], generator: torch.Generator) -> None:
         """Set returned filters to new ones, and hand them over to the copies."""
-        rows = new_rows(self.layers, returned, self._before, self.reinit, generator, self._group)
+        rows = new_rows(self.layers, returned, self._before, self.reinit, generator, self.group)
         trained = self._trained()
         for layer in self.layers:
             # What was frozen meanwhile could never learn new filters.
@@ -563,10 +563,10 @@ class RePr:
                 layer.write_rows(returned[layer.name], rows[layer.name])
                 write_affine(layer, returned[layer.name], self._before[layer.name], self.reinit)
         constant = reset_statistics(self.layers, returned, self._before)
-        if constant and None not in (self._batches, self._loss):
-            batches = itertools.islice(self._batches(), CALIBRATION_BATCHES)
-            calibrate(self._model, constant, batches, self._loss, self._group)
-        for layers, _ in self._copies:
+        if constant and None not in (self.batches, self.loss):
+            batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
+            calibrate(self.model, constant, batches, self.loss, self.group)
+        for layers, _ in self._in_copies:
             hand_over(self.layers, layers, returned)
 
     # --- state
@@ -625,10 +625,10 @@ class RePr:
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         self._build_as_written(state)
-        if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._copies):
+        if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._in_copies):
             raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
-                f"now there are {len(self._copies)}: pass the same copies."
+                f"now there are {len(self._in_copies)}: pass the same copies."
             )
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
@@ -646,7 +646,7 @@ class RePr:
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
             with suppress(KeyError):  # of another model, so its layers differ
-                graph = ChannelGraph.from_state(state["graph"], self._model, mine.example)
+                graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
                 self._build(graph, state["layers"].keys())
         else:
             self._take_stock(state["layers"].keys())

@@ -38,14 +38,7 @@ class Run:
         self.compact = None
         self.shrunk = None
         if compact:
-            self.compact = Compact(
-                model,
-                self.optimizer,
-                copies=copies,
-                batches=self.batches,
-                loss=loss,
-                **arguments,
-            )
+            self.compact = Compact(self.method, **arguments)
 
     def batches(self):
         return (batch(i, self.dtype) for i in range(90, 94))
@@ -56,7 +49,7 @@ class Run:
                 self.compact.grow()
             self.method.step(i)
             if self.compact and self.method.phase == "sub" and not self.compact.active:
-                self.shrunk = self.compact.shrink(self.method)
+                self.shrunk = self.compact.shrink()
             self.losses.append(train_step(self.model, self.optimizer, i, self.dtype, self.clip))
         return self
 
@@ -231,7 +224,7 @@ def test_gradients_of_the_last_step_go_on():
         run.method.step(S1)
         run.method.mask_gradients()
         if on:
-            run.compact.shrink(run.method)
+            run.compact.shrink()
         loss(run.model, batch(7)).backward()
         if on:
             run.compact.grow()
@@ -256,7 +249,7 @@ def test_measuring_leaves_everything_as_it_was():
     dropout = torch.get_rng_state()
     before = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict()))
     gradients = [p.grad.clone() for p in run.model.parameters()]
-    assert run.compact.speedup(run.method, rounds=1).ratio > 0
+    assert run.compact.speedup(rounds=1).ratio > 0
     assert not run.compact.active
     assert torch.equal(torch.get_rng_state(), dropout)
     for key, value in run.model.state_dict().items():
@@ -297,7 +290,7 @@ class Gpu:
         run.compact._loss = on_gpu
         monkeypatch.setattr("repr_det.method.compact.time", self)
         monkeypatch.setattr("repr_det.method.compact._wait", self.wait)
-        return run.compact.speedup(run.method)
+        return run.compact.speedup()
 
 
 def test_slower_network_is_not_chosen_whatever_disturbs_the_masked_one(monkeypatch):
@@ -335,11 +328,11 @@ def test_processes_agree_once_whatever_fails_in_one_of_them(monkeypatch):
     monkeypatch.setattr("repr_det.method.compact.object_of_first_rank", agree)
     monkeypatch.setattr(Compact, "_outputs", fail)
     with pytest.raises(RuntimeError, match="could not be run .MemoryError: made up"):
-        run.compact.shrink(run.method)
+        run.compact.shrink()
     assert len(asked) == 1
     monkeypatch.setattr(Compact, "_seconds", fail)
     with pytest.raises(MemoryError):
-        run.compact.speedup(run.method)
+        run.compact.speedup()
     assert len(asked) == 2
     assert not run.compact.active
 
@@ -359,7 +352,7 @@ def test_network_stays_as_it_was_where_making_it_smaller_fails_halfway(monkeypat
         for parameter in copied.parameters():
             parameter.add_(1e-3)  # so what is pruned is not zero there
     with pytest.raises(RuntimeError, match="not zero"):
-        run.compact.shrink(run.method)
+        run.compact.shrink()
     assert_untouched()
     with torch.no_grad():
         for mine, theirs in zip(copied.parameters(), run.model.parameters(), strict=True):
@@ -374,11 +367,11 @@ def test_network_stays_as_it_was_where_making_it_smaller_fails_halfway(monkeypat
 
     monkeypatch.setattr(_Cut, "take", fail_late)
     with pytest.raises(RuntimeError, match="made up"):
-        run.compact.shrink(run.method)
+        run.compact.shrink()
     assert len(calls) == 13
     monkeypatch.undo()
     assert_untouched()
-    assert run.compact.shrink(run.method).removed > 0
+    assert run.compact.shrink().removed > 0
 
 
 class ReadsWidth(nn.Module):
@@ -409,7 +402,7 @@ def test_filters_stay_where_the_smaller_network_differs(how, dtype):
     run.method.step(S1)
     shapes = [p.shape for p in run.model.parameters()]
     with pytest.raises(RuntimeError, match="the smaller network differs from the masked one"):
-        run.compact.shrink(run.method)
+        run.compact.shrink()
     assert not run.compact.active and [p.shape for p in run.model.parameters()] == shapes
 
 
@@ -426,10 +419,10 @@ def test_cost_is_compared_within_the_cycle():
     """What a network costs may change: by layers that thaw, or by images of other sizes."""
     run = Run(net("chain"), "sgd", True).until(S1)
     run.method.step(S1)
-    first = run.compact.shrink(run.method)
+    first = run.compact.shrink()
     run.compact.grow()
     run.model[0].weight.requires_grad_(False)
-    second = run.compact.shrink(run.method)
+    second = run.compact.shrink()
     frozen = run.model[0].weight.numel()
     assert second.before.parameters < first.before.parameters
     assert first.after.parameters - second.after.parameters == frozen
@@ -446,7 +439,7 @@ def test_model_that_no_example_trains_is_refused_in_one_way():
     method = RePr(model, optimizer, RePrSchedule(1, 5, 1))
     method.step(1)
     with pytest.raises(RuntimeError, match="needs targets"):
-        Compact(model, optimizer).shrink(method)
+        Compact(method).shrink()
 
 
 def test_compiled_model():
@@ -499,8 +492,8 @@ def test_classifiers_say_the_same(name):
         return out if isinstance(out, torch.Tensor) else out[0]
 
     expected = [run(False), run(True)]
-    compact = Compact(model, optimizer)
-    shrunk = compact.shrink(method)
+    compact = Compact(method)
+    shrunk = compact.shrink()
     assert shrunk.removed > 0
     assert shrunk.after.multiply_adds < 0.99 * shrunk.before.multiply_adds
     for training, values in zip((False, True), expected, strict=True):
@@ -518,8 +511,8 @@ def test_detector_has_the_same_gradients(tmp_path):
     def batches():
         return iter([[dict(record)]])
 
-    method = RePr(model, optimizer, RePrSchedule(1, 1, 1), 0.3)
-    compact = Compact(model, optimizer, batches=batches, loss=training_loss)
+    method = RePr(model, optimizer, RePrSchedule(1, 1, 1), 0.3, batches=batches, loss=training_loss)
+    compact = Compact(method)
     method.step(1)
 
     def gradients():
@@ -532,7 +525,7 @@ def test_detector_has_the_same_gradients(tmp_path):
         return value.item()
 
     expected = gradients(), [p.grad for p in model.parameters()]
-    shrunk = compact.shrink(method)
+    shrunk = compact.shrink()
     assert shrunk.after.multiply_adds < 0.9 * shrunk.before.multiply_adds
     # float32, in which norms over six positions multiply rounding: measured 3e-5.
     assert gradients() == pytest.approx(expected[0], rel=1e-5)

@@ -41,7 +41,7 @@ class Training:
         self.method = RePr(
             self.model, self.optimizer, SCHEDULE, copies=[self.copy], **of_data, **arguments
         )
-        self.compact = Compact(self.model, self.optimizer, copies=[self.copy], **of_data)
+        self.compact = Compact(self.method)
 
     def batches(self) -> Iterator[tuple[Tensor, ...]]:
         for index in range(500, 600):
@@ -52,8 +52,8 @@ class Training:
             self.compact.grow()
         changes = self.method.step(iteration)
         if smaller and any(change.kind == "drop" for change in changes):
-            self.compact.speedup(self.method, rounds=1)
-            self.compact.shrink(self.method)
+            self.compact.speedup(rounds=1)
+            self.compact.shrink()
         self.method.overlap()
         self.optimizer.zero_grad()
         x, y = map(self.place, batch(iteration, DTYPE))

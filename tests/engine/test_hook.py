@@ -439,7 +439,7 @@ def test_own_batches_leave_training_untouched(tmp_path):
         if peek:
 
             def look(trainer, hook=hook):
-                next(hook.method._batches())
+                next(hook.method.batches())
 
             trainer.register_hooks([hooks.CallbackHook(before_step=look)])
         trainer.train()

@@ -94,15 +94,15 @@ def test_what_did_not_run_keeps_every_filter(rare):
     model = Rare(RARE[rare]())
     method = method_of(model, images())
     assert method.graph.not_run
-    compact = Compact(model, method.optimizer, batches=lambda: iter([images()]), loss=loss)
+    compact = Compact(method)
     method.step(1)
     with pytest.warns(UserWarning, match="rare.* did not run .* none is removed"):
-        assert compact.shrink(method).removed == 0
+        assert compact.shrink().removed == 0
     loss(model, images(brightness=2.0)).backward()
     compact.grow()
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")
-        compact.shrink(method)
+        compact.shrink()
 
 
 def test_what_ran_in_some_run_keeps_nothing():

@@ -283,8 +283,9 @@ def test_held_in_mixed_precision(name):
 def test_removed_units_train_as_held_ones(name, optimizer):
     model, trainer, method = dropped(name, optimizer, dropout=0.0)
     twin, twin_trainer, _ = dropped(name, optimizer, dropout=0.0)
-    compact = Compact(model, trainer, batches=lambda: iter([batch(0)]), loss=loss)
-    shrunk = compact.shrink(method)
+    method.batches = lambda: iter([batch(0)])
+    compact = Compact(method)
+    shrunk = compact.shrink()
     units = {n: int(method.pruned[n].sum()) for n in method.graph.linears.keys() & method.pruned}
     assert shrunk.removed >= sum(units.values()) and shrunk.after < shrunk.before
     for layer, count in units.items():
@@ -305,8 +306,9 @@ def test_removed_units_train_as_held_ones(name, optimizer):
 def test_units_with_dropout_stay_as_zeros():
     """Fewer units would be dropped out by other draws."""
     model, trainer, method = dropped("transformer", "adamw")
-    compact = Compact(model, trainer, batches=lambda: iter([batch(0)]), loss=loss)
-    assert compact.shrink(method).removed == 0
+    method.batches = lambda: iter([batch(0)])
+    compact = Compact(method)
+    assert compact.shrink().removed == 0
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -71,7 +71,7 @@ def test_without_learning_in_s2_nothing_was_dropped(name, optimizer, compact):
         model, trainer, SCHEDULE, batches=endless, loss=loss, copies=[average], reinit=PREVIOUS
     )
     before, averaged = values(model), values(average)
-    smaller = Compact(model, trainer, copies=[average], batches=endless, loss=loss)
+    smaller = Compact(method)
     rates = [group["lr"] for group in trainer.param_groups]
     for group in trainer.param_groups:
         group["lr"] = 0.0
@@ -80,7 +80,7 @@ def test_without_learning_in_s2_nothing_was_dropped(name, optimizer, compact):
         if not smaller.active:
             check_pruned(method)
             if compact:
-                smaller.shrink(method)
+                smaller.shrink()
         train(model, trainer, i)
     smaller.grow()
     method.step(SCHEDULE.end)
