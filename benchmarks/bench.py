@@ -37,7 +37,7 @@ ROUNDS = {"c3_32": 100, "resnet20": 12, "resnet50": 16, "demo": 30}
 DETECTOR_ROUNDS = 8
 GPU_ROUNDS = 60
 REMOVED = ("REPR.COMPACT", "on")
-CYCLES = {"resnet50": 7, "demo": 7}
+CYCLES = {"resnet50": 7, "demo": 7, "x101": 1}
 EPOCH = {"c3_32": 20, "demo": 8, "resnet50": 20}
 """Iterations that stand for an epoch in whole runs, which are much shorter than real ones."""
 

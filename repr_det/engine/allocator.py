@@ -1,4 +1,4 @@
-"""Memory of tensors on a CPU: kept for the next step."""
+"""Keeps memory that tensors freed on a CPU for the next step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what is freed, for this process, from now on.
 
     By default glibc hands large blocks back to the kernel as soon as they are free, and gets them
-    anew, zeroed page by page, for the same tensors of the next training step. What is kept is at
+    again, zeroed page by page, for the same tensors of the next training step. What is kept is at
     most what the process had in use at its peak, apart from gaps between blocks.
 
     Returns:

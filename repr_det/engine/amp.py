@@ -25,11 +25,11 @@ def amp_precision(name: str, device: str) -> torch.dtype:
     if name == "auto":
         return torch.float16 if on_gpu else torch.bfloat16
     if name not in PRECISIONS:
-        raise UserError(f"SOLVER.AMP.PRECISION is {name!r}; give auto, {' or '.join(PRECISIONS)}.")
+        raise UserError(f"SOLVER.AMP.PRECISION is {name!r}. Set auto, {' or '.join(PRECISIONS)}.")
     if name == "float16" and not on_gpu:
         raise UserError(
-            "SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is the CPU: "
-            "give bfloat16, or turn SOLVER.AMP.ENABLED off."
+            "SOLVER.AMP.PRECISION float16 needs a GPU, and MODEL.DEVICE is the CPU. "
+            "Set bfloat16, or SOLVER.AMP.ENABLED False."
         )
     return PRECISIONS[name]
 

@@ -55,7 +55,7 @@ class SafeCheckpointer(DetectionCheckpointer):
             write_whole(target, lambda file: torch.save(data, file))
         except (OSError, RuntimeError) as error:
             raise OSError(
-                f"Checkpoint {target} could not be written ({error}): free some space and resume; "
+                f"Checkpoint {target} could not be written ({error}). Free some space and resume; "
                 f"the checkpoint before it is untouched."
             ) from error
         self.tag_last_checkpoint(target.name)
@@ -93,7 +93,7 @@ class SafeCheckpointer(DetectionCheckpointer):
                 continue
             return self.load_whole(str(candidate))
         raise UserError(
-            f"No checkpoint in {self.save_dir} can be read: start the run anew, without --resume."
+            f"No checkpoint in {self.save_dir} can be read. Start the run again without --resume."
         )
 
     def load_whole(self, path: str) -> dict[str, Any]:
@@ -131,7 +131,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         if missing and (self._whole or len(missing) >= len(keys)):
             raise UserError(
                 f"The checkpoint is of another architecture ({len(missing)} of {len(keys)} entries "
-                f"are missing or of another shape, for example {missing[0]}): build the model that "
+                f"are missing or of another shape, for example {missing[0]}). Build the model that "
                 f"it was trained as."
             )
         return incompatible

@@ -23,7 +23,7 @@ from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
 from repr_det.errors import UserError, sentence
 
 GRACE_S = 60.0
-"""How long a process waits for the main process to tell a mistake that both have made."""
+"""How long a process waits for the main process to report a mistake that both have made."""
 
 TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
 Configure = Callable[[argparse.Namespace], CfgNode]
@@ -62,7 +62,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
         *(KeyError, ValueError),  # the config does not know a key, or cannot take a value
         *(FileNotFoundError, AssertionError),  # its _BASE_
     ) as error:
-        raise UserError(f"Config {path} cannot be read ({_reason(error)}): correct it.") from error
+        raise UserError(f"Config {path} cannot be read ({_reason(error)}). Correct it.") from error
     return path
 
 
@@ -139,7 +139,7 @@ def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
 
     Raises:
         UserError: weights that do not exist or cannot be downloaded.
-        UserError: none are given, or they are not the whole model's.
+        UserError: there are no weights, or they are not the whole model's.
     """
     checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
@@ -179,7 +179,7 @@ def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -
 
 @contextmanager
 def told_in_one_sentence() -> Iterator[None]:
-    """Turn a user's mistake into its sentence, told by one process, and exit status 2."""
+    """Turn a user's mistake into one sentence, printed by one process, and exit status 2."""
     try:
         yield
     except UserError as error:

@@ -42,9 +42,9 @@ def check_folder_of(option: str, path: Path | None) -> None:
     if path is None:
         return
     if not path.parent.is_dir():
-        raise UserError(f"Folder {path.parent} of {option} does not exist: create it.")
+        raise UserError(f"Folder {path.parent} of {option} does not exist. Create it.")
     if path.is_dir():
-        raise UserError(f"Target {path} of {option} is a folder: give the name of a file.")
+        raise UserError(f"Target {path} of {option} is a folder. Set the name of a file.")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

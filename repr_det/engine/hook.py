@@ -48,7 +48,7 @@ SMALL_SHARE = 0.1
 """Share of the trainable weights below which the log says how little takes part."""
 
 STATE_KEY = "RePrHook"
-"""Where this hook's state lies in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
+"""Where this hook's state is in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
 
 
 class RePrHook(HookBase):
@@ -79,7 +79,7 @@ class RePrHook(HookBase):
             loader of its own), ``progress`` to a bar on the main process.
 
     Raises:
-        UserError: on registration, whatever :class:`repr_det.RePr` refuses; a schedule that would
+        UserError: on registration, what :class:`repr_det.RePr` refuses; a schedule that would
             end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already;
             an unknown value of ``compact``.
     """
@@ -87,7 +87,7 @@ class RePrHook(HookBase):
     def __init__(self, schedule: RePrSchedule, *, compact: str = "auto", **arguments: Any) -> None:
         if compact not in MODES:
             raise UserError(
-                f"RePr: compact (REPR.COMPACT) is {compact!r}; give one of {', '.join(MODES)}."
+                f"RePr: compact (REPR.COMPACT) is {compact!r}. Set one of {', '.join(MODES)}."
             )
         for name in ("seed", "warmup"):
             check_whole(name, arguments.get(name, 0))
@@ -121,8 +121,8 @@ class RePrHook(HookBase):
         keys = cfg.REPR
         if keys.UNIT != "iteration":
             raise UserError(
-                f"REPR.UNIT is {keys.UNIT!r}, which this task cannot turn into iterations: "
-                f"give S1 and S2 in iterations and REPR.UNIT iteration."
+                f"REPR.UNIT is {keys.UNIT!r}, which this task cannot turn into iterations. "
+                f"Set S1 and S2 in iterations and REPR.UNIT iteration."
             )
         return cls(
             RePrSchedule(keys.S1, keys.S2, keys.N),
@@ -155,15 +155,15 @@ class RePrHook(HookBase):
             torch.cuda.is_available()
         ):
             raise UserError(
-                "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none: "
-                "turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
+                "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none. "
+                "Turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
             )
         # A checkpointer of one's own may set the one or the other.
         resumed = max(getattr(trainer, "start_iter", 0), getattr(trainer, "iter", 0))
         if resumed > 0:
             raise UserError(
                 f"RePrHook was registered after the run was resumed at iteration {resumed}, so it "
-                f"has no state: register it before resume_or_load."
+                f"has no state. Register it before resume_or_load."
             )
         if hasattr(trainer, "max_iter"):
             self.check_fits(trainer.max_iter)
@@ -230,7 +230,7 @@ class RePrHook(HookBase):
         if start_iter > 0 and not self._has_state:
             raise UserError(
                 f"This run goes on at iteration {start_iter}, but its checkpoint holds no RePr "
-                f"state (made without RePr?): start a new run with it as MODEL.WEIGHTS."
+                f"state (made without RePr?). Start a new run with it as MODEL.WEIGHTS."
             )
 
     def _warn_of_loaded_weights(self) -> None:
@@ -338,7 +338,7 @@ class RePrHook(HookBase):
             self.trainer.storage.iter = self.trainer.iter
 
     def after_train(self) -> None:
-        """Leave a full-size model behind, also where training was interrupted in S2."""
+        """Make the model full-size, also where training was interrupted in S2."""
         self._grow()
 
     def state_dict(self) -> dict[str, Any]:
@@ -444,7 +444,7 @@ def _small_share(method: RePr, model: nn.Module) -> str | None:
     line = f"RePr: the layers that take part hold {mine / total:.1%} of the trainable weights."
     if more:
         line += (
-            f" Linear layers with hidden units hold {more / total:.1%} more: set REPR.LINEAR to "
+            f" Linear layers with hidden units hold {more / total:.1%} more. Set REPR.LINEAR to "
             f"True, in code linear=True, so that they take part."
         )
     return line

@@ -59,7 +59,7 @@ class SharedStatistics(HookBase):
         self._periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
 
     def after_step(self) -> None:
-        """Share them where one of the hooks behind this one evaluates or saves."""
+        """Share them where one of the later hooks evaluates or saves."""
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
             from_first_rank_in_place(self.trainer.model.buffers(), group_of(self.trainer.model))

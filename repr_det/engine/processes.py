@@ -23,7 +23,7 @@ def launch(
 ) -> None:
     """Run a function in each of several processes, as Detectron2's launch does, and then part.
 
-    Where ``torchrun`` has started the processes, these are taken, whatever is asked for.
+    Where ``torchrun`` has started the processes, these are used instead.
 
     Args:
         main: a function of a module, that other processes can import.

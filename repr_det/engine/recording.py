@@ -1,4 +1,4 @@
-"""What a run leaves behind: which filters each drop took, and its scalars."""
+"""What a run records: which filters each drop took, and its scalars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from repr_det.method.criteria import mean_overlap
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 FILE = "repr_history.json"
-"""Where the history lies in a run's folder."""
+"""Name of the history's file in a run's folder."""
 
 _CELL = 16
 """Pixels of a cell of :func:`picture`."""

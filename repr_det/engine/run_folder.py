@@ -1,6 +1,6 @@
 """What Detectron2's ``default_setup`` does, in two steps: the process first, then the folder.
 
-Between them everything is built and checked, so a mistake leaves no file behind.
+Between them everything is built and checked, so a mistake leaves no file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def open_run_folder(cfg: CfgNode, lines: MemoryHandler, *, keep_config: bool = F
             config.write_text(cfg.dump())
     except OSError as error:
         raise UserError(
-            f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}): set another one."
+            f"OUTPUT_DIR {folder} cannot be written to ({error.strerror}). Set another one."
         ) from error
     file.setFormatter(
         logging.Formatter(
@@ -89,4 +89,4 @@ def open_run_folder(cfg: CfgNode, lines: MemoryHandler, *, keep_config: bool = F
 def _check_output_dir(folder: Path) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"OUTPUT_DIR {folder} is below {there}, which is a file: set another one.")
+        raise UserError(f"OUTPUT_DIR {folder} is below {there}, which is a file. Set another one.")

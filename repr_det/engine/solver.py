@@ -54,7 +54,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     if solver.FUSED:
         if solver.OPTIMIZER == "RMSprop":
             raise UserError(
-                "SOLVER.FUSED: PyTorch has no fused RMSprop; turn it off or choose another "
+                "SOLVER.FUSED: PyTorch has no fused RMSprop. Turn it off or choose another "
                 "SOLVER.OPTIMIZER."
             )
         for group in optimizer.param_groups:
@@ -66,7 +66,7 @@ def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     solver = cfg.SOLVER
     if solver.OPTIMIZER not in OPTIMIZERS:
         raise UserError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; give one of {', '.join(OPTIMIZERS)}."
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}. Set one of {', '.join(OPTIMIZERS)}."
         )
     arguments = {"alpha": solver.RMSPROP_ALPHA}
     if solver.OPTIMIZER != "RMSprop":
@@ -124,7 +124,7 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
         )
     if solver.CYCLE_ITERS < 1:
         raise UserError(
-            f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}; give the length of a period of the "
+            f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}. Set the length of a period of the "
             "cyclical learning rate."
         )
     schedule: ParamScheduler = TriangularParamScheduler(

@@ -61,7 +61,7 @@ def load_trained(cfg: CfgNode) -> nn.Module:
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU: give MODEL.DEVICE cpu."
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU. Set MODEL.DEVICE to cpu."
         )
     check_weights_given(cfg.MODEL.WEIGHTS)
     model = RePrTrainer.build_model(cfg)

@@ -45,7 +45,7 @@ class RePrTrainer(DefaultTrainer):
             lengths in iterations.
 
     Raises:
-        UserError: whatever cannot work with this config, in one sentence.
+        UserError: the config cannot work, in one sentence.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -62,11 +62,11 @@ class RePrTrainer(DefaultTrainer):
             hook.check_fits(cfg.SOLVER.MAX_ITER)
         if cfg.DETERMINISTIC:
             if cfg.SEED < 0:
-                raise UserError("DETERMINISTIC needs a seed: set SEED to 0 or more.")
+                raise UserError("DETERMINISTIC needs a seed. Set SEED to 0 or more.")
             if cfg.TEST.PRECISE_BN.ENABLED:
                 raise UserError(
                     "TEST.PRECISE_BN reads batches whose order depends on the past, which "
-                    "DETERMINISTIC excludes: turn one of them off."
+                    "DETERMINISTIC excludes. Turn one of them off."
                 )
             use_deterministic_algorithms()
 
@@ -110,7 +110,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def check_to_train(cls, cfg: CfgNode) -> None:
-        """:meth:`check`, and what else can be told of the data before training.
+        """:meth:`check`, and what else can be checked of the data before training.
 
         Raises:
             UserError: what is wrong.
@@ -119,7 +119,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
-        """:meth:`check`, and what else can be told of the data before evaluation.
+        """:meth:`check`, and what else can be checked of the data before evaluation.
 
         Args:
             cfg: the config.
@@ -151,7 +151,7 @@ class RePrTrainer(DefaultTrainer):
         if self._repr_hook is not None:
             built.insert(before, self._repr_hook)
         if comm.get_world_size() > 1:
-            built.insert(before, SharedStatistics(self.cfg))  # behind PreciseBN, which sets them
+            built.insert(before, SharedStatistics(self.cfg))  # after PreciseBN, which sets them
         if self.cfg.DETERMINISTIC:
             built.insert(0, SeedEveryStep(self.cfg.SEED))
         built.append(LossNormalizer())
@@ -168,13 +168,13 @@ class RePrTrainer(DefaultTrainer):
         ]
 
     def train(self) -> Any:
-        """Train as Detectron2 does; a run from its first iteration is none of an earlier folder."""
+        """Train as Detectron2 does; a new run does not continue an earlier one in its folder."""
         if comm.is_main_process():
             Path(self.cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
             if self.start_iter == 0:
                 # What it names would be resumed, and reported, until this run has a checkpoint.
                 self.checkpointer.set_aside_last_checkpoint()
-        # TorchScript compiles a function anew once it has seen it run, which changes the rounding
+        # TorchScript compiles a function again after its first run, which changes the rounding
         # (RetinaNet's focal loss is scripted): how far it is would depend on when a run resumed.
         with torch.jit.optimized_execution(not self.cfg.DETERMINISTIC):
             return super().train()
@@ -243,7 +243,7 @@ class RePrTrainer(DefaultTrainer):
         if self._repr_hook is None and state.get("phase") == SUB:
             raise UserError(
                 "This checkpoint was written in S2 of a RePr run, with filters dropped, and "
-                "REPR.ENABLED is False: resume with RePr, or start a new run from it as "
+                "REPR.ENABLED is False. Resume with RePr, or start a new run from it as "
                 "MODEL.WEIGHTS."
             )
         super().load_state_dict(state_dict)
@@ -256,7 +256,7 @@ def check_weights_given(weights: str) -> None:
         UserError: none are given.
     """
     if not weights:
-        raise UserError("MODEL.WEIGHTS is empty: give the checkpoint of a trained model.")
+        raise UserError("MODEL.WEIGHTS is empty. Set the checkpoint of a trained model.")
     check_weights(weights)
 
 
@@ -272,13 +272,13 @@ def check_weights(weights: str) -> None:
         path = PathManager.get_local_path(weights.partition("?")[0])
     except Exception as error:  # whatever the network layer raises
         raise UserError(
-            f"MODEL.WEIGHTS {weights} could not be downloaded ({type(error).__name__}): fetch it "
+            f"MODEL.WEIGHTS {weights} could not be downloaded ({type(error).__name__}). Fetch it "
             f"where there is network and give its path, or train from scratch with "
             f"MODEL.WEIGHTS ''."
         ) from error
     if not os.path.isfile(path):
         raise UserError(
-            f"MODEL.WEIGHTS {weights} does not exist: give the path of a checkpoint, or train from "
+            f"MODEL.WEIGHTS {weights} does not exist. Set the path of a checkpoint, or train from "
             f"scratch with MODEL.WEIGHTS ''."
         )
 

@@ -18,7 +18,7 @@ class _Sums:
     """Sums over some channels of a norm's input, on this rank.
 
     Every call of the norm sets the running statistics of these channels before they are applied,
-    so what comes after the norm already sees the corrected channels.
+    so later layers already see the corrected channels.
     """
 
     def __init__(self, link: NormLink, channels: Tensor) -> None:

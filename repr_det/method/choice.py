@@ -105,8 +105,7 @@ def choose(
 ) -> dict[str, Tensor]:
     """The filters to prune: the highest scores over all layers, up to each layer's limit.
 
-    Equal scores are taken in the order of layers and filters, so that the choice depends on nothing
-    else.
+    Of equal scores, those of earlier layers and filters are taken first.
 
     Args:
         layers: the filter layers.
@@ -127,7 +126,7 @@ def choose(
     if unknown.any():
         raise FloatingPointError(
             f"RePr cannot rank the filters of {layers[owner[unknown][0]].name}: a score is not a "
-            f"number; training has diverged, lower the learning rate or resume an earlier "
+            f"number. Training has diverged. Lower the learning rate or resume an earlier "
             f"checkpoint."
         )
     order = torch.sort(together, descending=True, stable=True).indices

@@ -1,7 +1,7 @@
 """The sub-network of S2 as a physically smaller network.
 
 While a filter is pruned its weights are zeros that are multiplied all the same. :class:`Compact`
-takes them out for as long as S2 lasts: rows of the conv, channels of its norm, columns of the
+removes them during S2: rows of the conv, channels of its norm, columns of the
 layers that read it, and their gradients and optimizer state. At the end everything is put back in
 place. What is taken out is exactly zero, so putting back is filling up with zeros; only norm
 buffers are kept aside. A running variance that training would have moved stays as it was at the
@@ -10,10 +10,10 @@ up to the order in which floating-point numbers are added.
 
 Parameters stay the same objects with other data, so optimizers, schedules and clipping go on with
 them, and so do averages that are passed as ``copies`` and are updated through their parameters.
-State dicts of the model and the optimizer are full-size, written and loaded, whoever asks for them,
-so an average that is updated in place through its own state dict stands still meanwhile.
-``torch.compile`` compiles again for the shapes of each S2. Whoever holds sizes of parameters must
-renew them, as :func:`repr_det.engine.parallel.renew_buckets` does for DistributedDataParallel.
+State dicts of the model and the optimizer are full-size, both written and loaded. So an average
+that is updated in place through its own state dict does not change during S2.
+``torch.compile`` compiles again for the shapes of each S2. What keeps sizes of parameters must
+be renewed, as :func:`repr_det.engine.parallel.renew_buckets` does for DistributedDataParallel.
 
 Which filters can go is found in :mod:`repr_det.method.removal`. Nothing here needs Detectron2.
 """
@@ -67,8 +67,8 @@ class Shrunk(NamedTuple):
     Attributes:
         before: with all pruned filters in place.
         after: as it is now.
-        removed: pruned filters that are gone.
-        kept: pruned filters that stay as zeros.
+        removed: number of pruned filters that were removed.
+        kept: number of pruned filters that stay as zeros.
     """
 
     before: Cost
@@ -269,7 +269,7 @@ class Compact:
 
         Raises:
             UserError: there is no batch to measure on.
-            Exception: whatever the smaller network raises where it cannot be run.
+            Exception: the smaller network cannot be run.
         """
         if self._batches is None or self._loss is None:
             raise UserError("there are no batches to measure on")
@@ -366,7 +366,7 @@ class _Body:
     def _resize(self, cut: _Cut, change: Callable[[Tensor, Tensor | None], Tensor]) -> None:
         """Change a parameter, its gradient and its optimizer state alike.
 
-        ``change`` is given the tensor and what lies aside of it.
+        ``change`` gets the tensor and the full-size values that were set aside for it.
         """
         parameter = cut.tensor
         data = change(parameter.detach(), cut.aside)
@@ -514,7 +514,7 @@ def _weight_index(
 def _smaller_layers(
     layers: Sequence[FilterLayer], pruned: dict[str, Tensor], removal: Removal
 ) -> tuple[list[FilterLayer], dict[str, Tensor]]:
-    """The layers in the smaller network, and which filters are gone, by name of the layer."""
+    """The layers in the smaller network, and which filters were removed, by layer name."""
     smaller, all_gone = [], {}
     for layer in layers:
         gone = removal.filters.get(layer.name, torch.zeros_like(pruned[layer.name]))
@@ -533,7 +533,7 @@ def _smaller_layers(
 
 
 def _renumbered(link: NormLink, filters: Tensor, channels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Filters and channels of a link, counted without those that are gone."""
+    """Filters and channels of a link, numbered without those that were removed."""
     stays = ~filters[link.filters]
     new_filters = (~filters).cumsum(0)[link.filters[stays]] - 1
     if channels is None:

@@ -107,8 +107,8 @@ class RePr:
         reinit: what returned filters start with.
         warmup: iterations over which the learning rate climbs back in a straight line after each
             return, at most S1; 0 leaves it alone.
-        progress: shows how far a slow criterion (``oracle``) is: takes the filters to go through
-            and returns what passes them on, ``tqdm`` for example.
+        progress: shows the progress of a slow criterion (``oracle``). It takes a sequence of
+            filters and returns an iterable of them, as ``tqdm`` does.
         linear: whether hidden units of linear layers take part, too; see ``select_layers``.
 
     Raises:
@@ -176,7 +176,7 @@ class RePr:
     # --- what takes part
 
     def _traced(self) -> ChannelGraph:
-        """How channels go through the model. What the first rank found counts on all of them."""
+        """How channels go through the model, as the first rank found it."""
         has_data = None not in (self.batches, self.loss)
         found, failure = None, None
         try:
@@ -190,7 +190,7 @@ class RePr:
         return ChannelGraph.from_state(state, self.model, found.example if found else None)
 
     def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
-        """Find everything that follows from how channels go through the model."""
+        """Set everything that depends on how channels go through the model."""
         self.graph = graph
         self.removable = Removable(graph)
         self._readers = list(graph.readers.values())
@@ -209,7 +209,7 @@ class RePr:
         self.loss(self.model, next(self.batches()))
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
-        """Refuse batches and a loss that do not serve what they are for; warn where they miss."""
+        """Refuse batches and a loss that cannot be used; warn where they are missing."""
         constant = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
@@ -221,12 +221,12 @@ class RePr:
         if self.batches is None and constant:
             warnings.warn(
                 "RePr: the model has norms with constant statistics, which returned channels need "
-                "measured; pass batches= and loss=, or they keep those of the dropped filters.",
+                "measured. Pass batches= and loss=, or they keep those of the dropped filters.",
                 stacklevel=3,
             )
 
     def _check_loss(self) -> None:
-        """Fail now where batches and a loss would fail at the first phase change, an hour later."""
+        """Run one batch, which would otherwise fail at the first phase change, hours later."""
         try:
             with unchanged(self.model), torch.no_grad(), eager():
                 self.model.train()
@@ -235,7 +235,7 @@ class RePr:
         except Exception as error:  # foreign loaders and models may raise anything
             raise RuntimeError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
-                f"{error}), which it needs at phase changes; pass batches= and loss= that fit."
+                f"{error}), which it needs at phase changes. Pass batches= and loss= that fit."
             ) from error
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
@@ -352,14 +352,14 @@ class RePr:
             self._mask.apply()
 
     def stand_in(self, layers: Sequence[FilterLayer], gone: dict[str, Tensor]) -> None:
-        """Go on with a network out of which pruned filters were taken physically.
+        """Continue with a network from which pruned filters were removed.
 
         Until :meth:`full_size`, which must come before the next phase change.
 
         Args:
             layers: the layers as they are now, of the same names.
-            gone: which pruned filters were taken out, bool of shape (J,) by layer name; the others
-                are still there, as zeros.
+            gone: the removed filters, bool of shape (J,) by layer name. The other pruned filters
+                are held as zeros.
         """
         self._release()
         self._stand_in = (layers, gone)
@@ -385,8 +385,8 @@ class RePr:
     def step(self, iteration: int) -> list[PhaseChange]:
         """Do what is due before the training step of this iteration, counted from 0.
 
-        The model must be in the mode in which it trains: by it, statistics of norms that train are
-        told from constant ones.
+        The model must be in the mode in which it trains. ``module.training`` decides whether a
+        norm's running statistics are learned or constant.
 
         Returns:
             The phase changes that happened; empty at almost every step.
@@ -499,12 +499,12 @@ class RePr:
             if not layer.weight.isfinite().all():
                 raise FloatingPointError(
                     f"RePr cannot {action} the filters of {layer.name}: its weight holds NaN or "
-                    f"infinity; training has diverged, lower the learning rate or resume an "
+                    f"infinity. Training has diverged. Lower the learning rate or resume an "
                     f"earlier checkpoint."
                 )
 
     def _warn_of_moved(self) -> None:
-        """Say it where filters did not stay zero: not all that could wake them can be foreseen."""
+        """Warn where pruned filters did not stay zero: not every cause can be foreseen."""
         names = [layer.name for layer in self.layers if moved(layer, self._pruned[layer.name])]
         if names:
             warnings.warn(
@@ -554,7 +554,7 @@ class RePr:
         rows = new_rows(self.layers, returned, self._before, self.reinit, generator, self.group)
         trained = self._trained()
         for layer in self.layers:
-            # What was frozen meanwhile could never learn new filters.
+            # A layer that was frozen since the drop could never train new filters.
             if layer.name in rows and id(layer.weight) not in trained:
                 rows[layer.name] = self._before[layer.name]["weight"].to(rows[layer.name])
 
@@ -610,7 +610,7 @@ class RePr:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; the model's and the optimizer's are loaded by whoever saved them.
+        """Continue from a state. Load those of the model and the optimizer separately.
 
         Raises:
             UserError: the state was written with other settings, for another model, with another
@@ -620,15 +620,15 @@ class RePr:
         same = state.get("version") == 1 and state["phase"] == FULL
         if state.get("version") != _STATE_VERSION and not same:
             raise UserError(
-                f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}: "
-                f"resume with the version of repr_det that wrote the checkpoint."
+                f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}. "
+                f"Resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         self._build_as_written(state)
         if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._in_copies):
             raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
-                f"now there are {len(self._in_copies)}: pass the same copies."
+                f"now there are {len(self._in_copies)}. Pass the same copies."
             )
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
@@ -642,7 +642,7 @@ class RePr:
             self._hold(self.layers, self._pruned)
 
     def _build_as_written(self, state: dict[str, Any]) -> None:
-        """Take over how channels go through the model: another batch may lead another way."""
+        """Use the checkpoint's channel graph: another batch may use other parts of the model."""
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
             with suppress(KeyError):  # of another model, so its layers differ
@@ -655,8 +655,8 @@ class RePr:
             self._build(mine)
             changed = set(state["layers"].items()) ^ set(found.items())
             raise UserError(
-                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}): "
-                f"resume with the same model, or start a new run."
+                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}). "
+                f"Resume with the same model, or start a new run."
             )
         if "graph" not in state and state["phase"] == SUB and not _fits(self._readers, state):
             raise UserError(

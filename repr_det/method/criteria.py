@@ -22,15 +22,15 @@ from repr_det.method.threads import over_layers
 
 
 class Data(NamedTuple):
-    """What a criterion may look at besides the weights.
+    """What a criterion may use in addition to the weights.
 
     Attributes:
         model: the model, wrappers taken off.
         batches: returns a fresh iterator of batches, or None.
         loss: ``loss(model, batch)`` returns a scalar, or None.
         generator: CPU source of random numbers, a function of seed and cycle.
-        progress: passes on what a criterion takes long to go through, and may show how far it is.
-        group: the ranks that rank together, each on batches of its own.
+        progress: wraps what a slow criterion iterates over, to show its progress.
+        group: the processes that compute scores together, each on its own batches.
     """
 
     model: nn.Module
@@ -108,10 +108,9 @@ def ortho_paper(layers: Sequence[FilterLayer], data: Data | None = None) -> Scor
 def ortho(layers: Sequence[FilterLayer], data: Data | None = None) -> Scores:
     """Inter-filter orthogonality made comparable between layers; the default.
 
-    Mean |cosine| of a filter to the other filters of its layer (of its group), divided by what
-    chance gives in that many dimensions (:func:`chance_overlap`): 1 means as close as random
-    directions. Zero filters do not count as others and score infinity. After the paper's section 4;
-    the division is ours.
+    Mean |cosine| of a filter to the other filters of its layer (of its group), divided by its
+    expected value for random directions of that dimension (:func:`chance_overlap`). Zero filters do
+    not count as others and score infinity. After the paper's section 4; the division is ours.
     """
 
     def score(layer: FilterLayer) -> Tensor:
@@ -169,7 +168,7 @@ CRITERIA: dict[str, Criterion] = {
 }
 
 NEEDS_DATA = {"activations", "apoz", "gradients", "taylor", "hessian", "oracle"}
-"""Criteria that cannot do without batches and a loss."""
+"""Criteria that need batches and a loss."""
 
 
 def check_criterion(criterion: str | Criterion, has_data: bool) -> bool:

@@ -1,8 +1,8 @@
 """Criteria that look at training batches: features, gradients, curvature, and the loss itself.
 
 Each runs the model in the mode that it is in (training, when the controller ranks) on the first
-:data:`BATCHES` batches. A filter's feature map is looked at behind the norm that follows the conv
-and behind a ReLU, which is where most networks have one: channels of the norm's output, negative
+:data:`BATCHES` batches. A filter's feature map is taken after the norm that follows the conv
+and after a ReLU, which is where most networks have one: channels of the norm's output, negative
 values counted as zero. Without a norm it is the conv module's own output. Where several norms read
 a filter (dense blocks) their mean is taken.
 
@@ -174,8 +174,8 @@ def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:
     """Minus what the loss rises by when one filter alone is zeroed: the paper's greedy oracle.
 
     The paper counts the accuracy lost on held-out training images; the loss is what every task has.
-    It costs one forward pass a filter and batch, told to ``data.progress``. The loss is compared
-    between layers as it is.
+    It costs one forward pass for each filter and batch; ``data.progress`` shows it. The loss is
+    compared between layers as it is.
     """
     batches = list(_batches(data))
     zero_at_all = _total_loss(data, batches)
@@ -195,7 +195,7 @@ def _batches(data: Data) -> Iterator[Any]:
         UserError: ``batches`` or ``loss`` was not passed.
     """
     if data.batches is None or data.loss is None:
-        raise UserError("RePr: this criterion looks at training batches; pass batches= and loss=.")
+        raise UserError("RePr: this criterion looks at training batches. Pass batches= and loss=.")
     yield from itertools.islice(data.batches(), BATCHES)
 
 

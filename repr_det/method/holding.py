@@ -1,4 +1,4 @@
-"""Out: take filters out and keep them out, exactly; and put them back.
+"""Zeroes filters, holds them at exactly zero, and restores the weights that read them.
 
 A pruned filter's parameters (weight row, bias, gamma, beta) and the weights that read its channel
 become zero, together with their optimizer state, and the gradients of its parameters are set to
@@ -121,7 +121,7 @@ class _Columns(NamedTuple):
     Attributes:
         slot: where they are.
         staying: the filters of the slot that are not pruned themselves, int64; None for all. The
-            others need not be kept: they come back as new ones.
+            others return as new ones, so their weights are not copied.
         factor: on what comes back.
     """
 
@@ -150,8 +150,8 @@ def _columns(
 ) -> Iterator[_Columns]:
     """Where a layer reads pruned channels, and the factor on what comes back there.
 
-    Filters that read nothing else (depthwise) come back as they were: at zero they would be silent
-    however the channels that they read do, and a norm behind them would magnify their gradients.
+    Filters that read nothing else (depthwise) come back as they were. At zero they would have no
+    output whatever their inputs are, and a norm after them would magnify their gradients.
     """
     dead = reader.dead(pruned)
     groups = getattr(reader.module, "groups", 1)
@@ -180,8 +180,8 @@ def set_aside(
         readers: the layers that read filters.
         pruned: bool of shape (J,) by layer name.
         optimizer: whose state to treat likewise; None for a model that is not trained.
-        factors: by reader name, what :func:`put_back` will be given; with 0 nothing is copied that
-            it would not use. Of filters that are pruned themselves nothing is, either.
+        factors: by reader name, the same as for :func:`put_back`. With 0, values that it would not
+            use are not copied, and neither are those of filters that are pruned themselves.
         keep_moments: whether first moments come back with the weights; else they start at zero.
 
     Returns:

@@ -44,7 +44,7 @@ class Slot(NamedTuple):
         self._view(like).index_fill_(self.dim, self.index, value)
 
     def write(self, values: Tensor, like: Tensor | None = None) -> None:
-        """Set this part to values of the shape that :meth:`read` gives, in place."""
+        """Set this part to values of the shape that :meth:`read` returns, in place."""
         view = self._view(like)
         view.index_copy_(self.dim, self.index, values.to(view.device, view.dtype))
 
@@ -192,7 +192,7 @@ class FilterLayer:
             slot.write(kernels.transpose(0, slot.dim), like=tensor)
 
     def weight_slots(self, chosen: Tensor) -> list[Slot]:
-        """Where the chosen filters (bool of shape (J,)) lie in the weight."""
+        """Where the chosen filters (bool of shape (J,)) are in the weight."""
         if not self.transposed:
             return [Slot(self.weight, None, 0, _indices(chosen, self.weight))]
         inputs = self.weight.shape[0] // self.groups

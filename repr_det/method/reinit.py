@@ -54,14 +54,14 @@ class Reinit:
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 raise UserError(
-                    f"RePr re-initialisation: {name} is {getattr(self, name)!r}; "
-                    f"give one of {', '.join(choices)}."
+                    f"RePr re-initialisation: {name} is {getattr(self, name)!r}. "
+                    f"Set one of {', '.join(choices)}."
                 )
         if not self.scale > 0:
-            raise UserError(f"RePr re-initialisation: scale is {self.scale}; give a value above 0.")
+            raise UserError(f"RePr re-initialisation: scale is {self.scale}. Set a value above 0.")
         if not 0 <= self.outgoing <= 1:
             raise UserError(
-                f"RePr re-initialisation: outgoing is {self.outgoing}; give a value from 0 to 1."
+                f"RePr re-initialisation: outgoing is {self.outgoing}. Set a value from 0 to 1."
             )
         if self.as_it_was:
             for field in fields(self)[1:]:
@@ -98,7 +98,7 @@ def orthogonal_directions(units: Tensor, dropped: Tensor, generator: torch.Gener
 
     Which they are depends on the seed, and not on rounding. The filters decide which subspaces are
     taken. Inside them, random numbers are projected and orthonormalised, so that no single
-    eigenvector counts. Of directions that are covered alike, chance takes as many as are needed.
+    eigenvector decides. Of directions that are covered alike, chance takes as many as are needed.
     Rounding of the filters moves the new ones by about as much, divided by how clearly a subspace
     stands out: by the smallest singular value of what is avoided, or by the step between those of
     what is taken and what is left.
@@ -114,7 +114,7 @@ def orthogonal_directions(units: Tensor, dropped: Tensor, generator: torch.Gener
     """
     dropped = dropped.to(units.device)
     count, dimension = int(dropped.sum()), units.shape[1]
-    # float32 whatever the filters are: a random direction needs no more digits.
+    # Always float32: a random direction needs no more digits.
     normal = torch.randn(count, dimension, generator=generator).to(units.device, torch.float64)
     if count >= dimension:  # all directions are needed, and one basis may not hold all filters
         new = [_orthonormal(part) for part in normal.split(dimension)]

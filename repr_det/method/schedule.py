@@ -48,7 +48,7 @@ class RePrSchedule:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise UserError(
-                    f"RePr schedule: {name} is {value!r}; give a whole number of at least 1."
+                    f"RePr schedule: {name} is {value!r}. Set a whole number of at least 1."
                 )
 
     @property
@@ -88,11 +88,11 @@ class RePrSchedule:
             raise UserError(
                 f"RePr needs N * (S1 + S2) = {self.cycles} * ({self.s1} + {self.s2}) = {self.end} "
                 f"iterations and then some of the full network, but training ends after "
-                f"{max_iter}: lower N, S1 or S2, or train longer."
+                f"{max_iter}. Lower N, S1 or S2, or train longer."
             )
         if self.end + warmup > max_iter:
             raise UserError(
                 f"RePr: training ends after {max_iter} iterations, in the warm-up of {warmup} that "
-                f"follows the last return at {self.end}: lower warmup, N, S1 or S2, or train "
+                f"follows the last return at {self.end}. Lower warmup, N, S1 or S2, or train "
                 f"longer."
             )

@@ -94,7 +94,7 @@ def select_layers(
     if not comparable:
         raise UserError(
             f"RePr found nothing to compare: all {len(trainable)} matching {kind} layers are "
-            f"depthwise or have a single filter; change INCLUDE/EXCLUDE."
+            f"depthwise or have a single filter. Change INCLUDE/EXCLUDE."
         )
     return comparable
 

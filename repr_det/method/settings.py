@@ -10,13 +10,13 @@ from repr_det.errors import UserError
 
 
 def check_whole(name: str, value: Any) -> None:
-    """Refuse what is no whole number.
+    """Refuse a value that is not a whole number.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not.
     """
     if not isinstance(value, Integral):
-        raise UserError(f"RePr: {name} is {value!r}; give a whole number.")
+        raise UserError(f"RePr: {name} is {value!r}. Set a whole number.")
 
 
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
@@ -34,6 +34,6 @@ def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, A
     if different:
         listed = "; ".join(f"{k} was {theirs.get(k)!r}, is {mine[k]!r}" for k in different)
         raise UserError(
-            f"{of} settings differ from the checkpoint's ({listed}): "
-            f"resume with the same settings or start a new run."
+            f"{of} settings differ from the checkpoint's ({listed}). "
+            f"Resume with the same settings or start a new run."
         )

@@ -654,8 +654,8 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
             raise RuntimeError(f"RePr could not run {name} on a training batch.") from failures[0]
         reason = f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0]
         raise UserError(
-            f"RePr could not run {name} on an example image ({reason}); "
-            f"pass batches= and loss= so that it can use real ones."
+            f"RePr could not run {name} on an example image ({reason}). "
+            f"Pass batches= and loss= so that it can use real ones."
         )
     graph = _graph(tracer)
     graph.example = found.run if found else None

@@ -1,4 +1,4 @@
-"""After: a lower learning rate for a while once filters came back. Not in the paper; ours."""
+"""A lower learning rate for a while after each return. Not in the paper; ours."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from repr_det.method.schedule import RePrSchedule
 class RateWarmup:
     """Lets the learning rate climb back in a straight line after each return.
 
-    The rate is lowered in the optimizer's step alone and is what it was before and after it, so
-    that the schedulers and logs of whatever loop do not notice.
+    The rate is lowered only during the optimizer's step and restored after it. Schedulers and logs
+    of any loop see the usual rate.
 
     Args:
         optimizer: whose rates are lowered, those of all of its groups.
@@ -22,20 +22,20 @@ class RateWarmup:
         length: iterations until the rate is what it would be without; 0 never lowers it.
 
     Raises:
-        UserError: a length that is no whole number from 0 to ``schedule.s1``, or an optimizer
+        UserError: a length that is not a whole number from 0 to ``schedule.s1``, or an optimizer
             whose steps do not follow its learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, schedule: RePrSchedule, length: int) -> None:
         if type(length) is not int or not 0 <= length <= schedule.s1:  # a bool is no length
             raise UserError(
-                f"RePr: warmup is {length!r}; give a whole number of iterations from 0 to S1, "
+                f"RePr: warmup is {length!r}. Set a whole number of iterations from 0 to S1, "
                 f"which is {schedule.s1}."
             )
         if length and isinstance(optimizer, (ASGD, Rprop)):
             raise UserError(
                 f"RePr: the steps of {type(optimizer).__name__} do not follow its learning rate, "
-                f"so there is no warmup with it: leave it at 0 or take another optimizer."
+                f"so there is no warmup with it. Set warmup to 0 or use another optimizer."
             )
         self.length = length
         self._factor = 1.0
@@ -63,5 +63,5 @@ class RateWarmup:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
         self._rates = []
-        # Of this step alone, whatever the optimizer is used for next.
+        # It applies to one step only.
         self._factor = 1.0

@@ -110,7 +110,7 @@ def test_masks_alone_where_asked_for(files, tmp_path, capsys):
         (None, ("--resamples", "0"), "--resamples is 0. Set at least 1."),
         (None, ("--seed", "-1"), "--seed is -1. Set 0 or more."),
         (None, ("--json", "nowhere/out.json"), "Folder nowhere of --json does not exist"),
-        (None, ("--json", "."), "Target . of --json is a folder: give the name of a file."),
+        (None, ("--json", "."), "Target . of --json is a folder. Set the name of a file."),
         (None, ("--iou-type", "segm"), "IoU type segm needs segmentation everywhere"),
         (lambda a: a.unlink(), (), "do not exist. Set a COCO results file or a run folder."),
         (lambda a: (a.unlink(), a.mkdir()), (), "holds no inference/coco_instances_results.json"),

@@ -197,7 +197,7 @@ def test_boxes_against_masks(files, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (("MODEL.WEIGHTS", ""), "MODEL.WEIGHTS is empty: give the checkpoint"),
+        (("MODEL.WEIGHTS", ""), "MODEL.WEIGHTS is empty. Set the checkpoint"),
         (("MODEL.WEIGHTS", "/no/such.pth"), "MODEL.WEIGHTS /no/such.pth does not exist"),
         (("MODEL.WEIGHTS", __file__), "is damaged or is no checkpoint"),
         (("MODEL.ROI_HEADS.NUM_CLASSES", "4"), "is of another architecture"),

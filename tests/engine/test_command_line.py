@@ -73,7 +73,7 @@ def test_eval_only(tmp_path, capsys):
     arguments = ["--config", "repr_faster_rcnn.yaml"]
     arguments += overrides(out, **{"REPR.ENABLED": "False", "SOLVER.MAX_ITER": "9"})
     text = refused(capsys, "--eval-only", *arguments)
-    assert "MODEL.WEIGHTS is empty: give the checkpoint of a trained model" in text
+    assert "MODEL.WEIGHTS is empty. Set the checkpoint of a trained model" in text
     assert not out.exists()
     save_weights(weights, *arguments)
     train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights))
@@ -256,8 +256,8 @@ def test_a_bug_in_a_users_model_keeps_its_traceback(tmp_path, monkeypatch, error
         ({"DATALOADER.SAMPLER_TRAIN": "Sampler"}, "DATALOADER.SAMPLER_TRAIN is 'Sampler'"),
         ({"SOLVER.LR_SCHEDULER_NAME": "Cosine"}, "SOLVER.LR_SCHEDULER_NAME is 'Cosine'"),
         ({"SOLVER.MAX_ITER": "many"}, "An override is wrong"),
-        ({"OUTPUT_DIR": __file__}, "is a file: set another one"),
-        ({"OUTPUT_DIR": f"{__file__}/below"}, "is a file: set another one"),
+        ({"OUTPUT_DIR": __file__}, "is a file. Set another one"),
+        ({"OUTPUT_DIR": f"{__file__}/below"}, "is a file. Set another one"),
     ],
 )
 def test_a_typo_is_one_sentence(tmp_path, capsys, changes, sentence):

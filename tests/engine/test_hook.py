@@ -460,7 +460,7 @@ class TestErrors:
             self.trainer(tmp_path).register_hooks([RePrHook(RePrSchedule(3, 2, 2))])
 
     def test_unknown_compact(self):
-        with pytest.raises(ValueError, match="COMPACT.* is 'maybe'; give one of auto, on, off"):
+        with pytest.raises(ValueError, match="COMPACT.* is 'maybe'. Set one of auto, on, off"):
             RePrHook(SCHEDULE, compact="maybe")
 
     def test_registered_after_resume(self, tmp_path):

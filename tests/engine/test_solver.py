@@ -64,7 +64,7 @@ def test_gradient_clipping(cfg, name):
 
 def test_unknown_optimizer(cfg, model):
     cfg.SOLVER.OPTIMIZER = "LBFGS"
-    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LBFGS'; give one of SGD, Adam"):
+    with pytest.raises(ValueError, match="SOLVER.OPTIMIZER is 'LBFGS'. Set one of SGD, Adam"):
         build_optimizer(cfg, model)
 
 

@@ -59,7 +59,7 @@ def test_the_config_of_a_run_executes_no_code(run, tmp_path):
 def test_configs_that_are_none(tmp_path, content):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
-    with pytest.raises(ValueError, match=r"bad.yaml cannot be read \(.*\): correct it") as error:
+    with pytest.raises(ValueError, match=r"bad.yaml cannot be read \(.*\). Correct it") as error:
         merge_trained(get_cfg(), None, str(path), [])
     assert "\n" not in str(error.value)
 

@@ -776,7 +776,7 @@ def test_copies_are_kept_in_step(name):
         ({"max_layer_ratio": 0.2}, "of 16 filters is 4, but max_layer_ratio 0.2 allows 2 at most"),
         ({"prune_ratio": 0.6}, "of 16 filters is 9, but max_layer_ratio 0.5 allows 8 at most"),
         ({"criterion": "orto"}, "criterion is 'orto'. Set one of ortho, ortho_paper"),
-        ({"include": ["nothing"]}, "INCLUDE pattern 'nothing' matches no conv layer"),
+        ({"include": ["nothing"]}, "INCLUDE pattern 'nothing' matches no conv or linear layer"),
         ({"exclude": ["*"]}, "no filters to drop: of the 3 conv layers, all .* match no pattern"),
     ],
 )
@@ -818,7 +818,7 @@ def test_seeds_of_any_size(seed):
 
 
 def test_seed_that_is_no_whole_number_is_refused():
-    with pytest.raises(ValueError, match="seed is 0.5; give a whole number"):
+    with pytest.raises(ValueError, match="seed is 0.5. Set a whole number"):
         build(seed=0.5)
 
 

@@ -165,7 +165,7 @@ def test_fields_that_do_not_apply_are_refused(field):
 
 
 def test_unknown_directions_are_refused():
-    with pytest.raises(ValueError, match="direction is 'random'; give one of orthogonal, previous"):
+    with pytest.raises(ValueError, match="direction is 'random'. Set one of orthogonal, previous"):
         Reinit(direction="random")
 
 
