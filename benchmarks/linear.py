@@ -158,7 +158,7 @@ def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
     model.train()
     method = _method(model, loss, linear=True, cycles=rounds)
     trainer = method.optimizer
-    compact = Compact(model, trainer, batches=lambda: iter([None]), loss=lambda m, _: loss(m))
+    compact = Compact(method)
     seconds: dict[str, list[float]] = {"plain": [], "masked": [], "smaller": []}
 
     def step() -> float:
@@ -177,7 +177,7 @@ def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
         timed("plain")
         method.step(2 * turn + 1)
         timed("masked")
-        shrunk = compact.shrink(method)
+        shrunk = compact.shrink()
         timed("smaller")
         compact.grow()
         method.step(2 * turn + 2)
