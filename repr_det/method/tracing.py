@@ -54,6 +54,7 @@ from repr_det.method.modules import (
     unchanged,
     unwrap,
 )
+from repr_det.method.sharing import irregular_layers, names_and_holders, shared_layers
 from repr_det.method.trials import counts_channels, is_silent
 
 
@@ -177,9 +178,9 @@ class _Tracer(TorchDispatchMode):
         self.convs = {n: m for n, m in self.modules.items() if is_conv(m)}
         self.linears = {n: m for n, m in self.modules.items() if _is_plain_linear(m)}
         self.spatial = {n: m.weight.dim() - 2 for n, m in self.convs.items()}
-        self.parameters, self.holders = _parameters(self.modules)
-        self.shared = _shared(self.modules, self.holders)
-        self.found = _Found(irregular=_irregular(self.modules, self.shared))
+        self.parameters, self.holders = names_and_holders(self.modules)
+        self.shared = shared_layers(self.modules, self.holders)
+        self.found = _Found(irregular=irregular_layers(self.modules, self.shared))
         # By identity, and without keeping a tensor for longer than the model does: all of a batch's
         # would need more memory than a training step.
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
@@ -552,53 +553,6 @@ def _is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
-def _is_layer(module: nn.Module) -> bool:
-    return is_conv(module) or is_norm(module) or isinstance(module, nn.Linear)
-
-
-def _parameters(
-    modules: dict[str, nn.Module],
-) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Names of parameters by id, and the layers that hold a parameter or buffer, by id."""
-    names: dict[int, str] = {}
-    holders: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                names.setdefault(id(parameter), f"{name}.{key}" if name else key)
-        if _is_layer(module):
-            for tensor in (*module._parameters.values(), *module._buffers.values()):
-                if tensor is not None:
-                    holders.setdefault(id(tensor), []).append(name)
-    return names, holders
-
-
-def _shared(modules: dict[str, nn.Module], holders: dict[int, list[str]]) -> dict[str, set[str]]:
-    """By layer, all modules that hold a tensor of it, where there is more than itself."""
-    by_tensor: dict[int, set[str]] = {}
-    for name, module in modules.items():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) in holders:
-                by_tensor.setdefault(id(tensor), set()).add(name)
-    shared: dict[str, set[str]] = {}
-    for key, names in by_tensor.items():
-        for layer in holders[key] if len(names) > 1 else ():
-            shared.setdefault(layer, set()).update(names)
-    return shared
-
-
-def _irregular(modules: dict[str, nn.Module], shared: dict[str, set[str]]) -> set[str]:
-    """Layers whose weight is computed from others, or is shared with something that is no layer."""
-    found: set[str] = set()
-    for name, module in modules.items():
-        if not _is_layer(module):
-            continue
-        computed = not is_norm(module) and module._parameters.get("weight") is None
-        if computed or not all(_is_layer(modules[other]) for other in shared.get(name, ())):
-            found.add(name)
-    return found
-
-
 def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGraph:
     """Follow the channels of every conv through a model.
 
@@ -626,6 +580,14 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
     tracer = _Tracer(model)
     if not tracer.convs:
         raise UserError(f"RePr needs convolutions, but {type(model).__name__} has none.")
+    example = _run(tracer, model, batch)
+    graph = _graph(tracer)
+    graph.example = example.run if example else None
+    return graph
+
+
+def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> Example | None:
+    """Follow a batch and an example as :func:`trace` says; returns the example that worked."""
     failures: list[Exception] = []
 
     def worked(run: Callable[[], Any], training: bool) -> bool:
@@ -657,9 +619,7 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
             f"RePr could not run {name} on an example image ({reason}). "
             f"Pass batches= and loss= so that it can use real ones."
         )
-    graph = _graph(tracer)
-    graph.example = found.run if found else None
-    return graph
+    return found
 
 
 # --- from what was found to a graph
