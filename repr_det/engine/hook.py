@@ -439,8 +439,9 @@ def _small_share(method: RePr, model: nn.Module) -> str | None:
     if mine >= SMALL_SHARE * total:
         return None
     taken = {layer.name for layer in method.layers}
-    hidden = {n: m for n, m in method.graph.linears.items() if n not in method.graph.visible}
-    more = sum(m.weight.numel() for n, m in hidden.items() if n not in taken)
+    left_out = method.graph.linears.keys() - method.graph.visible.keys() - taken
+    sizes: list[int] = [method.graph.linears[name].weight.numel() for name in left_out]
+    more = sum(sizes)
     line = f"RePr: the layers that take part hold {mine / total:.1%} of the trainable weights."
     if more:
         line += (

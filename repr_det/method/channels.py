@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -190,10 +190,13 @@ RULES: dict[str, Rule] = {}
 """By name of the operation."""
 
 
-def rule(*operations: str) -> Callable[[Rule], Rule]:
+R = TypeVar("R", bound=Rule)
+
+
+def rule(*operations: str) -> Callable[[R], R]:
     """Enter a function into :data:`RULES` for some operations."""
 
-    def enter(function: Rule) -> Rule:
+    def enter(function: R) -> R:
         RULES.update(dict.fromkeys(operations, function))
         return function
 

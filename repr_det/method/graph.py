@@ -191,12 +191,14 @@ def in_copy(
             f"RePr: a copy of the model has no layer {min(missing)}. Build copies as the model is "
             f"built."
         )
-    for layer in [*layers, *readers]:
-        mine, theirs = layer.module.weight.shape, modules[layer.name].weight.shape
+    both: list[FilterLayer | Reader] = [*layers, *readers]
+    for layer in both:
+        weights: list[Any] = [layer.module.weight, modules[layer.name].weight]
+        mine, theirs = (tuple(weight.shape) for weight in weights)
         if mine != theirs:
             raise UserError(
-                f"RePr: the weight of {layer.name} is {tuple(theirs)} in a copy of the model and "
-                f"{tuple(mine)} in the model. Build copies as the model is built."
+                f"RePr: the weight of {layer.name} is {theirs} in a copy of the model and "
+                f"{mine} in the model. Build copies as the model is built."
             )
     found = []
     for layer in layers:

@@ -70,7 +70,8 @@ def is_conv(module: nn.Module) -> bool:
 
 def num_filters(layer: nn.Module) -> int:
     """Output channels of a conv, output units of a linear layer."""
-    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    name = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
+    return getattr(layer, name)
 
 
 def is_norm(module: nn.Module) -> bool:

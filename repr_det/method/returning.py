@@ -217,9 +217,9 @@ def hand_over(
         chosen = returned[mine.name]
         for a, b in zip(mine.filter_slots(chosen), theirs.filter_slots(chosen), strict=True):
             b.write(a.read())
-        for a, b in zip(mine.norms, theirs.norms, strict=True):
-            channels = a.channels_of(chosen)
-            pairs = zip(a.running_statistics(), b.running_statistics(), strict=True)
+        for link, other in zip(mine.norms, theirs.norms, strict=True):
+            channels = link.channels_of(chosen)
+            pairs = zip(link.running_statistics(), other.running_statistics(), strict=True)
             for (m1, v1), (m2, v2) in pairs:
                 _write_entries(m2, channels, m1[channels])
                 _write_entries(v2, channels, v1[channels])
