@@ -466,7 +466,7 @@ class TestErrors:
     def test_registered_after_resume(self, tmp_path):
         trainer = self.trainer(tmp_path)
         trainer.start_iter = 5
-        with pytest.raises(ValueError, match="register it before resume_or_load"):
+        with pytest.raises(ValueError, match="Register it before resume_or_load"):
             trainer.register_hooks([RePrHook(SCHEDULE)])
 
     def test_checkpoint_made_without_repr(self, tmp_path):
