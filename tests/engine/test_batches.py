@@ -189,7 +189,7 @@ LOADERS = {
 def test_a_loader_of_unknown_kind_is_left_alone(name):
     """RePr says that there are no batches, and training sees all of them."""
     READ.clear()
-    with pytest.warns(UserWarning, match="pass batches= and loss="):
+    with pytest.warns(UserWarning, match="Pass batches= and loss="):
         trainer = trainer_over(LOADERS[name]())
     trainer.train(0, 4)
     assert READ[:4] == [0, 1, 2, 3] and len(READ) <= 5
@@ -199,7 +199,7 @@ def test_a_sampler_that_is_running_is_left_alone():
     READ.clear()
     Order.shared = itertools.count()
     loader = DataLoader(Numbers(), 2, sampler=Order())
-    with pytest.warns(UserWarning, match="pass batches= and loss="):
+    with pytest.warns(UserWarning, match="Pass batches= and loss="):
         trainer = trainer_over(loader)
     trainer.train(0, 4)
     assert READ[:8] == list(range(8))

@@ -722,7 +722,7 @@ def test_frozen_norm_keeps_gamma_and_beta():
 
 
 def test_without_batches_frozen_norms_keep_their_statistics_and_say_so():
-    with pytest.warns(UserWarning, match="pass batches= and loss="):
+    with pytest.warns(UserWarning, match="Pass batches= and loss="):
         before, pruned, model, _, _ = drop_and_return("chain-frozen", batches=None, loss=None)
     for position in (4, 8):
         assert torch.equal(model[position].running_mean, before[position].running_mean)

@@ -470,7 +470,7 @@ def test_missing_data_is_refused_when_built(criterion):
             )  # fmt: skip
     data = Data(model, None, None, torch.Generator())
     layers = [FilterLayer("3", model[3])]
-    with pytest.raises(ValueError, match="pass batches= and loss="):
+    with pytest.raises(ValueError, match="Pass batches= and loss="):
         CRITERIA[criterion](layers, data)
     with pytest.raises(ValueError, match="no batch"):
         CRITERIA[criterion](layers, data._replace(batches=lambda: iter([]), loss=loss))

@@ -223,7 +223,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
     ):
         with pytest.raises(ValueError, match=words):
             write_report(by_method(runs), page, **arguments)
-    with pytest.raises(UserError, match="create it"):
+    with pytest.raises(UserError, match="Create it"):
         write_report(by_method(runs), tmp_path / "nowhere" / "report.html")
     page.mkdir()
     with pytest.raises(ValueError, match="is a folder"):
