@@ -341,6 +341,6 @@ def test_sparse_part_resumed_without_dense_sparse_dense_is_refused(tmp_path):
 
 def test_dense_sparse_dense_resumed_with_other_settings_is_refused():
     state = DenseSparseDenseHook(3, 4, 0.3).state_dict()
-    told = r"DSD.SPARSE_ITERS was 4, is 5; DSD.SPARSITY was 0.3, is 0.4\): resume with the same"
+    told = r"DSD.SPARSE_ITERS was 4, is 5; DSD.SPARSITY was 0.3, is 0.4\). Resume with the same"
     with pytest.raises(ValueError, match=told):
         DenseSparseDenseHook(3, 5, 0.4).load_state_dict(state)
