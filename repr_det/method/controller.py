@@ -29,7 +29,7 @@ from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.graph import ChannelGraph, Reader, in_copy
 from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
 from repr_det.method.layers import FilterLayer, column_slots, row_lengths
-from repr_det.method.modules import eager, unchanged, unwrap
+from repr_det.method.modules import eager, still, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
 from repr_det.method.ranks import group_of, object_of_first_rank
 from repr_det.method.reinit import Reinit
@@ -160,7 +160,8 @@ class RePr:
         self.batches, self.loss, self._progress = batches, loss, progress
 
         self.copies = [unwrap(copy) for copy in copies]
-        self._build(self._traced())
+        with still(self.model):
+            self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
@@ -403,7 +404,7 @@ class RePr:
         if self._stand_in is not None:
             raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
-        with torch.no_grad():
+        with torch.no_grad(), still(self.model):
             if self._phase == SUB:
                 changes.append(self._return())
             if phase.name == SUB:

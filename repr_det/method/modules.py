@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
@@ -195,6 +196,25 @@ def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
         return tensor
 
     return restore
+
+
+@contextmanager
+def still(model: nn.Module) -> Iterator[None]:
+    """While inside, reading a parametrised weight changes nothing: spectral norm iterates else."""
+    parts = [
+        part
+        for module in model.modules()
+        if parametrize.is_parametrized(module)
+        for part in module.parametrizations.modules()
+        if part.training
+    ]
+    for part in parts:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.training = True
 
 
 def eager() -> Any:

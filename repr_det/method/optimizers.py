@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -58,6 +59,8 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise UserError(
             f"RePr: the optimizer is a {type(optimizer).__name__}. Pass a torch.optim.Optimizer."
         )
+    if any(is_lazy(p) for group in optimizer.param_groups for p in group["params"]):
+        raise UserError("RePr: the model has lazy layers without weights. Run it on a batch first.")
     # Nothing here may show outside: random numbers, warnings about hyper-parameters.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")

@@ -124,7 +124,7 @@ def test_resumed_run_follows_the_batch_of_the_first():
     assert resumed.graph.not_run == ["rare.bias", "rare.weight"]
     assert resumed.removable.choose(resumed.pruned).filters == {}
     for mine, theirs in zip(resumed.layers, first.layers, strict=True):
-        assert mine.module is dict(resumed._model.named_modules())[theirs.name]
+        assert mine.module is dict(resumed.model.named_modules())[theirs.name]
     kept = _plain(state["graph"])
     assert kept == _plain(resumed.state_dict()["graph"])
 
@@ -685,3 +685,32 @@ class Pooled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x.mean((2, 3)))
+
+
+def test_reading_a_spectral_norm_changes_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, padding=1),
+        nn.SiLU(),
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(8, 8, 3, padding=1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 2),
+    )
+    before = copy.deepcopy(dict(model.named_buffers()))
+    trainer = torch.optim.SGD(model.parameters(), 0.1)
+    method = RePr(model, trainer, RePrSchedule(1, 1, 1), exclude=["0"])
+    method.step(1)
+    method.step(2)
+    assert before
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert all(module.training for module in model.modules())
+
+
+def test_lazy_layers_are_refused():
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.SiLU(), nn.LazyConv2d(8, 3))
+    with pytest.raises(ValueError, match="lazy layers without weights. Run it on a batch first"):
+        method_of(model)
