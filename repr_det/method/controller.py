@@ -207,7 +207,12 @@ class RePr:
         self._in_copies = [in_copy(copy, self.layers, self._readers) for copy in self.copies]
 
     def _run_on_a_batch(self) -> None:
-        self.loss(self.model, next(self.batches()))
+        for batch in self.batches():
+            self.loss(self.model, batch)
+            return
+        raise UserError(
+            "RePr: batches() yields nothing. Pass batches= that yields training batches."
+        )
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that cannot be used; warn where they are missing."""

@@ -611,10 +611,14 @@ def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> 
         if trained and (found is not None or batch is not None):
             break
     if not trained and found is None:
-        name = type(model).__name__
+        name, first = type(model).__name__, failures[0]
+        if isinstance(first, UserError):
+            raise first
+        reason = f"{type(first).__name__}: {first}".splitlines()[0]
         if batch is not None:  # a bug, as far as can be seen: its traceback says where
-            raise RuntimeError(f"RePr could not run {name} on a training batch.") from failures[0]
-        reason = f"{type(failures[0]).__name__}: {failures[0]}".splitlines()[0]
+            raise RuntimeError(
+                f"RePr could not run {name} on a training batch ({reason})."
+            ) from first
         raise UserError(
             f"RePr could not run {name} on an example image ({reason}). "
             f"Pass batches= and loss= so that it can use real ones."

@@ -17,6 +17,7 @@ from repr_det.classification import ClassificationTrainer
 from repr_det.classification.datasets import use_image_folder
 from repr_det.classification.loader import SampleOrder
 from repr_det.errors import UserError
+from repr_det.method.compact import Compact, Speed
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -268,13 +269,13 @@ def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("mode", "worthwhile", "smaller"),
-    [("on", 1e9, True), ("off", 0.0, False), ("auto", 0.0, True), ("auto", 1e9, False)],
+    ("mode", "ratio", "smaller"),
+    [("on", 0.5, True), ("off", 2.0, False), ("auto", 2.0, True), ("auto", 0.5, False)],
 )
-def test_compact_by_config(cfg, monkeypatch, mode, worthwhile, smaller):
+def test_compact_by_config(cfg, monkeypatch, mode, ratio, smaller):
     """In S2 there are fewer parameters, or as many; what is measured counts for auto alone."""
     monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
-    monkeypatch.setattr("repr_det.engine.hook.WORTHWHILE", worthwhile)
+    monkeypatch.setattr(Compact, "speedup", lambda self: Speed(ratio, ratio, 0.0))
     cfg.SOLVER.MAX_ITER, cfg.DATASETS.TEST = 5, ()
     cfg.REPR.ENABLED = True
     cfg.REPR.S1, cfg.REPR.S2, cfg.REPR.N, cfg.REPR.COMPACT = 2, 2, 1, mode

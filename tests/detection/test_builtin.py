@@ -34,7 +34,7 @@ def test_missing(monkeypatch, tmp_path):
     with pytest.raises(
         UserError,
         match=r"neu_det_train needs .*neu_det/annotations/instances_train.json, which does not "
-        r"exist: set DETECTRON2_DATASETS to the folder that holds neu_det/",
+        r"exist. Set DETECTRON2_DATASETS to the folder that holds neu_det/",
     ):
         check_dataset("neu_det_train")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections import deque
 from types import SimpleNamespace
@@ -714,3 +715,34 @@ def test_lazy_layers_are_refused():
     model = nn.Sequential(nn.LazyConv2d(8, 3), nn.SiLU(), nn.LazyConv2d(8, 3))
     with pytest.raises(ValueError, match="lazy layers without weights. Run it on a batch first"):
         method_of(model)
+
+
+class Named(nn.Module):
+    """Takes its images by a name, which no example knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(2)
+        )
+        self.net(torch.zeros(1, 3, 8, 8))
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.net(batch["left"])
+
+
+@pytest.mark.parametrize(
+    ("batches", "kind", "sentence"),
+    [
+        ([], ValueError, "batches() yields nothing. Pass batches= that yields training batches."),
+        ([{"right": 0}], RuntimeError, "on a training batch (KeyError: 'left')."),
+    ],
+)
+def test_batches_that_cannot_be_run_are_named(batches, kind, sentence):
+    model = Named()
+    trainer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(kind, match=re.escape(sentence)):
+        RePr(
+            model, trainer, RePrSchedule(1, 9, 1),
+            batches=lambda: iter(batches), loss=lambda model, batch: model(batch).sum(),
+        )  # fmt: skip

@@ -221,7 +221,7 @@ def test_keys_of_somebody_elses_trainer_are_read(tmp_path):
 
 
 def test_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="give the OUTPUT_DIR"):
+    with pytest.raises(UserError, match="Pass the OUTPUT_DIR"):
         read_run(tmp_path)
     (tmp_path / "config.yaml").write_text("MODEL: [1\n")
     with pytest.raises(ValueError, match="cannot be read"):
