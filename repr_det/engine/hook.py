@@ -36,13 +36,14 @@ from repr_det.method.settings import check_whole
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 MEASURING_PAYS_FROM = 600
-"""Iterations in S2 from which on ``compact="auto"`` measures: it takes the time of about 25."""
+"""Iterations in S2, over all cycles, from which ``compact="auto"`` measures. To measure takes as
+long as about 25 iterations."""
 
 WORTHWHILE = 1.03
 """Factor by which the smaller network must be faster for ``compact="auto"`` to use it."""
 
 LONG_ENOUGH = 20_000
-"""Iterations from which on a run from loaded weights is not warned: shorter ones lost accuracy."""
+"""Iterations. A shorter run from loaded weights gets a warning: such runs lost accuracy."""
 
 SMALL_SHARE = 0.1
 """Share of the trainable weights below which the log says how little takes part."""
@@ -54,9 +55,9 @@ STATE_KEY = "RePrHook"
 class RePrHook(HookBase):
     """Trains with RePr in any trainer that has ``.model`` and ``.optimizer``.
 
-    Register it before ``resume_or_load``; it looks at the trainer then and refuses what cannot
+    Register it before ``resume_or_load``. Registration checks the trainer and refuses what cannot
     work.
-    It acts before a step, so a checkpoint written after any step resumes exactly there.
+    The hook acts before a step, so a checkpoint written after any step resumes exactly there.
 
     Scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned`` at every step;
     ``repr/overlap`` (mean plain Ortho score over surviving filters) and ``repr/overlap/<layer>``
@@ -328,7 +329,8 @@ class RePrHook(HookBase):
     def after_step(self) -> None:
         """Record the overlap where an evaluation is due, and at the end.
 
-        Under the next iteration where the writers, done with this one, come before this hook.
+        If the writers come before this hook, they are done with this iteration. The overlap is
+        then recorded under the next one.
         """
         done = self.trainer.iter + 1
         due = self._eval_period and done % self._eval_period == 0

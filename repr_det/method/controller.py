@@ -49,7 +49,7 @@ from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
-"""Batches that measure a returned channel in front of a frozen norm."""
+"""Number of batches on which a returned channel is measured where a frozen norm follows it."""
 
 _STATE_VERSION = 2
 
@@ -89,8 +89,8 @@ class RePr:
     Args:
         model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
         optimizer: trains the model; :mod:`repr_det.method.optimizers` says which are accepted. What
-            it trains is asked at each drop. Layers of which another optimizer trains a part, or
-            that another one reads, take no part.
+            it trains is looked up at each drop. A layer takes no part if a part of it, its norm or
+            a module that reads it requires gradients and is not in this optimizer.
         schedule: when, in iterations.
         prune_ratio: share of all filters that a drop takes, in (0, 1). The paper's p is 0.3.
         criterion: a name in ``CRITERIA`` or a function of its signature.
@@ -167,7 +167,7 @@ class RePr:
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
         self._before: dict[str, dict[str, Any]] = {}
-        # The same of each copy, where filters return as they were.
+        # The same of each copy. It is needed only where filters return as they were.
         self._before_in_copies: list[dict[str, dict[str, Any]]] = []
         self._aside: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
@@ -283,7 +283,7 @@ class RePr:
         """The factor on what reads a returned filter, by reader name."""
         trained = self._trained()
         outgoing = 1.0 if self.reinit.as_it_was else float(self.reinit.outgoing)
-        # A frozen layer could never learn its weights again.
+        # A frozen reader could not learn again what the factor takes away.
         return {
             reader.name: outgoing if id(reader.module.weight) in trained else 1.0
             for reader in self._readers
@@ -299,7 +299,7 @@ class RePr:
         }
 
     def count_zero_filters(self) -> dict[str, int]:
-        """Number of filters of zero norm by layer name, layers without any left out."""
+        """Number of filters of zero norm that are not pruned, by layer name. Zeros are left out."""
         counts = {
             layer.name: int((row_lengths(layer.matrix()) == 0).sum())
             - int(self._pruned[layer.name].sum())
@@ -622,7 +622,7 @@ class RePr:
             UserError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
-        # Between cycles version 1 held the same.
+        # While no filter is pruned, a state of version 1 holds the same.
         same = state.get("version") == 1 and state["phase"] == FULL
         if state.get("version") != _STATE_VERSION and not same:
             raise UserError(
