@@ -63,7 +63,7 @@ def test_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
     try:
-        with pytest.raises(OSError, match=r"model_0000009.pth could not be written .* free some"):
+        with pytest.raises(OSError, match=r"model_0000009.pth could not be written .* Free some"):
             checkpointer.save("model_0000009", iteration=9, big=torch.zeros(1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
