@@ -79,6 +79,7 @@ class Fingerprint(HookBase):
                 "repr": digest(hook.state_dict()),
             }
         )
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # the first rank may not be there yet
         self._path.write_text(json.dumps(self._seen))
 
 
