@@ -56,14 +56,14 @@ class RePrHook(HookBase):
     """Trains with RePr in any trainer that has ``.model`` and ``.optimizer``.
 
     Register it before ``resume_or_load``. Registration checks the trainer and refuses what cannot
-    work.
-    The hook acts before a step, so a checkpoint written after any step resumes exactly there.
+    work. The hook acts before a step. So a checkpoint that is written after any step resumes
+    exactly there.
 
     Scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned`` at every step;
     ``repr/overlap`` (mean plain Ortho score over surviving filters) and ``repr/overlap/<layer>``
-    before each drop, after each return and at every evaluation. For TensorBoard, at drops and
-    returns: histograms ``repr/filter_overlap/<layer>``, and the image ``repr/dropped``, the share
-    of each layer (down) that each drop (across) took.
+    before each drop, after each return, at every evaluation and at the end. For TensorBoard, at
+    drops and returns: histograms ``repr/filter_overlap/<layer>``, and the image ``repr/dropped``,
+    the share of each layer (down) that each drop (across) took.
     Which filters each drop took, and the overlap around it, is written to ``repr_history.json`` in
     the ``OUTPUT_DIR`` of the trainer's config, if it has one.
 
@@ -71,9 +71,10 @@ class RePrHook(HookBase):
         schedule: when, in iterations.
         compact: whether the pruned filters are taken out of the network physically during S2:
             ``"on"``, ``"off"``, or ``"auto"``: where a measurement at the first drop shows that it
-            is faster. Which it is may differ from run to run and then so do the last digits;
-            hence ``"auto"`` means off where torch's deterministic algorithms are on, and where S2
-            is too short for the measurement to pay. See :mod:`repr_det.method.compact`.
+            is faster. The result of the measurement may differ from run to run. Then the last
+            digits of the weights differ, too. So ``"auto"`` means off where torch's deterministic
+            algorithms are on. It also means off where S2 is too short for the measurement to pay,
+            and where ``copies`` are passed. See :mod:`repr_det.method.compact`.
         arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
             ``batches`` and ``loss`` default to the trainer's data and the model's losses (where its
             loader is not one of torch's, Detectron2's or this package's, pass ``batches``, from a
@@ -96,19 +97,22 @@ class RePrHook(HookBase):
         self._mode = compact
         # Whether pruned filters are taken out physically; None: not decided yet.
         self._take_out: bool | None = {"auto": None, "on": True, "off": False}[compact]
+        # Makes the network smaller and full-size again. It and the next two: set on registration.
         self._smaller: Compact
-        # Whether parameters had other sizes since DistributedDataParallel made its buckets.
-        self._resized = False
         self.method: RePr
         self._recorder: Recorder
+        # Whether parameters had other sizes since DistributedDataParallel made its buckets.
+        self._resized = False
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
         self._has_state = False
         self._eval_period = 0
         self._after_writers = False
         self._num_pruned = 0  # kept, since counting costs more than the rest of a step
-        self._sums_at_start: dict[str, float] = {}  # of weights, to see what is loaded afterwards
-        self._alike_at_start: dict[str, Any] = {}  # what might be an average of the weights
+        # Sums of weights on registration. Those that differ later were loaded in between.
+        self._sums_at_registration: dict[str, float] = {}
+        # What might be an average of the weights, when training starts. It is one if it changes.
+        self._alike_at_start: dict[str, Any] = {}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
@@ -159,7 +163,7 @@ class RePrHook(HookBase):
                 "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none. "
                 "Turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
             )
-        # A checkpointer of one's own may set the one or the other.
+        # A custom checkpointer may set only one of the two when it resumes.
         resumed = max(getattr(trainer, "start_iter", 0), getattr(trainer, "iter", 0))
         if resumed > 0:
             raise UserError(
@@ -175,7 +179,7 @@ class RePrHook(HookBase):
             )
 
     def _build(self, trainer: TrainerBase) -> None:
-        """Follow the trainer's model, and build the method and what belongs to it."""
+        """Build the method for the trainer's model, and what belongs to the method."""
         self._group = group_of(trainer.model)
         seed = self._arguments.get("seed", 0) + rank_in(self._group)
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
@@ -185,7 +189,7 @@ class RePrHook(HookBase):
         self._recorder = Recorder(self.method, trainer)
         self._smaller = Compact(self.method, _precision(trainer))
         layers = self.method.layers
-        self._sums_at_start = _sums(layers)
+        self._sums_at_registration = _sums(layers)
         logger.info(
             f"RePr: {sum(layer.num_filters for layer in layers)} filters of {_kinds(self.method)} "
             f"layers take part; {self.schedule.cycles} cycles of {self.schedule.s1} + "
@@ -203,7 +207,7 @@ class RePrHook(HookBase):
         self.schedule.check_fits(max_iter, self._arguments.get("warmup", 0))
 
     def before_train(self) -> None:
-        """Check what only the start of training shows, and look for evaluations to follow."""
+        """Check what is known only when training starts, and find out when evaluations are due."""
         self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
@@ -235,7 +239,7 @@ class RePrHook(HookBase):
             )
 
     def _warn_of_loaded_weights(self) -> None:
-        """Warn of a short run that starts from loaded weights, which the default would destroy."""
+        """Warn of a short run from loaded weights: new filters, the default, lose accuracy."""
         short = self.trainer.max_iter - self.trainer.start_iter < LONG_ENOUGH
         if self.trainer.start_iter > 0 or not short or self.method.reinit.as_it_was:
             return
@@ -243,7 +247,7 @@ class RePrHook(HookBase):
         loaded = [
             layer.name
             for layer in self.method.layers
-            if sums[layer.name] != self._sums_at_start[layer.name] or _has_statistics(layer)
+            if sums[layer.name] != self._sums_at_registration[layer.name] or _has_statistics(layer)
         ]
         if loaded:
             logger.warning(
@@ -256,7 +260,7 @@ class RePrHook(HookBase):
             )
 
     def _alike(self) -> dict[str, Any]:
-        """What other hooks hold that has the shapes of the model's weights, and its version."""
+        """What the trainer and other hooks hold in the shapes of the model's weights."""
         trainer = self.trainer
         holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
         return weights_alike(
@@ -266,13 +270,13 @@ class RePrHook(HookBase):
         )
 
     def _warn_of_averages(self) -> None:
-        """Warn of weights that other hooks keep in step with the model, which RePr cannot.
+        """Warn of averages of the model's weights that hooks hold: drops do not reach them.
 
-        What is only held, as a frozen teacher, has not changed since training began.
+        What has not changed since training began, such as a frozen teacher, is not one of them.
         """
         before, now = self._alike_at_start, self._alike()
         mine = [name for name in now if now[name] != before.get(name)]
-        # Some hooks are the first rank's alone, and all must go on alike.
+        # Some hooks are on the first rank only, but all ranks must decide the same.
         averages = sorted(set().union(*objects_of_all_ranks(mine, self._group)))
         if not averages:
             return
@@ -300,7 +304,7 @@ class RePrHook(HookBase):
             for change in self.method.step(iteration):
                 self._report(change)
         else:
-            self.method.step(iteration)
+            self.method.step(iteration)  # the learning rate may be warming up
         if self.method.phase == SUB and not self._smaller.active and self._removal_pays():
             self._shrink()
         if self._resized:
@@ -349,7 +353,11 @@ class RePrHook(HookBase):
         return {**self.method.state_dict(), "compact": decided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the method's state; raises ValueError where it does not fit."""
+        """Continue from the method's state.
+
+        Raises:
+            UserError: it does not fit; see :meth:`repr_det.RePr.load_state_dict`.
+        """
         self._grow()
         self.method.load_state_dict(state)
         if self._mode == "auto":
@@ -370,9 +378,9 @@ class RePrHook(HookBase):
 
     def _shrink(self) -> None:
         problem = ""
-        self._resized = True
+        self._resized = True  # also where it fails half-way
         try:
-            with RandomStream(0).active():
+            with RandomStream(0).active():  # leaves the run's random numbers alone
                 shrunk = self._smaller.shrink()
         except RuntimeError as error:
             problem = str(error)
@@ -384,7 +392,7 @@ class RePrHook(HookBase):
         logger.info(_cost_line(shrunk))
 
     def _measure(self) -> bool:
-        """Whether the smaller network is faster on every rank; the same on all of them."""
+        """Whether the smaller network is faster on every rank. All ranks return the same."""
         stays = "pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         if torch.are_deterministic_algorithms_enabled():
             logger.info(f"RePr: a deterministic run measures no times, so {stays}")
@@ -407,6 +415,7 @@ class RePrHook(HookBase):
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = Speed(0.0, 0.0, 0.0)
         speeds = objects_of_all_ranks(mine, self._group)
+        # For the log only: every rank must find that it pays.
         speed = Speed(*map(min, zip(*speeds, strict=True)))
         logger.info(
             f"RePr: measured, the smaller network of S2 is {speed.ratio:.2f} times as fast, "
@@ -420,7 +429,7 @@ def pays(speed: Speed, s2: int) -> bool:
 
     It must have been faster in every turn, so that chance seldom decides, and by
     :data:`WORTHWHILE` in the median. What it saves must exceed the cost of its first run, which is
-    large where ``torch.compile`` compiles again.
+    large where ``torch.compile`` compiles again. Both are counted in runs of the masked network.
     """
     if speed.lowest <= 1.0 or speed.ratio < WORTHWHILE:
         return False
@@ -441,6 +450,7 @@ def _small_share(method: RePr, model: nn.Module) -> str | None:
     if mine >= SMALL_SHARE * total:
         return None
     taken = {layer.name for layer in method.layers}
+    # Units of the layers in ``visible`` are not hidden, so these could not take part either.
     left_out = method.graph.linears.keys() - method.graph.visible.keys() - taken
     sizes: list[int] = [method.graph.linears[name].weight.numel() for name in left_out]
     more = sum(sizes)
@@ -483,9 +493,10 @@ def _precision(trainer: TrainerBase) -> Callable[[], Any]:
 def weights_alike(
     holders: Iterable[Any], model: nn.Module, known: Iterable[nn.Module] = ()
 ) -> dict[str, Any]:
-    """Attributes of objects that hold tensors shaped as the parameters of a model, and versions.
+    """Attributes of objects that hold tensors shaped as the parameters of a model.
 
-    Looks at modules and at dictionaries of tensors, also one object deeper.
+    Looks at modules and at dictionaries of tensors, also one object deeper. Left out is what shares
+    memory with the model or with the ``known`` modules.
 
     Returns:
         ``Class.attribute`` -> something that changes when the tensors do.
@@ -502,7 +513,8 @@ def weights_alike(
                 if not isinstance(state, Mapping):
                     continue
                 tensors = [t for t in state.values() if isinstance(t, Tensor)]
-                others = iter([t.shape for t in tensors])  # buffers may come between
+                # ``in`` goes on where it stopped: the same order, but buffers may come between.
+                others = iter([t.shape for t in tensors])
                 alike = all(shape in others for shape in shapes)
                 if alike and own.isdisjoint(t.data_ptr() for t in tensors):
                     name = f"{prefix}{type(one).__name__}.{key}"

@@ -64,7 +64,7 @@ class LayerReport(NamedTuple):
         name: dotted name of the layer.
         filters: number of filters.
         pruned: how many of them were dropped or came back.
-        mean_score: mean score over all filters; None on a return. Zero filters do not count.
+        mean_score: mean over all filters whose score is finite; None on a return.
     """
 
     name: str
@@ -137,6 +137,7 @@ class RePr:
     ) -> None:
         check_shares(prune_ratio, max_layer_ratio)
         needs_data = check_criterion(criterion, None not in (batches, loss))
+        # If not, the criterion may run the model, which must be unchanged afterwards.
         self._looks_at_weights = isinstance(criterion, str) and not needs_data
         check_whole("seed", seed)
         check_optimizer(optimizer)
@@ -166,12 +167,15 @@ class RePr:
         self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
+        # What the pruned filters were before the drop, by name of the layers that lost some.
         self._before: dict[str, dict[str, Any]] = {}
         # The same of each copy. It is needed only where filters return as they were.
         self._before_in_copies: list[dict[str, dict[str, Any]]] = []
+        # The weights that read them, with their optimizer state: of the model, then of each copy.
         self._aside: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
+        # While the network is smaller: its layers, and the filters that were removed from them.
         self._stand_in: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
 
     # --- what takes part
@@ -182,7 +186,8 @@ class RePr:
         found, failure = None, None
         try:
             found = trace(self.model, self._run_on_a_batch if has_data else None)
-        except (UserError, RuntimeError) as error:  # raised below, or the other ranks would wait
+        except (UserError, RuntimeError) as error:
+            # Raised below. Here, the other ranks would wait for this one.
             failure = error
         # Ranks see different batches, which may lead through different parts of the model.
         state = object_of_first_rank(found.state_dict() if found else None, self.group)
@@ -201,6 +206,9 @@ class RePr:
         """Find the layers that take part: those of a checkpoint, or those that train now.
 
         Layers may be frozen, unfrozen or passed to the optimizer at any time.
+
+        Args:
+            names: of the layers of a checkpoint; None for those that train now.
         """
         self.layers: list[FilterLayer] = self._find_layers(names)
         self._outgoing = self._factors_on_readers()
@@ -269,18 +277,18 @@ class RePr:
         found = separable(layers, names)
         if some := elsewhere.keys() & set(selected):
             name = min(some)
-            told = (
+            message = (
                 f"RePr: {name}{' and others' * (len(some) > 1)} cannot lose filters, because the "
                 f"optimizer does not train {elsewhere[name]}, which requires gradients. Add it to "
                 f"the optimizer, or freeze it with requires_grad_(False)."
             )
             if not found:
-                raise UserError(told)
-            warnings.warn(told, stacklevel=4)
+                raise UserError(message)
+            warnings.warn(message, stacklevel=4)
         return found
 
     def _factors_on_readers(self) -> dict[str, float]:
-        """The factor on what reads a returned filter, by reader name."""
+        """The factor on the weights that read a returned filter, by reader name."""
         trained = self._trained()
         outgoing = 1.0 if self.reinit.as_it_was else float(self.reinit.outgoing)
         # A frozen reader could not learn again what the factor takes away.
@@ -290,6 +298,7 @@ class RePr:
         }
 
     def _trained(self) -> set[int]:
+        """``id`` of every parameter that the optimizer trains now."""
         groups = self.optimizer.param_groups
         return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
@@ -299,7 +308,7 @@ class RePr:
         }
 
     def count_zero_filters(self) -> dict[str, int]:
-        """Number of filters of zero norm that are not pruned, by layer name. Zeros are left out."""
+        """Number of filters of zero norm that are not pruned, by name of the layers with some."""
         counts = {
             layer.name: int((row_lengths(layer.matrix()) == 0).sum())
             - int(self._pruned[layer.name].sum())
@@ -309,7 +318,7 @@ class RePr:
 
     @property
     def phase(self) -> str:
-        """``"full"`` or ``"sub"``: what the weights are in now."""
+        """The phase that the weights are in now: ``"full"`` or ``"sub"``."""
         return self._phase
 
     @property
@@ -351,8 +360,8 @@ class RePr:
     def mask_gradients(self) -> None:
         """Set the gradients of pruned filters to zero now.
 
-        Backward and the optimizer's step do so by themselves. Only for loops that write ``.grad``
-        by hand and look at it before the step, for example to clip it.
+        This already happens in backward and in the optimizer's step. Call it only in loops that
+        write ``.grad`` by hand and look at it before the step, for example to clip it.
         """
         if self._mask is not None:
             self._mask.apply()
@@ -372,7 +381,7 @@ class RePr:
         self._hold(layers, self._still_there(gone))
 
     def full_size(self) -> None:
-        """End :meth:`stand_in`: the layers are as they were."""
+        """End :meth:`stand_in`, once the caller has put the layers back as they were."""
         self._stand_in = None
         self._release()
         self._hold(self.layers, self._pruned)
@@ -410,6 +419,7 @@ class RePr:
             raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
         with torch.no_grad(), still(self.model):
+            # Both happen only where iterations were skipped.
             if self._phase == SUB:
                 changes.append(self._return())
             if phase.name == SUB:
@@ -418,7 +428,10 @@ class RePr:
         return changes
 
     def _generator(self, cycle: int, event: int) -> torch.Generator:
-        """Random numbers of one event, a function of seed and cycle and not of history."""
+        """Random numbers of a drop (event 0) or a return (event 1) of a cycle.
+
+        They do not depend on what was drawn before, so a resumed run draws the same.
+        """
         # A generator's seed has 64 bits.
         seed = ((self.seed * 1_000_003 + cycle) * 2 + event) % 2**64
         return torch.Generator().manual_seed(seed)
@@ -454,21 +467,25 @@ class RePr:
             self._before_in_copies = [
                 values_of(layers, pruned, self.reinit, self.group) for layers, _ in self._in_copies
             ]
-        self._aside = [self._take_out(pruned, *one) for one in self._everywhere()]
+        self._aside = [self._set_to_zero(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
         self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
 
-    def _take_out(
+    def _set_to_zero(
         self,
         pruned: dict[str, Tensor],
         layers: Sequence[FilterLayer],
         readers: Sequence[Reader],
         optimizer: Optimizer | None,
     ) -> dict[str, Any]:
-        """Set pruned filters and what reads them to zero; returns what :func:`set_aside` does."""
+        """Set pruned filters and the weights that read them to zero.
+
+        Returns:
+            What :func:`set_aside` returns: the copied weights that read them.
+        """
         aside = set_aside(
             readers, pruned, optimizer, self._outgoing, keep_moments=not self.reinit.as_it_was
         )
@@ -492,7 +509,7 @@ class RePr:
         else:
             self._renew(returned, generator)
         for layer in self.layers:
-            if layer.name in self._before:
+            if layer.name in self._before:  # it lost filters
                 reset_state(layer, returned[layer.name], self.optimizer)
         report = self._report(None)
         self._pruned, self._before, self._aside = self._none_pruned(), {}, []
@@ -529,6 +546,7 @@ class RePr:
         ]
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
+        """Keep pruned filters at zero through backward and steps, until :meth:`_release`."""
         slots = [
             slot
             for layer in layers
@@ -568,6 +586,7 @@ class RePr:
             if layer.name in rows:
                 layer.write_rows(returned[layer.name], rows[layer.name])
                 write_affine(layer, returned[layer.name], self._before[layer.name], self.reinit)
+        # Running statistics that train start again. Constant ones are measured.
         constant = reset_statistics(self.layers, returned, self._before)
         if constant and None not in (self.batches, self.loss):
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
@@ -583,7 +602,7 @@ class RePr:
             "s1": self.schedule.s1,
             "s2": self.schedule.s2,
             "cycles": self.schedule.cycles,
-            # Numbers of NumPy, say, could not be loaded without executing code.
+            # torch.load(weights_only=True) refuses other numbers, such as NumPy's.
             "prune_ratio": float(self.prune_ratio),
             "criterion": self._criterion_name,
             "include": self._include,
@@ -651,7 +670,8 @@ class RePr:
         """Use the checkpoint's channel graph: another batch may use other parts of the model."""
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
-            with suppress(KeyError):  # of another model, so its layers differ
+            # A graph of another model names layers that this one lacks. This is refused below.
+            with suppress(KeyError):
                 graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
                 self._build(graph, state["layers"].keys())
         else:
