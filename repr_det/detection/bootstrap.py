@@ -276,7 +276,7 @@ def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], N
 
 
 def _levels(objects: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How many of the recall levels are reached when so many objects are found.
+    """How many recall levels are reached with a given number of objects found.
 
     Args:
         objects: (R,) in each resample.

@@ -43,7 +43,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
 
     Raises:
-        UserError: an optimizer that is none of :data:`OPTIMIZERS`, or has no fused step.
+        UserError: an optimizer that is not in :data:`OPTIMIZERS`, or has no fused step.
     """
     solver = cfg.SOLVER
     optimizer = (

@@ -16,14 +16,14 @@ from repr_det.method.tracing import Reader
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a dotted name, or a module that it lies in, matches a shell-style pattern."""
+    """Whether a dotted name, or a module that contains it, matches a shell-style pattern."""
     parts = name.split(".")
     ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(fnmatchcase(a, p) for p in patterns for a in ancestors)
 
 
 def names_itself(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns matches the dotted name itself, not only what it lies in."""
+    """Whether one of the patterns matches the dotted name itself, not only a parent of it."""
     return any(fnmatchcase(name, p) for p in patterns)
 
 

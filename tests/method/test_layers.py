@@ -1,4 +1,4 @@
-"""Where a filter lies in its tensors."""
+"""Where a filter is in its tensors."""
 
 from __future__ import annotations
 
