@@ -161,3 +161,9 @@ def test_make_installs_nothing_into_an_existing_environment(target):
 
 def test_the_package_does_not_import_experiments():
     assert not [p for p in python_files("repr_det") if re.search(r"\bexperiments\b", p.read_text())]
+
+
+def test_no_test_module_imports_another():
+    """What several of them need is in modules that hold no tests."""
+    found = r"^\s*(from tests\S* import test_|from tests\.\S*\btest_|import tests\.\S*\btest_)"
+    assert not [p for p in python_files("tests") if re.search(found, p.read_text(), re.MULTILINE)]

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from torchvision.models import ResNet18_Weights
 
 from repr_det import RePr, RePrSchedule
 from repr_det.classification import add_classification_config, build_classifier, resolve_epochs
 from repr_det.engine.config import get_cfg
-from repr_det.engine.solver import build_lr_scheduler
+from tests.shipped import CLASSIFIERS as CONFIGS
+from tests.shipped import first_fall
 
-CONFIGS = sorted(
-    path
-    for pattern in ("cifar*.yaml", "imagenet*.yaml")
-    for path in (Path(__file__).parents[2] / "configs").glob(pattern)
-)
 IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "imagenet": 1_281_167}
 # Its rate falls all the time.
 BACK_TOO_LATE = {"cifar10_c3_32_authors"}
@@ -29,23 +22,6 @@ def load(path):
     cfg = get_cfg(add_classification_config)
     cfg.merge_from_file(str(path))
     return resolve_epochs(cfg, IMAGES[path.stem.partition("_")[0]] - cfg.DATASETS.HELD_OUT)
-
-
-def first_fall(cfg: CfgNode) -> float:
-    """The first iteration of a lower learning rate than before; infinity where it never falls.
-
-    Found to a thousandth of the training.
-    """
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.SOLVER.BASE_LR)
-    multiplier = build_lr_scheduler(cfg, optimizer)._multiplier
-    shares = [step / 1000 for step in range(1000)]
-    rates = [multiplier(share) for share in shares]
-    falls = (
-        share * cfg.SOLVER.MAX_ITER
-        for share, before, now in zip(shares[1:], rates, rates[1:], strict=False)
-        if now < before
-    )
-    return next(falls, float("inf"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -14,13 +14,12 @@ from repr_det import RePrHook
 from repr_det.detection.shapes import CLASSES
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.tasks import get_cfg, trainer_for
-from tests.classification import test_configs as classification
-from tests.classification.test_configs import first_fall
+from tests.shipped import CLASSIFIERS, first_fall
+from tests.shipped import CONFIGS as FOLDER
 
-FOLDER = Path(__file__).parents[2] / "configs"
 BASES = {path for path in FOLDER.iterdir() if path.name.startswith("Base-")}
 # Whatever is no classifier's by its name, so that no file is left out.
-CONFIGS = sorted(set(FOLDER.iterdir()) - BASES - set(classification.CONFIGS))
+CONFIGS = sorted(set(FOLDER.iterdir()) - BASES - set(CLASSIFIERS))
 # Detectron2 has no 1x schedule for ResNet-101.
 ZOO = {
     "repr_faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_1x",

@@ -19,7 +19,7 @@ from repr_det.report.run import read_metrics
 from repr_det.tasks import trained_detector_cfg
 from tests.cli.programs import program
 from tests.coco_damage import SIZES, sound
-from tests.engine.test_command_line import overrides
+from tests.detectors import overrides
 
 # pycocotools and numpy 2, in mask.decode
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

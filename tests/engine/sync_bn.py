@@ -13,7 +13,8 @@ from detectron2.utils import comm
 from torch import distributed, nn
 
 from repr_det.engine.processes import launch
-from tests.method import nets, test_exact
+from tests.method import nets
+from tests.method.side_by_side import assert_same, side_by_side
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -31,14 +32,11 @@ def run() -> None:
     def batch(index: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return nets.batch(own_batches + index, dtype)
 
-    with (
-        mock.patch.object(nets, "norm", lambda kind, channels: NaiveSyncBatchNorm(channels)),
-        mock.patch.object(test_exact, "batch", batch),
-    ):
-        model, reference, losses, _ = test_exact.side_by_side(
-            "residual", "momentum", torch.float64, average_gradients
+    with mock.patch.object(nets, "norm", lambda kind, channels: NaiveSyncBatchNorm(channels)):
+        model, reference, losses, _ = side_by_side(
+            "residual", "momentum", torch.float64, average_gradients, batch=batch
         )
-    test_exact.assert_same(model, reference, losses)
+    assert_same(model, reference, losses)
     norms = [m for m in model.modules() if isinstance(m, NaiveSyncBatchNorm)]
     statistics = comm.all_gather([norm.running_mean for norm in norms])
     for mine, other in zip(*statistics, strict=True):

@@ -19,7 +19,7 @@ from repr_det.method.compact import Compact, _Cut
 from repr_det.method.modules import unchanged
 from tests.detectors import plain_cfg
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
-from tests.method.test_exact import clip_all_by_norm, clip_by_norm, clip_by_value, train_step
+from tests.method.side_by_side import clip_all_by_norm, clip_by_norm, clip_by_value, train_step
 
 S1, S2, AFTER = 2, 4, 3
 

@@ -19,8 +19,9 @@ from repr_det.detection.trainer import DetectionTrainer
 from repr_det.method.warmup import RateWarmup
 from tests.device import DEVICE
 from tests.engine import killed_run
-from tests.method import nets, test_exact
+from tests.method import nets
 from tests.method.nets import loss
+from tests.method.side_by_side import assert_same, side_by_side
 
 
 def clipping(kind, form):
@@ -42,10 +43,9 @@ def clipping(kind, form):
 @pytest.mark.parametrize("form", ["class", "instance"])
 @pytest.mark.parametrize("kind", ["norm", "value"])
 @pytest.mark.parametrize("name", ["residual", "residual-bias", "residual-bias-silu"])
-def test_detectron2_clipping_sees_the_smaller_network(monkeypatch, name, kind, form):
-    monkeypatch.setitem(test_exact.OPTIMIZERS, "clipped", clipping(kind, form))
-    model, reference, losses, _ = test_exact.side_by_side(name, "clipped", torch.float64)
-    test_exact.assert_same(model, reference, losses)
+def test_detectron2_clipping_sees_the_smaller_network(name, kind, form):
+    model, reference, losses, _ = side_by_side(name, clipping(kind, form), torch.float64)
+    assert_same(model, reference, losses)
 
 
 @pytest.mark.parametrize("form", ["class", "instance"])
@@ -68,7 +68,7 @@ ULP = {"bfloat16": 2**-8, "float16": 2**-11}
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ULP)
 @pytest.mark.parametrize("name", ["chain", "residual", "residual-gelu"])
-def test_mixed_precision(monkeypatch, name, precision):
+def test_mixed_precision(name, precision):
     """The forward pass in few bits: a smaller matrix is summed in another order."""
     if precision == "float16" and DEVICE.type == "cpu":
         pytest.skip("float16 needs a GPU")
@@ -77,8 +77,7 @@ def test_mixed_precision(monkeypatch, name, precision):
         with torch.autocast(DEVICE.type, dtype=getattr(torch, precision)):
             return loss(model, data)
 
-    monkeypatch.setattr(test_exact, "loss", autocast_loss)
-    _, _, losses, method = test_exact.side_by_side(name, "momentum", torch.float32)
+    _, _, losses, method = side_by_side(name, "momentum", torch.float32, loss=autocast_loss)
     # 0 where both sums are rounded alike, as measured here.
     tolerance = ULP[precision]
     torch.testing.assert_close(losses[0], losses[1], rtol=tolerance, atol=tolerance)
@@ -96,21 +95,19 @@ FUSED = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", FUSED)
 @pytest.mark.parametrize("name", ["residual", "residual-bias-silu"])
-def test_fused_optimizers(monkeypatch, name, optimizer):
-    monkeypatch.setitem(test_exact.OPTIMIZERS, "fused", FUSED[optimizer])
-    model, reference, losses, _ = test_exact.side_by_side(name, "fused", torch.float64)
-    test_exact.assert_same(model, reference, losses)
+def test_fused_optimizers(name, optimizer):
+    model, reference, losses, _ = side_by_side(name, FUSED[optimizer], torch.float64)
+    assert_same(model, reference, losses)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["chain-silu", "residual", "residual-frozen-silu", "dense"])
-def test_channels_last(monkeypatch, name):
+def test_channels_last(name):
     def last(*arguments):
         return nets.net(*arguments).to(memory_format=torch.channels_last)
 
-    monkeypatch.setattr(test_exact, "net", last)
-    model, reference, losses, _ = test_exact.side_by_side(name, "adamw", torch.float64)
-    test_exact.assert_same(model, reference, losses)
+    model, reference, losses, _ = side_by_side(name, "adamw", torch.float64, net=last)
+    assert_same(model, reference, losses)
 
 
 @pytest.mark.gpu

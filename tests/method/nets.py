@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from repr_det import RePr
+from repr_det.method.layers import FilterLayer
 from tests.device import DEVICE
 
 
@@ -186,3 +187,11 @@ def check_held(method: RePr) -> None:
         gone = method.pruned[layer.name]
         assert gone.any()
         assert not any(slot.read().any() for slot in layer.filter_slots(gone))
+
+
+def layer_of(rows, groups=1, name="conv", dtype=torch.float64) -> FilterLayer:
+    """A 1x1 conv whose filters are the given rows."""
+    rows = torch.as_tensor(rows, dtype=dtype)
+    conv = nn.Conv2d(rows.shape[1] * groups, len(rows), 1, groups=groups, bias=False, dtype=dtype)
+    conv.weight.data = rows[:, :, None, None].clone()
+    return FilterLayer(name, conv)

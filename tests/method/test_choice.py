@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from repr_det.method.choice import choose, layer_limits, number_to_prune
-from tests.method.test_criteria import layer_of
+from tests.method.nets import layer_of
 
 
 def test_choose_takes_the_highest_over_all_layers():

@@ -25,15 +25,7 @@ from repr_det.method.criteria import (
 )
 from repr_det.method.data_criteria import DIFFERENTIATES
 from repr_det.method.layers import FilterLayer
-from tests.method.nets import batch, loss, net
-
-
-def layer_of(rows, groups=1, name="conv", dtype=torch.float64) -> FilterLayer:
-    """A 1x1 conv whose filters are the given rows."""
-    rows = torch.as_tensor(rows, dtype=dtype)
-    conv = nn.Conv2d(rows.shape[1] * groups, len(rows), 1, groups=groups, bias=False, dtype=dtype)
-    conv.weight.data = rows[:, :, None, None].clone()
-    return FilterLayer(name, conv)
+from tests.method.nets import batch, layer_of, loss, net
 
 
 def scores_of(criterion, *layers):

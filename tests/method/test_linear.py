@@ -16,6 +16,7 @@ from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method.compact import Compact
 from tests.method.nets import DEVICE, OPTIMIZERS, batch, loss
+from tests.method.side_by_side import TOLERANCE, clip_all_by_norm, clip_by_norm, clip_by_value
 from tests.method.smaller import (
     SmallerConv,
     SmallerLinear,
@@ -24,7 +25,6 @@ from tests.method.smaller import (
     full_weights,
     smaller,
 )
-from tests.method.test_exact import TOLERANCE, clip_all_by_norm, clip_by_norm, clip_by_value
 
 WARM_UP, STEPS = 3, 30
 

@@ -11,6 +11,7 @@ from torch import nn
 from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method.optimizers import check_optimizer
+from tests.method.mixing import Centralised, OfTheGroup, OnEach
 from tests.method.nets import batch, check_held, loss, net
 
 ELEMENTWISE = (
@@ -22,23 +23,6 @@ ELEMENTWISE = (
 def weights() -> list[nn.Parameter]:
     torch.manual_seed(0)
     return [nn.Parameter(torch.randn(s)) for s in ((8, 4, 3, 3), (8,), (5, 8))]
-
-
-class OnEach(torch.optim.Optimizer):
-    """An optimizer that changes one tensor after another, without a state unless it sets one."""
-
-    def __init__(self, params, lr: float = 0.1, **options) -> None:
-        super().__init__(params, {"lr": lr, **options})
-
-    @torch.no_grad()
-    def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self.update(p, self.state[p], group)
-
-    def update(self, p, state, group) -> None:
-        raise NotImplementedError
 
 
 class Sign(OnEach):
@@ -58,32 +42,12 @@ class NormClip(OnEach):
         p.sub_(group["lr"] * p.grad * (0.1 / p.grad.norm()).clamp(max=1))
 
 
-class OfTheGroup(OnEach):
-    """An option that only some groups have."""
-
-    def update(self, p, state, group):
-        gradient = p.grad - p.grad.mean() if group.get("central") else p.grad
-        p.sub_(group["lr"] * gradient)
-
-
 class MeanClip(OnEach):
     """Clips by the mean square over a weight; only large gradients show it."""
 
     def update(self, p, state, group):
         size = p.grad.square().mean().sqrt()
         p.sub_(group["lr"] * p.grad * (group.get("clip", 5.0) / size).clamp(max=1))
-
-
-class Centralised(torch.optim.SGD):
-    """A subclass of an accepted class; looks at rows alone, so rows do not show it."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() > 1:
-                    p.grad.sub_(p.grad.flatten(1).mean(1).reshape(-1, *[1] * (p.dim() - 1)))
-        super().step(closure)
 
 
 class Noisy(OnEach):

@@ -11,8 +11,8 @@ from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
+from tests.method.mixing import Centralised, OfTheGroup
 from tests.method.nets import batch, check_held, loss
-from tests.method.test_optimizers import Centralised, OfTheGroup
 
 S1, S2 = 2, 3
 SCHEDULE = RePrSchedule(S1, S2, 3)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from repr_det.tasks import get_cfg
+from repr_det.report.run import read_run
+from repr_det.tasks import get_cfg, use_data
+
+HALF = 100 * 51 / 101
+"""AP of half of the objects, found without a mistake."""
 
 
 def write_metrics(folder: Path, records: list[dict]) -> Path:
@@ -105,3 +110,24 @@ def write_detection_run(
     ]
     write_metrics(folder, records)
     return folder
+
+
+def squares(tmp_path, *runs):
+    """Runs on the squares, registered for this test."""
+    annotations, images = write_detection_data(tmp_path / "data")
+    name = f"squares_{tmp_path.name}"
+    args = Namespace(
+        **{"train_data": None, "train_folder": None, "test_folder": None},
+        test_data=[name, str(annotations), str(images)],
+    )
+    read = []
+    for number, (results, ap, uses_repr) in enumerate(runs):
+        folder = write_detection_run(
+            tmp_path / f"run_{number}",
+            results,
+            ap,
+            {"DATASETS.TEST": (name,), "REPR.ENABLED": uses_repr},
+        )
+        read.append(read_run(folder))
+        use_data(read[-1].cfg, args)
+    return read

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -29,10 +28,10 @@ from repr_det.report.compare import (
 )
 from repr_det.report.examples import choose, mistakes
 from repr_det.report.run import read_run
-from repr_det.tasks import use_data
 from tests.report.folders import (
+    HALF,
     detections,
-    write_detection_data,
+    squares,
     write_detection_run,
     write_run,
 )
@@ -91,31 +90,6 @@ def test_a_run_that_is_behind_is_compared_where_both_were_evaluated(tmp_path):
     assert outcome(by_method(runs)).rows["accuracy/top1"].differences[REPR].mean == 0
     del runs[1].metrics["accuracy/top1"]
     assert outcome(by_method(runs)).iteration is None
-
-
-def squares(tmp_path, *runs):
-    """Runs on the squares, registered for this test."""
-    annotations, images = write_detection_data(tmp_path / "data")
-    name = f"squares_{tmp_path.name}"
-    args = Namespace(
-        **{"train_data": None, "train_folder": None, "test_folder": None},
-        test_data=[name, str(annotations), str(images)],
-    )
-    read = []
-    for number, (results, ap, uses_repr) in enumerate(runs):
-        folder = write_detection_run(
-            tmp_path / f"run_{number}",
-            results,
-            ap,
-            {"DATASETS.TEST": (name,), "REPR.ENABLED": uses_repr},
-        )
-        read.append(read_run(folder))
-        use_data(read[-1].cfg, args)
-    return read
-
-
-HALF = 100 * 51 / 101
-"""AP of half of the objects, found without a mistake."""
 
 
 def test_detection_is_bootstrapped_over_images(tmp_path):

@@ -19,12 +19,13 @@ from repr_det.report.run import read_metrics, read_run
 from tests.browser import Browser, needs_chromium
 from tests.classification.settings import register_corners, small_cfg
 from tests.report.folders import (
+    HALF,
     detections,
+    squares,
     write_detection_run,
     write_metrics,
     write_run,
 )
-from tests.report.test_compare import HALF, squares
 
 
 def text_of(page) -> str:
