@@ -63,7 +63,12 @@ def add_config_file(
 
 def add_overrides(parser: argparse._ActionsContainer) -> None:
     """Add the trailing ``KEY VALUE`` pairs as ``opts``, Detectron2's name for them."""
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="overrides of the config")
+    parser.add_argument(
+        "opts",
+        nargs="*",
+        metavar="KEY VALUE",
+        help="values for config keys, at the end of the line",
+    )
 
 
 def add_json(parser: argparse._ActionsContainer, content: str) -> None:
@@ -100,7 +105,7 @@ def add_num_images(parser: argparse._ActionsContainer) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="number of held-out images to run networks on",
+        help="number of held-out images that networks are run on",
     )
     add_renamed(parser, "--images", "--num-images", "num_images", type=int)
 
@@ -152,12 +157,12 @@ def add_arms(parser: argparse._ActionsContainer, what: str) -> None:
         action="append",
         default=[],
         metavar=("NAME", what),
-        help="an arm and its seeds; repeat for each arm",
+        help=f"name of an arm and each {what} of it, one for each seed; repeat for each arm",
     )
     parser.add_argument(
         "--baseline",
         metavar="NAME",
-        help="the arm that others are compared with; by default the first",
+        help="the arm that others are compared with (default: the first)",
     )
 
 

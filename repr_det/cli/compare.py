@@ -5,17 +5,19 @@ r"""Compare detectors on one COCO-format annotation file, with confidence interv
   repr-det compare annotations.json --arm standard output/standard_* --arm N-1 output/n1_* \
       --arm N-5 output/n5_* --baseline standard
 
-An arm is one results file or run folder, or several (seeds), whose mean is compared. Each arm is
-compared with the baseline by a paired bootstrap over images: all arms are seen on the same
-resamples. The intervals say how far a difference depends on the images; runs are not resampled.
-With several comparisons each interval is wider, so that all of one metric hold together with 95 %
-(Bonferroni). The table has AP by class, the JSON every metric by class; both are in per cent.
+An arm is one results file or run folder, or several: one for each seed, whose mean is compared.
+Each arm is compared with the baseline by a paired bootstrap over images. All arms are evaluated on
+the same resamples. An interval says how much a difference depends on the images, not on the seeds.
+With three arms or more the intervals are wider, so that all intervals of one metric hold together
+with 95 % (Bonferroni). The tables show AP by class, and --json writes every metric by class. Both
+are in per cent.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results",
         nargs="*",
-        metavar="RESULTS[,MORE]",
+        metavar="RESULTS",
         help="two arms, the baseline first: results files or run folders",
     )
     add_arms(parser, "RESULTS")
     parser.add_argument(
         "--iou-type",
         choices=("bbox", "segm"),
-        help="boxes or masks alone; by default what all results hold",
+        help="compare only boxes or only masks (default: all that every result holds)",
     )
     parser.add_argument(
         "--resamples", type=int, default=1000, metavar="N", help="resamples of the images"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the resamples")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the resamples")
     add_json(parser, "every metric by class")
 
 
@@ -51,6 +53,12 @@ def _arms(args: argparse.Namespace) -> dict[str, list[str]]:
     if bool(named) == bool(args.results) or (args.results and len(args.results) != 2):
         raise UserError("Set two results, or --arm NAME RESULTS... for each arm.")
     if args.results:
+        for side in args.results:
+            if "," in side:
+                print(
+                    f"repr-det compare: {side} will be refused in 0.3. Use --arm NAME RESULTS...",
+                    file=sys.stderr,
+                )
         first, second = (side.split(",") for side in args.results)
         return {"first": first, "second": second}
     if len(named) < 2:

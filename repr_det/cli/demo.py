@@ -3,9 +3,9 @@
   repr-det demo
   repr-det demo -o output/longer SOLVER.MAX_ITER 600 SOLVER.STEPS "(460, 550)" REPR.S1 80 REPR.S2 40
 
-It needs no data and no GPU, and takes about three minutes on two cores. The runs are in the folders
-standard and repr of the output folder, next to their report. If that folder holds a demo already, a
-folder with a number is made.
+It needs no data and no GPU, and takes about three minutes on two cores. The output folder then
+holds the runs, in standard and repr, and report.html. If it holds a demo already, a new folder with
+a number is made.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("output/demo"),
         metavar="FOLDER",
-        help="write runs and report to this folder",
+        help="write the runs and their report to this folder",
     )
     add_overrides(parser)
 

@@ -6,9 +6,9 @@
   repr-det eval --results results.json --annotations val.json
 
 A run is evaluated with its last checkpoint, on the test sets of its config. The config of any
-Detectron2 detector works, with RePr or without. Boxes are evaluated and, where there are any,
-masks, with at most 100 detections an image. Numbers are in per cent; a class without objects has
-none. To evaluate a classifier, run `repr-det train --eval-only`.
+Detectron2 detector works, with RePr or without. Boxes are evaluated, and masks where there are any,
+with at most 100 detections per image. Numbers are in per cent. A class without objects has no
+number. To evaluate a classifier, run `repr-det train --eval-only`.
 """
 
 from __future__ import annotations
@@ -45,13 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="in place of a model: COCO results, or a run that holds them",
     )
     data = parser.add_mutually_exclusive_group()
-    data.add_argument("--dataset", metavar="NAME", help="a registered dataset")
+    data.add_argument("--dataset", metavar="NAME", help="a registered dataset to test on")
     add_coco_data(data, "test")
     data.add_argument(
-        "--annotations", type=Path, metavar="JSON", help="annotation file for --results"
+        "--annotations", type=Path, metavar="JSON", help="annotation file of --results"
     )
     parser.add_argument(
-        "--iou-type", choices=("bbox", "segm"), help="boxes or masks only (default: what there is)"
+        "--iou-type",
+        choices=("bbox", "segm"),
+        help="evaluate only boxes or only masks (default: all there is)",
     )
     add_json(parser, "the metrics")
     parser.add_argument(

@@ -2,9 +2,9 @@
 
   repr-det export-backbone output/imagenet_resnet50 -o backbone.pth
 
-SOURCE is a classification run, a checkpoint of one, or plain torchvision weights, of a ResNet,
-ResNeXt or wide ResNet. The settings that the detector needs are written next to the weights, as
-backbone.yaml, and printed as overrides for `repr-det train`.
+SOURCE is a classification run, one of its checkpoints, or a file of torchvision's weights. The
+network is a ResNet, ResNeXt or wide ResNet. The settings that the detector needs are written next
+to the weights, as backbone.yaml, and printed as overrides for `repr-det train`.
 """
 
 from __future__ import annotations

@@ -6,10 +6,25 @@ r"""Draw one figure of a report as PNG or SVG, of runs or of any checkpoint.
       MODEL.WEIGHTS model.pth
   repr-det figure contributions output/repr -o contributions.png
 
-FIGURE is curves, classes, sizes, drops, times, overlap, overlap_over_time, overlap_by_layer, cca,
-svcca, cca_by_layer, similarity, contributions, filters or detections. The newest checkpoint of a
-run is used. contributions, the greedy oracle, runs the network once for every filter and batch, and
-keeps its result in the run's folder for the report.
+FIGURE is one of:
+  curves             loss and metrics over training
+  classes            AP by class
+  sizes              AP by object size
+  drops              which filters were dropped when
+  times              how often filters were dropped
+  overlap            filter overlap over training
+  overlap_over_time  filter overlap over training, by layer
+  overlap_by_layer   filter overlap by layer, before and after
+  cca                correlation of filters inside a layer
+  svcca              the same by SVCCA
+  cca_by_layer       correlation of filters, by layer
+  similarity         the networks of two arms, compared layer by layer
+  contributions      what each filter contributes (the greedy oracle)
+  filters            filters of the first layer
+  detections         images on which the arms differ most
+
+The last checkpoint of a run is used. `contributions` runs the network once for each filter and
+batch. It keeps its result in the run's folder, where the report finds it.
 """
 
 from __future__ import annotations
@@ -38,7 +53,7 @@ DETECTIONS = "detections"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command line."""
-    parser.add_argument("figure", metavar="FIGURE", help="see above")
+    parser.add_argument("figure", metavar="FIGURE", help="one of those above")
     parser.add_argument("runs", nargs="*", metavar="RUN", help="OUTPUT_DIR of a run")
     add_arms(parser, "RUN")
     add_config_file(

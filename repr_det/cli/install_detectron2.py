@@ -1,16 +1,16 @@
 """Install Detectron2 without a compiler, from a wheel on the package index.
 
 Detectron2 has no release on the index, and building it takes its repository, a compiler and a
-PyTorch that its set-up can import. If you have those, install it officially; this command then
-does nothing.
+PyTorch that its set-up can import. If you have those, install it the official way. Where Detectron2
+is installed, this command does nothing.
 
 Otherwise this command takes sal-detectron2, a wheel on the index that one person has uploaded. Its
 Python files are Detectron2's own as of 17 April 2024. The command checks the wheel against a pinned
 SHA-256, and changes three things before it installs it:
 
 * The compiled extension (for Python 3.10 only) and a stray top-level package `tools` are removed.
-  Rotated boxes, deformable convolution and the fast COCO evaluation are missing then. Faster and
-  Mask R-CNN with FPN need none of them.
+  So rotated boxes, deformable convolution and the fast COCO evaluation are missing. Faster and Mask
+  R-CNN with FPN need none of them.
 * The tag becomes py3-none-any, since only Python files are left.
 * The dependencies become those that Detectron2 needs. The wheel's own list has numpy<2 and black,
   which Detectron2 works without, and lacks fvcore and iopath.

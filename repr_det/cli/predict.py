@@ -5,11 +5,15 @@ r"""Run a detector on images, folders of images and videos.
   repr-det predict --config-file repr_faster_rcnn.yaml photos/ --json found.json \
       MODEL.WEIGHTS model_final.pth
 
-Pictures keep their names (small ones are enlarged); videos become .mp4. The JSON holds COCO
-results with file_name and, for videos, frame (from 0). Class names, class ids and image ids come
-from --annotations. Without it, they come from the registered dataset of the config, or classes are
-called as the run recorded, and numbered from 1. Hidden files in a folder are left alone. Images
-that cannot be read are skipped and named at the end, and the exit status is 1.
+Drawn pictures keep their file names, and videos become .mp4. Small pictures are enlarged. The JSON
+holds COCO results with file_name and, for videos, frame (from 0).
+
+Class names, class ids and image ids come from --annotations. Without it, they come from the
+config's dataset if that is registered. Otherwise the class names are those of the run, with ids
+from 1.
+
+Hidden files in a folder are skipped. Images that cannot be read are skipped and listed at the end.
+The exit status is then 1.
 """
 
 from __future__ import annotations
@@ -42,13 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.5,
         metavar="X",
-        help="leave out detections with a lower score",
+        help="leave out detections with a score below X",
     )
     parser.add_argument(
         "--annotations", type=Path, metavar="JSON", help="COCO-format file with the class names"
     )
     parser.add_argument(
-        "--batch-size", type=int, default=1, metavar="N", help="images in a forward pass"
+        "--batch-size", type=int, default=1, metavar="N", help="images in one forward pass"
     )
     add_renamed(
         *(parser, "--opts", "KEY VALUE at the end, without --opts", "old_opts"),

@@ -6,8 +6,8 @@ r"""Write one HTML page that shows what RePr did in a run, or how arms of runs d
       --arm N-5 output/n5_* --baseline standard
   repr-det report output/repr -o report.html --test-data my_val val.json images/
 
-A run may still be going. What it does not hold, the page says. Without --arm, runs without RePr are
-compared with runs with it.
+A run may still be training. The page says what a run does not hold. Without --arm, runs with RePr
+are compared with runs without it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1000,
         metavar="N",
-        help="resamples of the paired bootstrap, 0 for none",
+        help="resamples of the paired bootstrap; 0 for no interval",
     )
     add_data(parser)
 

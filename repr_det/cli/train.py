@@ -5,7 +5,7 @@
   repr-det train --config-file repr_faster_rcnn.yaml REPR.ENABLED False OUTPUT_DIR output/standard
   repr-det train --config-file repr_faster_rcnn.yaml --eval-only MODEL.WEIGHTS model_final.pth
 
-Processes that torchrun has started are joined: torchrun -m repr_det train ...
+With torchrun, its processes are used: torchrun --nproc-per-node 8 -m repr_det train ...
 """
 
 from __future__ import annotations
@@ -23,16 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="continue from the last checkpoint in OUTPUT_DIR"
     )
     parser.add_argument("--eval-only", action="store_true", help="evaluate without training")
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes a machine")
-    parser.add_argument("--num-machines", type=int, default=1, metavar="N", help="machines")
     parser.add_argument(
-        "--machine-rank", type=int, default=0, metavar="K", help="this machine's number"
+        "--num-gpus", type=int, default=1, metavar="N", help="processes on each machine, one a GPU"
+    )
+    parser.add_argument(
+        "--num-machines", type=int, default=1, metavar="N", help="number of machines"
+    )
+    parser.add_argument(
+        "--machine-rank", type=int, default=0, metavar="K", help="number of this machine, from 0"
     )
     parser.add_argument(
         "--dist-url",
         default="auto",
         metavar="URL",
-        help="where processes meet: tcp://HOST:PORT, or auto on one machine",
+        help="address where processes meet: tcp://HOST:PORT, or auto on one machine",
     )
     add_data(parser)
     add_overrides(parser)

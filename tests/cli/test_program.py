@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import repr_det
-from repr_det.cli import COMMANDS, build_parser, main, parse
+from repr_det.cli import COMMANDS, build_parser, figure, main, parse
+from repr_det.report.gallery import FIGURES
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {
@@ -124,6 +126,13 @@ class TestOldOptions:
                 "--opts",
                 "KEY VALUE at the end",
             ),
+            (["report", "run", "-o", "r.html", "--images", "8"], "--images", "--num-images"),
+            (["figure", "cca", "run", "-o", "c.png", "--images", "8"], "--images", "--num-images"),
+            (
+                ["figure", "cca", "--config", "c.yaml", "--weights", "w.pth", "-o", "c.png"],
+                "--weights",
+                "MODEL.WEIGHTS FILE at the end",
+            ),
         ],
     )
     def test_each_says_what_replaces_it(self, words, option, instead, capsys):
@@ -134,6 +143,11 @@ class TestOldOptions:
     def test_run_of_eval_is_the_positional_run(self, capsys):
         assert main(["eval", "--run", "nowhere", "SEED", "1"]) == 2
         assert "nowhere holds no run" in capsys.readouterr().err.splitlines()[-1]
+
+    def test_seeds_of_compare_joined_by_commas(self, tmp_path, capsys):
+        assert main(["compare", str(tmp_path / "val.json"), "a0.json,a1.json", "b.json"]) == 2
+        warned, refused = capsys.readouterr().err.splitlines()
+        assert "Use --arm NAME RESULTS..." in warned and "a0.json" in refused
 
     def test_target_of_export_backbone(self, tmp_path, capsys):
         target = tmp_path / "b.pth"
@@ -159,3 +173,8 @@ def test_every_argument_has_help():
     (commands,) = build_parser()._subparsers._group_actions
     for name, parser in commands.choices.items():
         assert all(action.help for action in parser._actions), name
+
+
+def test_help_of_figure_lists_every_figure():
+    listed = re.findall(r"^  (\w+)  +\w", figure.__doc__, re.MULTILINE)
+    assert listed == [*FIGURES, figure.DETECTIONS]
