@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from torch import nn
 
+from experiments.__main__ import main as experiments
 from repr_det.cli import COMMANDS, main, parse
 from repr_det.tasks import get_cfg
 from tests.detectors import overrides, shrink
@@ -54,6 +56,24 @@ def test_commands_on_your_own_data_do_their_work(path, tmp_path, monkeypatch):
     for name in ("standard", "repr"):
         assert (tmp_path / "output" / name / "model_final.pth").is_file()
     assert (tmp_path / "report.html").is_file()
+
+
+def test_results_page_is_what_the_records_say(tmp_path):
+    assert experiments(["--page", str(tmp_path / "page.md")]) == 0
+    assert (ROOT / "docs/results.md").read_text() == (tmp_path / "page.md").read_text()
+
+
+def test_results_in_the_readme_are_on_the_results_page():
+    """Every mean, gain and interval, and those of a row in one table there."""
+    text, page = (ROOT / "README.md").read_text(), (ROOT / "docs/results.md").read_text()
+    number = re.compile(r"(?<![\d.])[+-]?\d{1,2}\.\d\d\b(?: ± \d+\.\d\d| \[[^\]]*\])?")
+    assert set(number.findall(text.replace("Python 3.10", ""))) - set(number.findall(page)) == set()
+    rows = [line.split("|")[3:6] for line in text.splitlines() if " ± " in line]
+    assert len(rows) >= 6
+    for cells in rows:
+        standard, *of_repr = (number.search(cell)[0] for cell in cells)
+        row = next(line for line in page.splitlines() if all(n in line for n in of_repr))
+        assert standard in page.partition(row)[0].rpartition("\n## ")[2]
 
 
 class TestCodeOfTheReadme:
