@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-# The networks of the tests are small: more threads would only wait for each other.
+# The networks of the tests are small: more threads would only wait for each other, also those of
+# the programs that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -51,15 +51,6 @@ def test_nothing_to_evaluate():
         evaluate([])
 
 
-def test_processes_are_added_up(monkeypatch):
-    monkeypatch.setattr(
-        "repr_det.classification.evaluator.comm.gather", lambda mine: [mine, [0.0, 1.0, 5.0, 3.0]]
-    )
-    result = evaluate([({"label": torch.tensor([0])}, torch.tensor([[9.0, 0, 0, 0, 0, 0]]))])
-    assert result["top1"] == pytest.approx(25)
-    assert result["top5"] == pytest.approx(50)
-
-
 def test_reset_forgets():
     evaluator = AccuracyEvaluator()
     evaluator.reset()

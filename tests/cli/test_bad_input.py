@@ -30,7 +30,7 @@ from tests.cli.programs import program
 from tests.coco_damage import SIZES, damaged, damages, meant, sound, sound_results
 from tests.coco_files import direct
 from tests.detectors import shrink
-from tests.tools.loading import ROOT
+from tests.documents import ROOT
 
 NAME = "bad_input"
 DOCS = ROOT / "docs" / "reliability.md"

@@ -8,8 +8,8 @@ import pytest
 
 from experiments import __main__ as program
 from experiments import runs
+from tests.experiments.loading import load_tool
 from tests.experiments.settings import small_table, squeezed
-from tests.tools.loading import load_tool
 
 
 @pytest.fixture
