@@ -49,14 +49,10 @@ def _timm(name: str, size: int = 224, count: int = 2, **options: Any) -> Built:
     return _classifier(timm.create_model(name, **options), size, count)
 
 
-def _detectron2(path: str, size: int = 128) -> Built:
-    from detectron2 import model_zoo
-    from detectron2.modeling import build_model
+def _detector(model: nn.Module, size: int = 128) -> Built:
     from detectron2.structures import Boxes, Instances, PolygonMasks
     from detectron2.utils.events import EventStorage
 
-    cfg = model_zoo.get_config(path)
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
     square = [10.0, 10.0, 60.0, 10.0, 60.0, 70.0, 10.0, 70.0]
     batch = []
     for _ in range(2):
@@ -71,7 +67,48 @@ def _detectron2(path: str, size: int = 128) -> Built:
         with EventStorage():
             return sum(model(batch).values())
 
-    return build_model(cfg), loss
+    return model, loss
+
+
+def _yaml(path: str) -> Built:
+    """A model of Detectron2's YAML files."""
+    from detectron2 import model_zoo
+    from detectron2.modeling import build_model
+
+    cfg = model_zoo.get_config(path)
+    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    return _detector(build_model(cfg))
+
+
+def _lazy(bottom_up: str) -> Built:
+    """Mask R-CNN of Detectron2's LazyConfigs on ViTDet-B, or on an FPN of a Swin-T or MViTv2-T.
+
+    The last two are not in its package. Their numbers are those of its ``projects/MViTv2``.
+    """
+    from detectron2 import model_zoo
+    from detectron2.config import LazyCall, instantiate
+    from detectron2.modeling import FPN, MViT, SwinTransformer
+
+    name = "mask_rcnn_vitdet" if bottom_up == "ViT" else "mask_rcnn_fpn"
+    cfg = model_zoo.get_config(f"common/models/{name}.py").model
+    if bottom_up == "ViT":
+        cfg.backbone.square_pad = 128
+        cfg.backbone.net.img_size = 128
+        return _detector(instantiate(cfg))
+    if bottom_up == "Swin":
+        heads = [3, 6, 12, 24]
+        body = LazyCall(SwinTransformer)(
+            depths=[2, 2, 6, 2], drop_path_rate=0.2, embed_dim=96, num_heads=heads
+        )
+        features = ("p0", "p1", "p2", "p3")
+    else:
+        body = LazyCall(MViT)(depth=10, last_block_indexes=(0, 2, 7, 9), drop_path_rate=0.2)
+        features = ("scale2", "scale3", "scale4", "scale5")
+    top = cfg.backbone.top_block
+    cfg.backbone = LazyCall(FPN)(
+        bottom_up=body, in_features=features, out_channels=256, square_pad=128, top_block=top
+    )
+    return _detector(instantiate(cfg))
 
 
 MODELS: dict[str, Callable[[], Built]] = {
@@ -87,10 +124,13 @@ MODELS: dict[str, Callable[[], Built]] = {
     "timm maxvit_tiny": lambda: _timm("maxvit_rmlp_pico_rw_256", 256),
     "timm mixer_s32": lambda: _timm("mixer_s32_224"),
     "timm eva02_tiny (SwiGLU)": lambda: _timm("eva02_tiny_patch14_224"),
-    "Faster R-CNN R50-FPN": lambda: _detectron2("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
-    "Mask R-CNN R50-FPN": lambda: _detectron2(
+    "Faster R-CNN R50-FPN": lambda: _yaml("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"),
+    "Mask R-CNN R50-FPN": lambda: _yaml(
         "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml"),
-    "Cascade R-CNN R50-FPN": lambda: _detectron2("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"),
+    "Cascade R-CNN R50-FPN": lambda: _yaml("Misc/cascade_mask_rcnn_R_50_FPN_1x.yaml"),
+    "ViTDet-B": lambda: _lazy("ViT"),
+    "Mask R-CNN Swin-T": lambda: _lazy("Swin"),
+    "Mask R-CNN MViTv2-T": lambda: _lazy("MViT"),
 }  # fmt: skip
 
 STEPS: dict[str, Callable[[], Built]] = {
@@ -129,6 +169,9 @@ def describe(build: Callable[[], Built]) -> dict[str, Any]:
     method = _method(model, loss, linear=True)
     built = time.perf_counter() - start
     units = [layer for layer in method.layers if layer.name in method.graph.linears]
+    step = _stepper(model, loss, method.optimizer)
+    step()
+    plain = [step(), step()]
     start = time.perf_counter()
     method.step(1)
     dropped = time.perf_counter() - start
@@ -138,7 +181,9 @@ def describe(build: Callable[[], Built]) -> dict[str, Any]:
     start = time.perf_counter()
     method.step(2)
     returned = time.perf_counter() - start
+    seconds = statistics.median([*plain, step()])
     return {
+        "threads": torch.get_num_threads(),
         "filters": sum(layer.num_filters for layer in method.layers),
         "linear units": sum(layer.num_filters for layer in units),
         "linear layers": f"{len(units)} of {len(method.graph.linears)}",
@@ -146,9 +191,27 @@ def describe(build: Callable[[], Built]) -> dict[str, Any]:
         "share of weights after": _share(method, model),
         "share of pruned filters removable": round(share, 3),
         "seconds to build": round(built, 1),
+        "seconds of a step": round(seconds, 2),
         "seconds of a drop": round(dropped, 2),
         "seconds of a return": round(returned, 2),
+        "drop in steps": round(dropped / seconds, 1),
+        "return in steps": round(returned / seconds, 1),
     }
+
+
+def _stepper(
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], trainer: torch.optim.Optimizer
+) -> Callable[[], float]:
+    """What takes a training step and returns its seconds."""
+
+    def step() -> float:
+        start = time.perf_counter()
+        trainer.zero_grad()
+        loss(model).backward()
+        trainer.step()
+        return time.perf_counter() - start
+
+    return step
 
 
 def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
@@ -157,16 +220,9 @@ def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
     model, loss = build()
     model.train()
     method = _method(model, loss, linear=True, cycles=rounds)
-    trainer = method.optimizer
+    step = _stepper(model, loss, method.optimizer)
     compact = Compact(method)
     seconds: dict[str, list[float]] = {"plain": [], "masked": [], "smaller": []}
-
-    def step() -> float:
-        start = time.perf_counter()
-        trainer.zero_grad()
-        loss(model).backward()
-        trainer.step()
-        return time.perf_counter() - start
 
     def timed(kind: str) -> None:
         step()
@@ -187,6 +243,7 @@ def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
         for kind in ("masked", "smaller")
     }
     return {
+        "threads": torch.get_num_threads(),
         "plain step in seconds": round(statistics.median(plain), 3),
         **{f"{kind} / plain": round(statistics.median(r), 3) for kind, r in found.items()},
         "turns": {kind: [round(x, 3) for x in r] for kind, r in found.items()},
@@ -204,7 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="write linear.json")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     chosen, measure = (MODELS, describe) if options.what == "models" else (STEPS, ratios)
     for name, build in chosen.items():
         if options.names and not any(part in name for part in options.names):

@@ -82,6 +82,10 @@ _SHORTEST = {torch.float32: 3e-6, torch.float64: 1e-7}
 """Unit filters are dependent where a combination of them (a unit vector of factors) is no longer
 than this: rounding alone makes it so long. New filters may overlap with it by as much."""
 
+_STURDY = 1e-3
+"""Where no combination is shorter, a Cholesky decomposition makes a basis. It is orthonormal up to
+about 1e-8. Projected twice, new filters are orthogonal up to the square of that."""
+
 _ALIKE = 1e-4
 """Filters cover two directions alike where their singular values differ by no more than this."""
 
@@ -160,12 +164,12 @@ def _span(rows: Tensor, room: int, shortest: float) -> tuple[Tensor, Tensor]:
     """
     rows = rows[rows.any(dim=1)]
     if len(rows) <= room:
-        factor, triangle = torch.linalg.qr(rows.T)
+        triangle, failed = torch.linalg.cholesky_ex(rows @ rows.T)
         eye = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-        inverse = torch.linalg.solve_triangular(triangle, eye, upper=True)
-        # 1 / norm is a lower bound of the singular values. NaN where the triangle is singular.
-        if torch.linalg.matrix_norm(inverse) < 1 / shortest:
-            return factor, rows.new_empty(0)
+        inverse = torch.linalg.solve_triangular(triangle, eye, upper=False)
+        # 1 / norm is a lower bound of the singular values.
+        if not failed and torch.linalg.matrix_norm(inverse) < 1 / _STURDY:
+            return (inverse @ rows).T, rows.new_empty(0)
     wide = len(rows) < rows.shape[1]
     squares, vectors = torch.linalg.eigh(rows @ rows.T if wide else rows.T @ rows)
     lengths = squares.clamp(min=0).sqrt()
