@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,25 +24,26 @@ class Example(NamedTuple):
     kind: tuple[str, int]
 
 
-def examples(
-    model: nn.Module, convs: Sequence[nn.Module], seen: torch.Size | None
-) -> Iterator[Example]:
+def examples(model: nn.Module, first: nn.Module, seen: torch.Size | None) -> Iterator[Example]:
     """Ways to run an unknown model, the likeliest first.
 
     Args:
         model: the model.
-        convs: its convs.
-        seen: shape of what its first conv read when it ran on a batch.
+        first: its first conv, or its first linear layer where it has no conv.
+        seen: shape of what that conv read when the model ran on a batch.
     """
-    first = convs[0]
     device, dtype = first.weight.device, first.weight.dtype
-    spatial = first.weight.dim() - 2
+    is_linear = isinstance(first, nn.Linear)
+    spatial = 2 if is_linear else first.weight.dim() - 2
     is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
-    # The first conv in the order of modules need not be the one that reads the image.
-    widths = list(dict.fromkeys([3, first.in_channels, 1]))
+    # The first layer in the order of modules need not be the one that reads the image.
+    read = first.in_features if is_linear else first.in_channels
+    widths = list(dict.fromkeys([3, read, 1]))
     shapes = [(size,) * spatial for size in _IMAGE_SIZES]
     if is_detector:
         del shapes[1:]  # takes any size
+    elif is_linear:
+        shapes.insert(0, ())  # rows of features
     elif seen is not None and len(seen) == spatial + 2:
         widths, shapes = [seen[1]], [tuple(seen[2:])]
     for shape, width in itertools.product(shapes, widths):

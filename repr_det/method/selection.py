@@ -87,7 +87,8 @@ def select_layers(
     trainable = [n for n in names if id(layers[n].weight) in trained]
     kind = "conv or linear" if linear or not {*names} <= {*convs} else "conv"
     if not trainable:
-        raise UserError(f"RePr found no filters to drop: {_why_none(layers, names)}")
+        why = _why_none(layers, names, visible, linear)
+        raise UserError(f"RePr found no filters to drop: {why}")
     comparable = [
         n for n in trainable if num_filters(layers[n]) // getattr(layers[n], "groups", 1) > 1
     ]
@@ -99,15 +100,24 @@ def select_layers(
     return comparable
 
 
-def _why_none(layers: dict[str, nn.Module], names: list[str]) -> str:
+def _why_none(
+    layers: Mapping[str, nn.Module], names: list[str], visible: Mapping[str, str], linear: bool
+) -> str:
     """Why none of the selected layers (``names``) trains, and what to set."""
     if not names:
-        convs = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
-        return (
-            f"of the {len(convs)} conv layers, all read the image, predict, are gates or match no "
-            f"pattern, and no hidden linear layer was chosen. Change INCLUDE/EXCLUDE, set "
-            f"REPR.LINEAR to True (linear=True), or train a model with more layers."
-        )
+        convs = sum(not isinstance(layer, nn.Linear) for layer in layers.values())
+        why = f"of the {convs} conv layers, all read the image, predict, are gates or match no "
+        why = f"{why}pattern" if convs else "the model has no conv layer"
+        if not linear:
+            return (
+                f"{why}, and linear layers take part only where they are chosen. Change "
+                f"INCLUDE/EXCLUDE, set REPR.LINEAR to True (linear=True), or train a model with "
+                f"more layers."
+            )
+        if visible:
+            largest = max(visible, key=lambda name: layers[name].weight.numel())
+            why += f", and no linear layer has hidden units: of {largest}, {visible[largest]}"
+        return f"{why}. Change INCLUDE/EXCLUDE, or train a model with more layers."
     weights = [layers[name].weight for name in names]
     if any(not isinstance(weight, nn.Parameter) for weight in weights):
         return (
@@ -167,7 +177,8 @@ def _check_patterns(
                 continue
             found = [name for name in linears if matches(name, [pattern])]
             if not found:
-                some = ", ".join(list(convs)[:: max(1, len(convs) // 5)][:6])
+                known = list(convs or linears)
+                some = ", ".join(known[:: max(1, len(known) // 5)][:6])
                 raise UserError(
                     f"RePr {key} pattern {pattern!r} matches no conv or linear layer; "
                     f"names that exist are, for example: {some}."

@@ -554,14 +554,14 @@ def _is_plain_linear(module: nn.Module) -> bool:
 
 
 def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGraph:
-    """Follow the channels of every conv through a model.
+    """Follow the channels of every conv and linear layer through a model.
 
     The model runs without gradients: on a training batch in training mode, then on an example image
     in evaluation mode (which may use other parts). Without a batch, an example image is followed in
     both modes. The model and the random state are as before afterwards.
 
     Args:
-        model: any module with convs; wrappers are looked through.
+        model: any module with conv or linear layers; wrappers are looked through.
         batch: runs the model on a training batch.
 
     Returns:
@@ -569,7 +569,7 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
         zeros at zero has unknown sources from there on.
 
     Raises:
-        UserError: the model has no conv, or could not be run on an example image.
+        UserError: the model has no conv or linear layer, or could not be run on an example image.
         RuntimeError: it could not be run on the batch, either.
     """
     model = unwrap(model)
@@ -578,8 +578,11 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
             "RePr cannot look into modules that torch.jit has compiled. Pass the model itself."
         )
     tracer = _Tracer(model)
-    if not tracer.convs:
-        raise UserError(f"RePr needs convolutions, but {type(model).__name__} has none.")
+    if not tracer.convs and not tracer.linears:
+        raise UserError(
+            f"RePr needs conv or linear layers, but {type(model).__name__} has none. Use another "
+            f"model."
+        )
     example = _run(tracer, model, batch)
     graph = _graph(tracer)
     graph.example = example.run if example else None
@@ -601,7 +604,8 @@ def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> 
     trained = batch is not None and worked(batch, True)
     found: Example | None = None
     seen = next(iter(tracer.found.shapes.values()), None)
-    for example in examples(model, list(tracer.convs.values()), seen if trained else None):
+    layer = next(iter((tracer.convs or tracer.linears).values()))
+    for example in examples(model, layer, seen if trained else None):
         if found is not None and example.kind != found.kind:
             continue
         if found is None and worked(example.run, False):
@@ -633,7 +637,8 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
     found = tracer.found
     convs = {name: conv for name, conv in tracer.convs.items() if name in found.ran}
     heads = convs.keys() - found.read
-    linears = {name: layer for name, layer in tracer.linears.items() if name in found.ran}
+    used = found.ran | found.irregular  # attention uses its projection's weight without calling it
+    linears = {name: layer for name, layer in tracer.linears.items() if name in used}
     layers = {**convs, **linears}
     not_run = _not_run(tracer)
     several = found.irregular | tracer.shared.keys()

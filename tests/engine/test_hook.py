@@ -185,6 +185,41 @@ class Norms(nn.Sequential):
         return {"loss": self[0](batch).square().mean()}
 
 
+class Wide(nn.Module):
+    """Most weights are in two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net("chain", torch.float32)[:11]
+        self.hidden = nn.Sequential(nn.Linear(32, 400), nn.ReLU(), nn.Linear(400, 400), nn.ReLU())
+        self.head = nn.Linear(400, 2)
+
+    def forward(self, batch):
+        return {"loss": self.head(self.hidden(self.body(batch).flatten(1))).square().mean()}
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_where_little_takes_part_the_log_names_the_switch(caplog, linear):
+    caplog.set_level(logging.INFO)
+    model = Wide()
+    trainer = SimpleTrainer(model, [torch.randn(4, 3, 8, 8)], torch.optim.SGD(model.parameters()))
+    trainer.register_hooks([RePrHook(SCHEDULE, linear=linear), Stop()])
+    with pytest.raises(StoppedError):
+        trainer.train(0, 10)
+    lines = [line for line in caplog.messages if "trainable weights" in line]
+    if linear:
+        assert not lines
+        return
+    total = sum(p.numel() for p in model.parameters())
+    convs = 2 * 8 * 8 * 9
+    hidden = 32 * 400 + 400 * 400
+    assert lines == [
+        f"RePr: the layers that take part hold {convs / total:.1%} of the trainable weights. "
+        f"Linear layers with hidden units hold {hidden / total:.1%} more. Set REPR.LINEAR to "
+        f"True, in code linear=True, so that they take part."
+    ]
+
+
 def test_weights_loaded_before_the_hook_are_seen_by_their_norms(warned):
     for pretrained in (False, True):
         model = Norms()

@@ -162,7 +162,9 @@ def smaller(model: nn.Module, run: Callable[[nn.Module], object]) -> nn.Module:
             if isinstance(module, nn.ConvTranspose2d):
                 weight = weight.transpose(0, 1)
             new = SmallerConv(module, weight.flatten(1).abs().amax(1) != 0, ~silent[name])
-        elif isinstance(module, nn.Linear):
+        elif (
+            isinstance(module, nn.Linear) and name in silent
+        ):  # else another module uses its weight
             new = SmallerLinear(module, module.weight.detach().abs().amax(1) != 0, ~silent[name])
         elif getattr(module, "running_mean", None) is not None:
             if module.weight is None:

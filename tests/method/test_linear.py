@@ -62,12 +62,36 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.patches(x).flatten(2).transpose(1, 2) + self.places
-        q, k, v = self.packed(self.norm1(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
-        heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.dropout(self.project(heads))
+        x = x + self.dropout(self.attend(self.norm1(x)))
         hidden = self.dropout(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
         x = x + self.dropout(self.fc2(hidden))
         return self.head(self.norm3(x).mean(1))
+
+    def attend(self, x: Tensor) -> Tensor:
+        q, k, v = self.packed(x).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        return self.project(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Multihead(Transformer):
+    """The same with torch's attention, which uses weights of its own and of a linear layer."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__(dropout)
+        del self.packed, self.project
+        self.attention = nn.MultiheadAttention(8, 2, bias=False, batch_first=True)
+
+    def attend(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Perceptron(nn.Sequential):
+    """A network without a conv."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__(
+            nn.Flatten(), nn.Linear(192, 10), nn.GELU(), nn.Linear(10, 14), nn.SiLU(),
+            nn.Dropout(dropout), nn.Linear(14, 12), nn.SiLU(), nn.Linear(12, 2),
+        )  # fmt: skip
 
 
 class ConvNeXtBlock(nn.Module):
@@ -121,10 +145,15 @@ class BoxHead(nn.Module):
         return self.scores(x) + self.boxes(x).unflatten(1, (2, 4)).square().mean(-1)
 
 
-NETS = {"mlp": Mlp, "transformer": Transformer, "convnext": ConvNeXt, "box": BoxHead}
+NETS = {
+    "mlp": Mlp, "transformer": Transformer, "multihead": Multihead, "perceptron": Perceptron,
+    "convnext": ConvNeXt, "box": BoxHead,
+}  # fmt: skip
 TAKE_PART = {
     "mlp": ["fc1", "fc2"],
     "transformer": ["fc1"],
+    "multihead": ["fc1"],
+    "perceptron": ["3", "6"],
     "convnext": ["stages.1", "stages.0.fc1", "stages.2.fc1"],
     "box": ["body.2", "fc1", "fc2"],
 }
@@ -348,26 +377,29 @@ def test_previous_units_return_as_they_were():
         assert torch.equal(value, before[key])
 
 
-def test_resumed_run_ends_with_the_same_bits():
-    ends = []
-    for stop in (None, WARM_UP + 2):
-        model = net("transformer")
+@pytest.mark.parametrize("name", ["transformer", "perceptron"])
+def test_run_resumed_in_any_phase_ends_with_the_same_bits(name):
+    def made():
+        model = net(name)
         trainer = OPTIMIZERS["adamw"](model.parameters())
-        method = method_of(model, trainer)
+        return model, trainer, method_of(model, trainer)
+
+    ends = []
+    for stop in (None, 2, WARM_UP + 2, WARM_UP + STEPS + 1):
+        three = made()
         for i in range(WARM_UP + STEPS + 3):
             if i == stop:
                 file = io.BytesIO()
-                torch.save([x.state_dict() for x in (model, trainer, method)], file)
+                torch.save([x.state_dict() for x in three], file)
                 file.seek(0)
-                model = net("transformer")
-                trainer = OPTIMIZERS["adamw"](model.parameters())
-                method = method_of(model, trainer)
-                for x, state in zip((model, trainer, method), torch.load(file), strict=True):
+                three = made()
+                for x, state in zip(three, torch.load(file), strict=True):
                     x.load_state_dict(state)
-            method.step(i)
-            train_step(model, trainer, i)
-        ends.append(model.state_dict())
-    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+            three[2].step(i)
+            train_step(*three[:2], i)
+        ends.append(three[0].state_dict())
+    for end in ends[1:]:
+        assert all(torch.equal(ends[0][key], end[key]) for key in end)
 
 
 def test_resuming_needs_the_same_choice():
@@ -407,10 +439,11 @@ def test_pattern_that_names_linear_layers_brings_them_in():
         ("transformer", "project", "its units go into aten::add"),
         ("box", "scores", "its units go into aten::add"),
         ("mlp", "head", "its units go into the output of the model"),
+        ("multihead", "attention", "its weight is used elsewhere"),
     ],
 )
 def test_layer_whose_units_are_seen_is_refused(name, pattern, reason):
-    with pytest.raises(UserError, match=f"{pattern} cannot take part, {reason}"):
+    with pytest.raises(UserError, match=f"{pattern}.* cannot take part, {reason}"):
         method_of(net(name), include=[pattern])
 
 
@@ -434,6 +467,10 @@ class Gated(nn.Module):
     def packed_swiglu(self, x):
         a, b = self.packed(x).chunk(2, -1)
         return F.silu(a) * b
+
+    def quick_gelu(self, x):
+        x = self.up(x)
+        return x * torch.sigmoid(1.702 * x)
 
     def glu(self, x):
         return F.glu(self.packed(x), -1)
@@ -479,6 +516,56 @@ def test_only_units_that_stay_zero_take_part(form, expected):
     model(batch(0)[0])
     gone = method.pruned["up"]
     assert not seen[-1][..., gone].any() and seen[-1][..., ~gone].any()
+
+
+def test_packed_halves_are_left_out_with_a_reason():
+    """A unit of either half silences a product, and a filter has one way to be zero here."""
+    reason = "no linear layer has hidden units: of packed, its units go into aten::mul"
+    with pytest.raises(UserError, match=reason):
+        names(Gated("packed_swiglu"))
+    with pytest.raises(UserError, match=r"aten::sigmoid"):
+        names(Gated("quick_gelu"))
+
+
+def test_network_without_convs_needs_linear_layers():
+    assert names(net("perceptron"), linear=False, include=["3"]) == ["3"]
+    with pytest.raises(UserError, match=r"no conv layer, and linear .* Set|set REPR.LINEAR"):
+        names(net("perceptron"), linear=False)
+    with pytest.raises(UserError, match="names that exist are, for example: 1, 3"):
+        names(net("perceptron"), include=["fc"])
+
+
+class Encoder(nn.Module):
+    """torch's own encoder, which evaluates a block in one fused operation."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        block = nn.TransformerEncoderLayer(8, 2, 16, 0.0, activation, batch_first=True)
+        self.blocks = nn.TransformerEncoder(block, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_torchs_encoder_evaluates_alike_with_units_removed(activation):
+    torch.manual_seed(0)
+    model = Encoder(activation).double()
+    method = method_of(model, batches=lambda: iter([batch(0)]))
+    assert [layer.name for layer in method.layers] == [f"blocks.layers.{i}.linear1" for i in (0, 1)]
+    method.step(WARM_UP)
+    model.eval()
+    held = [model(batch(0)[0])]
+    with torch.no_grad():
+        held.append(model(batch(0)[0]))  # fused
+    compact = Compact(method)
+    assert compact.shrink().removed == method.num_pruned > 1
+    with torch.no_grad():
+        removed = model.eval()(batch(0)[0])
+    for output in held:
+        torch.testing.assert_close(output, removed, rtol=1e-10, atol=1e-10)
 
 
 def test_hook_that_changes_what_a_layer_returns_is_seen():

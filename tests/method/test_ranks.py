@@ -152,3 +152,41 @@ def change_phase_in_a_group_of_its_own(rank):
 
 def test_only_ranks_of_the_models_group_take_part(tmp_path):
     assert in_two_processes(change_phase_in_a_group_of_its_own, tmp_path)[0] == {"changes": 2}
+
+
+class Perceptron(nn.Sequential):
+    """Hidden units after a conv."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 8), nn.Flatten(), nn.Linear(8, 20), nn.GELU(), nn.Linear(20, 16),
+            nn.GELU(), nn.Linear(16, 5),
+        )  # fmt: skip
+
+
+def train_with_linear_layers(rank):
+    torch.manual_seed(0)
+    model = DistributedDataParallel(Perceptron())
+    trainer = torch.optim.AdamW(model.parameters(), 0.01)
+    batches = [batch(10 * rank + i, torch.float32) for i in range(2)]
+    method = RePr(
+        model, trainer, RePrSchedule(3, 3, 2), linear=True, criterion="activations",
+        batches=lambda: iter(batches), loss=loss,
+    )  # fmt: skip
+    dropped = []
+    for i in range(13):
+        method.step(i)
+        dropped.append(method.pruned)
+        trainer.zero_grad()
+        loss(model, batches[i % 2]).backward()
+        trainer.step()
+    return {"dropped": dropped, "weights": model.module.state_dict()}
+
+
+def test_ranks_drop_and_return_the_same_hidden_units(tmp_path):
+    first, second = in_two_processes(train_with_linear_layers, tmp_path)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert first["dropped"][3].keys() == {"2", "4"}
+    assert all(
+        masks["4"].any() == (i in (3, 4, 5, 9, 10, 11)) for i, masks in enumerate(first["dropped"])
+    )

@@ -614,9 +614,9 @@ def test_model_that_cannot_be_run_is_told():
     assert silent(trace(model, lambda: model(pair)), {"first": [1]}) == {"second": [1]}
 
 
-def test_model_without_convs_is_told():
-    with pytest.raises(ValueError, match="needs convolutions, but Linear has none"):
-        trace(nn.Linear(3, 3))
+def test_model_without_layers_is_told():
+    with pytest.raises(ValueError, match="needs conv or linear layers, but LayerNorm has none"):
+        trace(nn.LayerNorm(3))
 
 
 def test_training_mode_that_fails_leaves_what_evaluation_showed():
