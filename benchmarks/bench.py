@@ -5,8 +5,8 @@
     python benchmarks/bench.py quick
 
 Times are ratios of steps that ran one after the other in one process; see networks.py, speed.py
-and ranking.py. The full size writes benchmarks/speed.json, part by part and by device, so it may be
-stopped; `make docs` makes tables of it. The quick one prints its tables.
+and ranking.py. The full size writes benchmarks/speed.json, part by part, by device and version, so
+it may be stopped; `make docs` makes tables of it. The quick one prints its tables.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import speed
 from networks import NETWORKS, PHASES
 from tabulate import tabulate
 
+from repr_det import __version__
 from repr_det.engine.environment import environment
 
 HERE = Path(__file__).resolve().parent
@@ -206,7 +207,7 @@ def main() -> None:
     keep = args.size == FULL
     records = json.loads(RESULT.read_text()) if keep and RESULT.exists() else {}
     about = environment(ranking.DEVICE)
-    record = records.setdefault(about["device"], {})
+    record = records.setdefault(f"{about['device']}; repr_det {__version__}", {})
     record["environment"] = about
     for part, named in chosen.items():
         for name, measure in named.items():

@@ -55,7 +55,7 @@ NETWORKS = {
 _X101 = ("MODEL.RESNETS.DEPTH", 101, "MODEL.RESNETS.NUM_GROUPS", 32,
          "MODEL.RESNETS.WIDTH_PER_GROUP", 8, "MODEL.RESNETS.STRIDE_IN_1X1", False)  # fmt: skip
 PHASES = {name: NETWORKS[name] for name in ("resnet50", "demo", "faster_rcnn")} | {
-    "x101": Network("X101-32x8d-FPN, 320 px", "repr_faster_rcnn.yaml", 1, (320, 427), _X101)
+    "x101": Network("X101-32x8d-FPN, 800 px", "repr_faster_rcnn.yaml", 1, (800, 1067), _X101)
 }
 """Those whose drops and returns are counted in steps."""
 

@@ -94,9 +94,7 @@ def performance() -> str:
     from bench import tables
 
     records = json.loads((benchmarks / "speed.json").read_text())
-    parts = [
-        f"## {record['environment']['device']}\n\n{tables(record)}" for record in records.values()
-    ]
+    parts = [f"## {device}\n\n{tables(record)}" for device, record in records.items()]
     return "\n\n".join(parts)
 
 
