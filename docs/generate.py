@@ -98,8 +98,31 @@ def performance() -> str:
     return "\n\n".join(parts)
 
 
+def linear() -> str:
+    """The tables of ``benchmarks/linear.json``."""
+    record = json.loads((Path(__file__).parents[1] / "benchmarks/linear.json").read_text())
+    columns = {
+        "share of weights before": "share of weights, convs alone",
+        "share of weights after": "with linear layers",
+        "filters": "filters",
+        "linear units": "of them linear units",
+        "linear layers": "linear layers",
+        "share of pruned filters removable": "share of dropped filters that can be removed",
+        "drop in steps": "drop in steps",
+        "return in steps": "return in steps",
+    }
+    lines = [f"| model | {' | '.join(columns.values())} |", "|---" * (1 + len(columns)) + "|"]
+    for model, row in record["models"].items():
+        cells = [str(row.get(key, "")) for key in columns]
+        lines.append(f"| {model} | {' | '.join(cells) if 'failed' not in row else row['failed']} |")
+    lines += ["", "| model | masked / standard step | removed / standard step |", "|---|---|---|"]
+    for model, row in record["steps"].items():
+        lines.append(f"| {model} | {row['masked / plain']} | {row['smaller / plain']} |")
+    return "\n".join(lines)
+
+
 def write(folder: Path) -> None:
     """Write each page into a folder, under its function's name."""
     folder.mkdir(exist_ok=True)
-    for function in (configuration, command_line, performance):
+    for function in (configuration, command_line, performance, linear):
         (folder / f"{function.__name__}.md").write_text(function() + "\n", encoding="utf-8")
