@@ -17,7 +17,7 @@ from repr_det.engine import recording
 from repr_det.engine.recording import History
 from repr_det.errors import UserError
 from repr_det.report import plots
-from repr_det.report.arms import REPR, last_common_evaluation, value_at
+from repr_det.report.arms import last_common_evaluation, value_at
 from repr_det.report.material import (
     Material,
     in_depth,
@@ -155,8 +155,8 @@ def _overlap_over_time(material: Material) -> Drawn:
     drawn = plots.map_of_layers(names, labels, values, "mean filter overlap", "iteration")
     return Drawn(
         drawn,
-        f"{REPR}, layers from the image (top) on. Recorded before each drop, after each return and "
-        "at evaluations, so columns are moments and not equal times.",
+        "Of the first run with RePr, layers from the image (top) on. Recorded before each drop, "
+        "after each return and at evaluations, so columns are moments and not equal times.",
     )
 
 
@@ -167,7 +167,7 @@ def _overlap_by_layer(material: Material) -> Drawn:
         found = overlap(network)
         values[arm] = {name: found[name] for name in names}
     return Drawn(
-        _dots(material, values, "mean filter overlap"),
+        _dots(material.colours, values, "mean filter overlap"),
         "Of the newest checkpoints, layers from the image (top) on. Layers of few dimensions have "
         "more overlap by chance.",
         values,
@@ -192,8 +192,8 @@ def _drops(material: Material) -> Drawn:
     when = ", ".join(f"{drop.iteration:,}" for drop in dropped.drops)
     return Drawn(
         drawn,
-        f"Layers from the image (top) on. Dropped {each} of {total:,} filters, at iteration "
-        f"{when}.",
+        "Of the first run with RePr, layers from the image (top) on. Dropped "
+        f"{each} of {total:,} filters, at iteration {when}.",
     )
 
 
@@ -230,10 +230,10 @@ def _times(material: Material) -> Drawn:
 # --- what networks do
 
 
-def _dots(material: Material, values: dict[str, dict[str, float]], xlabel: str) -> Figure:
+def _dots(palette: Mapping[str, str], values: dict[str, dict[str, float]], label: str) -> Figure:
     names = list(next(iter(values.values())))
     listed = {arm: [by_layer[name] for name in names] for arm, by_layer in values.items()}
-    return plots.dots_by_layer(names, listed, xlabel, material.colours)
+    return plots.dots_by_layer(names, listed, label, palette)
 
 
 def _maps(material: Material, kind: str, compare: Callable[[Matrix], Matrix], label: str) -> Figure:
@@ -275,7 +275,7 @@ def _cca_by_layer(material: Material) -> Drawn:
             for name in material.layers
         }
     return Drawn(
-        _dots(material, values, "mean correlation of two filters"),
+        _dots(material.colours, values, "mean correlation of two filters"),
         "Mean of the heat map's values over all pairs of different filters, for every layer from "
         "the image (top) on.",
         values,
@@ -288,16 +288,17 @@ def _similarity(material: Material) -> Drawn:
     if baseline not in material.networks or not others:
         raise UserError("This figure compares checkpoints of two arms. Set a run of each.")
     first = material.responses[baseline].sampled
-    values = {}
+    values, palette = {}, {}
     for arm in others:
         second = material.responses[arm].sampled
+        palette[f"{baseline} and {arm}"] = material.colours[arm]
         values[f"{baseline} and {arm}"] = {
             name: similarity(first[name], second[name])
             for name in material.layers
             if name in first and name in second
         }
     return Drawn(
-        _dots(material, values, "CKA of the layer in both networks"),
+        _dots(palette, values, "CKA of the layer in both networks"),
         "How similar two networks' layers respond to the same images: 1 if the responses of one "
         "are those of the other, rotated and scaled; 0 for unrelated ones (debiased linear CKA).",
         values,

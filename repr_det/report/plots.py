@@ -11,15 +11,17 @@ import io
 import itertools
 import os
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_hex
@@ -42,13 +44,23 @@ ARM_COLOURS = (_BLUE, _VERMILION, _GREEN, _PURPLE, _ORANGE, _SKY)
 """Of the baseline, and of the other arms in their order."""
 
 _INK, _FAINT, _SHADE = "#1a1a1a", "#cfcfcf", "#ececec"
-"""Text and axes, grids, and the spans of S2; a page replaces them by its own."""
+"""Text and axes, grids, and the spans of S2."""
+
+_DARK = {
+    **{_INK: "#e6e6e6", _FAINT: "#4a4a4a", _SHADE: "#343434", _GREY: "#a0a0a0"},
+    **{_BLUE: "#56b4e9", _VERMILION: "#f08a4b", _GREEN: "#35c29c"},
+    **{_PURPLE: "#dd9bc0", _ORANGE: "#e6a92e", _SKY: "#8ccbf0"},
+}
+"""What a page on a dark ground has in place of each colour."""
 
 WIDTH = 4.6
 """Inches."""
 
-_MANY = 24
-"""So many rows have room for a label and a marker each at their usual size."""
+_LETTER = 0.08
+"""Width of a letter in inches, rather more than less."""
+
+_ROW, _TALLEST = 0.19, 9.0
+"""Height of a layer's row and the most that all rows have together, in inches."""
 
 _SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#ffffff", _SKY, _BLUE, "#00263e"])
 
@@ -181,7 +193,7 @@ def curves(
             handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
             if list(handles) != shown:  # above the axes, where no line is in the way
                 place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "borderaxespad": 0.2}
-                axes.legend(handles.values(), handles.keys(), ncols=2, **place)
+                _legend(axes, handles, **place)
                 shown = list(handles)
         lines = [line for panel in panels for line in panel.lines]
         last = max(np.max(line.x) for line in lines if len(line.x))
@@ -196,8 +208,29 @@ def curves(
         if any(panel.rate_drops for panel in panels):
             marks["learning rate falls"] = Line2D([], [], color=_INK, linestyle=":", linewidth=1)
         if marks:
-            figure.legend(marks.values(), marks.keys(), loc="outside upper center", ncols=2)
+            _legend(figure, marks)
     return figure
+
+
+def _legend(where: Axes | Figure, handles: Mapping[str, Artist], **place: Any) -> None:
+    """A legend above in as many columns as its labels have room for; the figure grows with it."""
+    place = place or {"loc": "outside upper center"}
+    labels = [_wrapped(label, WIDTH - 1) for label in handles]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(int((WIDTH - 0.6) / (0.55 + _LETTER * longest)), len(labels)))
+    where.legend(handles.values(), labels, ncols=columns, **place)
+    figure = where.get_figure()
+    figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(labels) // columns) - 1))
+
+
+def _wrapped(text: str, width: float) -> str:
+    """A text in lines of at most some inches, about."""
+    return textwrap.fill(text, max(6, int(width / _LETTER)))
+
+
+def _extra(titles: Mapping[str, str]) -> float:
+    """Height in inches of the lines that titles have after the first."""
+    return 0.17 * max(title.count("\n") for title in titles.values())
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -243,7 +276,7 @@ def map_of_layers(
         raise UserError("There are no drops or records of layers yet.")
     names = shortened(names)
     with _style():
-        figure = _figure(1.3 + min(9.0, max(0.9, 0.19 * len(names))))
+        figure = _figure(1.3 + min(_TALLEST, max(0.9, _ROW * len(names))))
         axes = figure.subplots()
         limits = {"vmin": 0, "vmax": max(0.5, np.nanmax(values))} if share else {}
         image = axes.imshow(
@@ -258,7 +291,7 @@ def map_of_layers(
         axes.set_xticks(range(0, len(columns), step), columns[::step])
         axes.set_xlabel(xlabel)
         axes.grid(False)
-        if share and len(names) <= _MANY and len(columns) <= 8:
+        if share and _ROW * len(names) <= _TALLEST and len(columns) <= 8:
             _print_shares(axes, values, limits["vmax"])
         bar = figure.colorbar(image, ax=axes, location="top", aspect=40, pad=0.02)
         bar.set_label(label)
@@ -286,8 +319,8 @@ def shortened(names: Sequence[str]) -> list[str]:
 
 
 def _row_labels(axes: Axes, names: Sequence[str]) -> None:
-    step = max(1, round(len(names) / 55))
-    size = 8.5 if len(names) <= 12 else 7.0 if len(names) <= _MANY else 5.5
+    step = -(-len(names) // 55)
+    size = 8.5 if len(names) <= 12 else 7.0
     axes.set_yticks(range(0, len(names), step), names[::step], fontsize=size)
     axes.tick_params(axis="y", length=0)
 
@@ -307,9 +340,9 @@ def dots_by_layer(
         palette: from :func:`colours`.
     """
     with _style():
-        figure = _figure(1.0 + min(9.0, max(0.9, 0.19 * len(names))))
+        figure = _figure(1.0 + min(_TALLEST, max(0.9, _ROW * len(names))))
         axes = figure.subplots()
-        size = 20 if len(names) <= _MANY else 8
+        size = 20 if _ROW * len(names) <= _TALLEST else 8
         markers = {BEFORE: "|", next((n for n in values if n != BEFORE), None): "s"}
         for network, numbers in values.items():
             axes.scatter(
@@ -325,7 +358,8 @@ def dots_by_layer(
         axes.set_xlabel(xlabel)
         axes.set_xlim(left=0)
         if len(values) > 1:
-            figure.legend(loc="outside upper center", ncols=len(values))
+            handles, labels = axes.get_legend_handles_labels()
+            _legend(figure, dict(zip(labels, handles, strict=True)))
     return figure
 
 
@@ -368,7 +402,8 @@ def heat_maps(
     networks = list(next(iter(layers.values())))
     with _style():
         side = WIDTH / max(2.2, len(networks))
-        figure = _figure(0.75 + (side + 0.18) * len(layers))
+        titles = {network: _wrapped(network, side - 0.25) for network in networks}
+        figure = _figure(0.75 + (side + 0.18) * len(layers) + _extra(titles))
         grid = figure.subplots(len(layers), len(networks), squeeze=False)
         for number, (layer, tables) in enumerate(layers.items()):
             row = grid[number]
@@ -378,7 +413,7 @@ def heat_maps(
                 axes.grid(False)
                 axes.set_box_aspect(1)
                 if number == 0:
-                    axes.set_title(network, color=palette.get(network, _INK))
+                    axes.set_title(titles[network], color=palette.get(network, _INK))
                 if table is None:
                     axes.text(0.5, 0.5, "none", ha="center", va="center")
                     continue
@@ -390,7 +425,7 @@ def heat_maps(
                     interpolation="none" if len(table) <= 128 else "antialiased",
                 )
                 axes.set_xlabel(f"mean {mean_correlation(table):.2f}", fontsize=8.5)
-            row[0].set_ylabel(f"{layer}\n{_size(tables)} filters", fontsize=8)
+            row[0].set_ylabel(f"{_wrapped(layer, side)}\n{_size(tables)} filters", fontsize=8)
         bar = figure.colorbar(image, ax=list(grid[-1]), location="bottom", aspect=40, pad=0.05)
         bar.set_label(label)
         bar.outline.set_visible(False)
@@ -431,10 +466,9 @@ def contributions(
         labels = {arm: f"{arm}, median {np.median(array):.2g}" for arm, array in values.items()}
         frame = pd.concat([pd.DataFrame({"x": v, "arm": labels[n]}) for n, v in values.items()])
         by_label = {labels[arm]: palette.get(arm, _INK) for arm in values}
-        sns.histplot(
-            frame, x="x", hue="arm", bins=40, element="step", palette=by_label, alpha=0.25, ax=axes
-        )
-        axes.get_legend().set_title(None)
+        kind = {"x": "x", "hue": "arm", "bins": 40, "element": "step", "alpha": 0.25}
+        sns.histplot(frame, palette=by_label, legend=False, ax=axes, **kind)
+        _legend(figure, {label: Patch(color=colour) for label, colour in by_label.items()})
         axes.set_xlabel(xlabel)
         axes.set_ylabel("filters")
     return figure
@@ -452,12 +486,14 @@ def filter_images(filters: Mapping[str, NDArray[np.float64]], palette: Mapping[s
     """
     with _style():
         columns = len(filters)
-        figure = _figure(0.3 + WIDTH / max(columns, 1.6))
+        side = WIDTH / max(columns, 1.6)
+        titles = {network: _wrapped(network, side - 0.15) for network in filters}
+        figure = _figure(0.3 + side + _extra(titles))
         for axes, (network, weights) in zip(
             figure.subplots(1, columns, squeeze=False)[0], filters.items(), strict=True
         ):
             axes.imshow(_tiled(np.asarray(weights, dtype=float)), interpolation="none")
-            axes.set_title(network, color=palette.get(network, _INK))
+            axes.set_title(titles[network], color=palette.get(network, _INK))
             axes.axis("off")
     return figure
 
@@ -516,8 +552,7 @@ def bars(
         axes.set_ylabel(None)
         axes.grid(axis="y", visible=False)
         if len(values) > 1:
-            handles = [Patch(color=colour, label=arm) for arm, colour in arms.items()]
-            figure.legend(handles=handles, loc="outside upper center", ncols=len(values))
+            _legend(figure, {arm: Patch(color=colour) for arm, colour in arms.items()})
     return figure
 
 
@@ -530,12 +565,13 @@ def as_svg(figure: Figure) -> str:
     with _style():
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"<\?xml.*?\?>\s*<!DOCTYPE[^>]*>\s*", "", buffer.getvalue(), flags=re.S)
-    for colour, variable in ((_INK, "--ink"), (_FAINT, "--faint"), (_SHADE, "--shade")):
-        text = text.replace(colour, f"var({variable})")
-    style = (
-        f"svg{{--ink:{_INK};--faint:{_FAINT};--shade:{_SHADE}}}"
-        "@media(prefers-color-scheme:dark){svg{--ink:#e6e6e6;--faint:#4a4a4a;--shade:#343434}}"
+    for number, colour in enumerate(_DARK):
+        text = text.replace(colour, f"var(--c{number})")
+    light, dark = (
+        ";".join(f"--c{number}:{colour}" for number, colour in enumerate(values))
+        for values in (_DARK, _DARK.values())
     )
+    style = f"svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}"
     return re.sub(r"(<svg[^>]*>)", rf"\1<style>{style}</style>", text, count=1)
 
 
@@ -557,7 +593,7 @@ def check_suffix(path: Path) -> None:
         UserError: another suffix.
     """
     if path.suffix not in _METADATA:
-        raise UserError(f"{path} ends neither in .png nor in .svg: give one of them.")
+        raise UserError(f"{path} ends neither in .png nor in .svg. Set one of them.")
 
 
 def save(figure: Figure, path: str | Path) -> Path:

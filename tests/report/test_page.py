@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+import itertools
 import re
 
 import pytest
@@ -220,7 +221,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
     page = tmp_path / "report.html"
     for arguments, words in (
         ({"images": 1}, "too few"),
-        ({"resamples": -1}, "give 0 or more"),
+        ({"resamples": -1}, "Set 0 or more"),
     ):
         with pytest.raises(ValueError, match=words):
             write_report(by_method(runs), page, **arguments)
@@ -274,7 +275,7 @@ _INK = """(async () => {
 def assert_readable(page, expected, folder):
     """On a desk and on a phone: nothing too wide, every figure drawn, no complaints."""
     with Browser(folder) as browser:
-        for width, scheme in ((1280, "light"), (390, "dark")):
+        for width, scheme in itertools.product((1280, 390), ("light", "dark")):
             browser.open(page, width, scheme=scheme)
             state = browser.ask(_STATE)
             assert state["width"] <= width

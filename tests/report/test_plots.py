@@ -101,14 +101,37 @@ def test_filters_are_tiled_in_order_and_scaled_one_by_one():
     assert sheet[3:, 3:, 3].max() == 0  # there is no fourth
 
 
+def test_long_names_of_arms_stay_inside_and_apart():
+    arms = [f"RePr with {cycles} cycles of S1 and S2 and the rest" for cycles in (1, 3, 5, 7)]
+    colours = plots.colours(arms)
+    lines = [Line([0, 9], [1, 2], colours[arm], f"{arm} AP50") for arm in arms]
+    tables = {"backbone.bottom_up.res4.22.conv2": {arm: np.eye(8) for arm in arms}}
+    images = {arm: np.zeros((4, 3, 2, 2)) for arm in arms}
+    for figure in (
+        plots.curves([Panel("AP", lines)]),
+        plots.dots_by_layer(["a"], {arm: [0.1] for arm in arms}, "overlap", colours),
+        plots.bars(["cat"], {arm: [[1.0]] for arm in arms}, "AP", colours),
+        plots.contributions({arm: [0.0, 1.0] for arm in arms}, "loss", colours),
+        plots.heat_maps(tables, "correlation", colours),
+        plots.filter_images(images, colours),
+    ):
+        figure.canvas.draw()
+        texts = [axes.title for axes in figure.axes] + [axes.yaxis.label for axes in figure.axes]
+        legends = [*figure.legends, *filter(None, (axes.get_legend() for axes in figure.axes))]
+        texts += [text for legend in legends for text in legend.get_texts()]
+        boxes = [text.get_window_extent() for text in texts if text.get_text()]
+        assert all(box.x0 >= 0 and box.x1 <= figure.bbox.x1 for box in boxes)
+        assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+        assert min(axes.bbox.width for axes in figure.axes) > 50
+
+
 def test_svg_follows_the_readers_colours():
     text = plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)]))
     ET.fromstring(text)
     assert "prefers-color-scheme:dark" in text
     without_style = re.sub(r"<style>.*?</style>", "", text, flags=re.S)
-    for variable in ("--ink", "--faint", "--shade"):
-        assert f"var({variable})" in without_style
-    assert "#1a1a1a" not in without_style
+    for colour in ("#1a1a1a", "#cfcfcf", "#ececec", *COLOURS.values()):
+        assert colour not in without_style
     assert "#ffffff" not in without_style  # the ground is the reader's, too
     assert plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)])) == text
     uri = plots.data_uri(text, "image/svg+xml")
