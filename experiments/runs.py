@@ -102,7 +102,7 @@ class Run:
 
 
 def table_folder(output: Path, table: Table, scale: str) -> Path:
-    """Where a table's runs, records and Markdown lie."""
+    """Where a table's runs, records and Markdown are."""
     return output / (table.name if scale == FULL else f"{table.name}-{scale}")
 
 
@@ -149,7 +149,7 @@ def shortened(cfg: CfgNode, images: int) -> CfgNode:
 
     Args:
         cfg: not changed.
-        images: at most so many training images, of which ``DATASETS.TRAIN_SHARE`` is taken.
+        images: at most this many training images, of which ``DATASETS.TRAIN_SHARE`` is taken.
 
     Returns:
         Lengths in iterations.
@@ -207,8 +207,8 @@ def _check_settings(found: dict[str, Any], wanted: CfgNode, where: Path) -> None
     if other:
         keys = ", ".join(f"{key} (wanted {value})" for key, value in list(other.items())[:4])
         raise UserError(
-            f"{where} is of a run with other settings, {keys}: move it away, or give another "
-            "--output."
+            f"{where} is of a run with other settings, {keys}. Move it away, or set "
+            "another --output."
         )
 
 

@@ -246,8 +246,8 @@ def over_time(table: Table, records: Sequence[Record]) -> Figure:
         )
     if not panels:
         raise UserError(
-            f"Table {table.name} has no row that is recorded together with its standard training: "
-            "train some first, or give another --output."
+            f"Table {table.name} has no row that is recorded together with its standard training. "
+            "Train some first, or set another --output."
         )
     several = " to ".join(map(str, sorted({min(counts), max(counts)})))
     seeds = "one seed" if counts == {1} else f"means over {several} seeds"

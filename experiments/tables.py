@@ -81,7 +81,7 @@ class Table:
             if row.name == name:
                 return row
         raise UserError(
-            f"Table {self.name} has no row {name!r}: give one of "
+            f"Table {self.name} has no row {name!r}. Set one of "
             f"{', '.join(row.name for row in self.rows)}."
         )
 
@@ -144,7 +144,7 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
         found = fnmatch.filter(names, pattern)
         if not found:
             raise UserError(
-                f"Table {table.name} has no row {pattern!r}: give some of {', '.join(names)}."
+                f"Table {table.name} has no row {pattern!r}. Set some of {', '.join(names)}."
             )
         wanted.update(found)
     # Backwards, because whatever a row needs stands before it.

@@ -244,7 +244,7 @@ class _Area:
 
 
 def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
-    """Columns for the detections, where detections of one image with one score are told apart.
+    """Columns for the detections, where ties inside an image are kept apart.
 
     pycocotools' stable order of a doubled image with a tie a, b is a, b, a, b. Weights alone would
     make it a, a, b, b; so the tie gets a column for each copy and detection. Ties between images
@@ -252,7 +252,7 @@ def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], N
 
     Args:
         found: D detections.
-        copies: an image occurs at most so many times.
+        copies: how often an image occurs at most.
 
     Returns:
         (C,) indices of detections, and (C,) the copy that a column stands for, 0 for all.
@@ -276,7 +276,7 @@ def _expand_ties(found: ClassMatches, copies: int) -> tuple[NDArray[np.int64], N
 
 
 def _levels(objects: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How many recall levels are reached with a given number of objects found.
+    """How many recall levels are reached with each number of objects found.
 
     Args:
         objects: (R,) in each resample.
@@ -355,16 +355,16 @@ def paired_bootstrap(
 def _check(arms: Mapping[str, Sequence[Matches]], resamples: int, level: float) -> None:
     if resamples < 1 or not 0 < level < 1:
         raise UserError(
-            f"There is no bootstrap with {resamples} resamples and level {level}: give at least 1 "
-            "and a level between 0 and 1."
+            f"There is no bootstrap with {resamples} resamples and level {level}. Set at least "
+            "1 and a level between 0 and 1."
         )
     if len(arms) < 2 or not all(arms.values()):
-        raise UserError("An arm without runs cannot be compared: give at least one for each.")
+        raise UserError("An arm without runs cannot be compared. Set at least one for each.")
     for one, other in pairwise(chain.from_iterable(arms.values())):
         if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
             raise UserError(
-                "Evaluations of different images or classes cannot be compared: evaluate all runs "
-                "on the same annotations."
+                "Evaluations of different images or classes cannot be compared. Evaluate all "
+                "runs on the same annotations."
             )
 
 

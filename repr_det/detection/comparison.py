@@ -56,7 +56,7 @@ def compare_results(
     )
     if not iou_types:
         raise UserError(
-            "Results and annotations share neither boxes nor masks: give files that all hold one "
+            "Results and annotations share neither boxes nor masks. Set files that all hold one "
             "of them."
         )
     for each in iou_types:

@@ -78,15 +78,15 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
     """Refuse runs whose metrics do not mean the same.
 
     Raises:
-        UserError: no runs, one given twice, or of different tasks or test sets; a held-out part
+        UserError: no runs, one named twice, or of different tasks or test sets; a held-out part
             of another size holds other images.
     """
     if not runs:
-        raise UserError("There are no runs to report on: give at least one folder.")
+        raise UserError("There are no runs to report on. Set at least one folder.")
     folders = [run.folder.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise UserError(f"{folder} was given twice: give each run once.")
+            raise UserError(f"{folder} is named twice. Name each run once.")
     for run in runs[1:]:
         for what, mine, first in (
             ("task", run.task, runs[0].task),
@@ -116,7 +116,7 @@ def value_at(run: RunFolder, metric: str, iteration: int) -> float | None:
 
 
 def read_arms(args: argparse.Namespace) -> Arms:
-    """The runs of a command line, by ``--arm``, or by method where only runs are given.
+    """The runs of a command line, by ``--arm``, or by method where only runs are named.
 
     Args:
         args: with ``runs``, and what :func:`repr_det.cli.arguments.add_arms` and

@@ -153,7 +153,7 @@ def outcome(arms: Arms, resamples: int = 1000, progress: bool = False) -> Outcom
         rows[metric.name] = Row(metric.title, metric.unit, means, differences)
     found = Outcome(iteration, rows, "", corrected_level(len(arms.others)))
     if not arms.others:
-        words = f"Only {arms.baseline} runs were given, so there is no difference to look at."
+        words = f"There is one arm, {arms.baseline}, so there is no difference to look at."
         return replace(found, interval=words)
     if (by_seed := _with_seeds(found, arms)) is not None:
         return by_seed

@@ -64,7 +64,7 @@ class Material:
     def __post_init__(self) -> None:
         if self.images < 4:
             raise UserError(
-                f"{self.images} images are too few to correlate filters on: give at least 4."
+                f"{self.images} images are too few to correlate filters on. Set at least 4."
             )
 
     @property

@@ -108,7 +108,7 @@ def write_report(
     path = Path(path)
     check_folder_of("the report", path)
     if resamples < 0:
-        raise UserError(f"There are no {resamples} resamples: give 0 or more.")
+        raise UserError(f"The number of resamples is {resamples}. Set 0 or more.")
     page = _template().render(_content(arms, images, resamples, progress))
     write_text_whole(path, page)
     return path

@@ -40,7 +40,7 @@ _MOST_RESPONSES = 4e7
 """Responses of all layers together that are kept at once."""
 
 POOLED_FILTERS = 64
-"""At most so many filters of a layer, evenly chosen, are compared by their pooled maps."""
+"""At most this many filters of a layer, evenly chosen, are compared by their pooled maps."""
 
 Matrix = NDArray[np.float64]
 
@@ -114,7 +114,7 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
 
 
 def load_weights(network: Network, path: str | Path) -> None:
-    """Give a network the weights of another checkpoint of the same architecture.
+    """Load the weights of another checkpoint of the same architecture.
 
     Raises:
         UserError: no checkpoint, or of another architecture.
@@ -136,7 +136,7 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     """
     if not cfg.DATASETS.TEST:
         raise UserError(
-            "The run has no test set (DATASETS.TEST): give one with --test-data or --test-folder."
+            "The run has no test set (DATASETS.TEST). Set one with --test-data or --test-folder."
         )
     cfg = cfg.clone()
     cfg.defrost()

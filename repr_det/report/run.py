@@ -1,4 +1,4 @@
-"""What a run left behind in its folder, finished or not."""
+"""What a run left in its folder, finished or not."""
 
 from __future__ import annotations
 
@@ -217,7 +217,7 @@ class RunFolder:
             for path in self.folder.glob("model_*.pth")
             if (match := NUMBERED.fullmatch(path.name))
         ]
-        # Runs that have no record of what they did are told by their checkpoints alone.
+        # Of runs without a record only the checkpoints are known.
         last = math.inf if self.metrics.empty else self.iterations - 1
         if match := NUMBERED.fullmatch(self._newest):
             last = min(last, int(match[1]))
@@ -270,7 +270,7 @@ def read_run(folder: str | Path) -> RunFolder:
 
 
 def of_checkpoint(config: str, weights: Path) -> RunFolder:
-    """A checkpoint with a config, without what a run leaves behind.
+    """A checkpoint with a config, without what a run leaves in its folder.
 
     Args:
         config: a path, or the bare name of a file in ``configs/``.
@@ -281,7 +281,7 @@ def of_checkpoint(config: str, weights: Path) -> RunFolder:
     """
     path = Path(config_path(config))
     if not weights.is_file():
-        raise UserError(f"{weights} does not exist: give the path of a checkpoint.")
+        raise UserError(f"{weights} does not exist. Set the path of a checkpoint.")
     return RunFolder(weights.parent, _read_config(path), pd.DataFrame(), weights)
 
 

@@ -48,7 +48,7 @@ def test_nothing_to_show(tool, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--seeds", "0"], "experiments: error: --seeds is 0; give at least 1."),
+        (["--seeds", "0"], "experiments: error: --seeds is 0. Set at least 1."),
         (["--plot", "plot.gif"], "experiments: error: plot.gif ends neither in .png nor in .svg"),
         (["--plot", "no/plot.png"], "experiments: error: Folder no of --plot does not exist"),
         (["--rows", "nothing"], "experiments: error: Table small has no row 'nothing'"),

@@ -126,7 +126,7 @@ def test_only_some_rows_and_what_they_need():
         "cifar10-teacher", "cifar10-standard", "cifar10-kd", "cifar10-kd-repr",
     ]  # fmt: skip
     assert only(table, []) is table
-    with pytest.raises(UserError, match="distillation has no row 'kd': give some of cifar10-"):
+    with pytest.raises(UserError, match="distillation has no row 'kd'. Set some of cifar10-"):
         only(table, ["kd"])
     with pytest.raises(UserError, match="no row 'kd'"):
         table.row("kd")

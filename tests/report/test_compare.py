@@ -171,7 +171,7 @@ def test_runs_of_other_tasks_and_test_sets_are_refused(tmp_path):
     ]
     with pytest.raises(ValueError, match="number of held-out images of .* is 200"):
         check_comparable(parts)
-    with pytest.raises(ValueError, match="given twice"):
+    with pytest.raises(ValueError, match="named twice"):
         check_comparable([one, one])
     with pytest.raises(ValueError, match="at least one"):
         check_comparable([])

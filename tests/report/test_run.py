@@ -226,7 +226,7 @@ def test_what_is_no_run_is_refused(tmp_path):
     (tmp_path / "config.yaml").write_text("MODEL: [1\n")
     with pytest.raises(ValueError, match="cannot be read"):
         read_run(tmp_path)
-    with pytest.raises(UserError, match="give the path of a checkpoint"):
+    with pytest.raises(UserError, match="Set the path of a checkpoint"):
         of_checkpoint("cifar10_c3_32.yaml", tmp_path / "none.pth")
     with pytest.raises(UserError, match="neither a file nor a name"):
         of_checkpoint("nothing.yaml", tmp_path / "none.pth")
