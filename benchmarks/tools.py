@@ -1,19 +1,23 @@
 #!/usr/bin/env python3
-"""Time and peak memory of the command lines, each in a process of its own.
+"""Wall-clock time, CPU time and peak memory of eval, compare and predict, each in its own process.
 
-    python benchmarks/tools.py [--images 5000] [--resamples 1000] [--pictures 16] [--json FILE]
+    python benchmarks/tools.py                  eval and compare at the size of COCO val2017
+    python benchmarks/tools.py --pictures 16    predict, too
 
-compare_coco.py and evaluate_coco.py get the made-up annotations and results of the size of COCO
-val2017 that benchmarks/compare_coco.py makes. predict.py draws on images of coco/val2017 under
+The data is made up: 36,000 boxes of 80 classes on 5,000 images, classes as unequal as COCO's, and
+100 detections an image on each of two sides, some right, some nearly, most wrong, with scores of
+four digits so that there are ties. predict draws on images of coco/val2017 under
 DETECTRON2_DATASETS, with Faster R-CNN R50-FPN whose weights are all zero: every anchor is as good
 as any other then, so that 100 detections an image are drawn, the most there can be. Peak memory is
-that of the largest process of a command. Where the machine does other work at the same time, the
-seconds of CPU say more than the others.
+that of the largest process of a command. On a machine that does other work at the same time, only
+the seconds of CPU count. What is measured replaces its entry in the record.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -25,32 +29,102 @@ from typing import Any
 
 import numpy as np
 import torch
-from compare_coco import make_results, make_truth
 from detectron2.modeling import build_model
+from pycocotools.coco import COCO
 
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.config import config_path
 from repr_det.engine.environment import environment
 from repr_det.tasks import get_cfg
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
 CONFIG = "repr_faster_rcnn.yaml"
+AIMS = {"eval": 15, "compare": 45}
+"""Seconds of wall-clock time on two cores, at the full size."""
+
+CLASSES, BOXES_AN_IMAGE, DETECTIONS_AN_IMAGE = 80, 7.2, 100
+WIDTH, HEIGHT = 640, 480
+
+Entries = list[dict[str, Any]]
 
 
-def measure(tool: str, *arguments: object) -> dict[str, Any]:
-    """Run a tool to its end.
+def make_truth(images: int, generator: np.random.Generator) -> COCO:
+    """Boxes of all sizes; the most frequent class has 30 % of them, the rarest 0.1 %."""
+    shares = 1 / np.arange(1, CLASSES + 1)
+    shares = np.concatenate([[0.3], 0.7 * shares[1:] / shares[1:].sum()])
+    number = round(images * BOXES_AN_IMAGE)
+    sides = np.exp(generator.uniform(np.log(8), np.log(400), (number, 2)))
+    corners = generator.uniform(0, 1, (number, 2)) * (WIDTH, HEIGHT) * 0.5
+    coco = COCO()
+    coco.dataset = {
+        "images": [
+            {"id": i, "file_name": f"{i}.jpg", "width": WIDTH, "height": HEIGHT}
+            for i in range(1, images + 1)
+        ],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CLASSES + 1)],
+        "annotations": [
+            {
+                "id": i + 1,
+                "image_id": int(image),
+                "category_id": int(category),
+                "bbox": [*corners[i].tolist(), *sides[i].tolist()],
+                "area": float(sides[i].prod()),
+                "iscrowd": int(generator.random() < 0.01),
+            }
+            for i, (image, category) in enumerate(
+                zip(
+                    generator.integers(1, images + 1, number),
+                    generator.choice(CLASSES, number, p=shares) + 1,
+                    strict=True,
+                )
+            )
+        ],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def make_results(truth: COCO, noise: float, generator: np.random.Generator) -> Entries:
+    """An object has five detections around it; the others repeat its class or have any class."""
+    results = []
+    for image in truth.imgs:
+        objects = truth.imgToAnns[image]
+        for number in range(DETECTIONS_AN_IMAGE):
+            near = number < 5 * len(objects)
+            category = int(generator.integers(1, CLASSES + 1))
+            box = generator.uniform(20, 200, 4)
+            if objects:
+                entry = objects[number % len(objects)]
+                if near or generator.random() < 0.5:
+                    category = entry["category_id"]
+                if near:
+                    x, y, w, h = entry["bbox"]
+                    box = (x, y, w, h) + generator.normal(0, noise, 4) * (w, h, w, h)
+            score = generator.beta(2, 2) if near else generator.beta(1, 6)
+            results.append(
+                {
+                    "image_id": image,
+                    "category_id": category,
+                    "bbox": np.maximum(box, 1).tolist(),
+                    "score": round(float(score), 4),
+                }
+            )
+    return results
+
+
+def measure(*words: object) -> dict[str, Any]:
+    """Run a sub-command to its end.
 
     Raises:
         RuntimeError: it failed; it has said why.
     """
     begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, str(TOOLS / tool), *map(str, arguments)], stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, "-m", "repr_det", *map(str, words)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        raise RuntimeError(f"{tool} ended with exit status {process.returncode}.")
+        raise RuntimeError(f"{words[0]} ended with exit status {process.returncode}.")
     return {
         "wall_seconds": round(time.perf_counter() - begin, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
@@ -84,52 +158,50 @@ def write_weights(path: Path) -> Path:
     return path
 
 
+def predict(folder: Path, number: int) -> dict[str, Any]:
+    """Measure predict on some pictures of COCO."""
+    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    pictures = sorted((datasets / "coco" / "val2017").glob("*.jpg"))[:number]
+    if len(pictures) < number:
+        sys.exit(
+            f"{datasets / 'coco/val2017'} holds {len(pictures)} images. Set DETECTRON2_DATASETS to "
+            "the folder that holds coco/, or fewer --pictures."
+        )
+    found = folder / "found.json"
+    measured = measure(
+        *("predict", "--config-file", CONFIG, *pictures, "--score-threshold", 0),
+        *("--output", folder / "drawn", "--json", found, "MODEL.WEIGHTS"),
+        *(write_weights(folder / "weights.pth"), "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
+    )
+    return measured | {"pictures": number, "detections_drawn": len(json.loads(found.read_text()))}
+
+
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, print and record."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--pictures", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=0)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
 
-    datasets = Path(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    pictures = sorted((datasets / "coco" / "val2017").glob("*.jpg"))[: args.pictures]
-    if len(pictures) < args.pictures:
-        sys.exit(
-            f"{datasets / 'coco/val2017'} holds {len(pictures)} images: set DETECTRON2_DATASETS to "
-            f"the folder that holds coco/, or give fewer --pictures."
-        )
-    record: dict[str, Any] = {
-        "images": args.images,
-        "resamples": args.resamples,
-        "pictures": args.pictures,
-        "tools": {},
-    }
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         annotations, sides = write_coco(folder, args.images)
-        weights = write_weights(folder / "weights.pth")
-        record["tools"] = {
-            "compare_coco.py": measure(
-                "compare_coco.py", annotations, *sides, "--resamples", args.resamples
-            ),
-            "evaluate_coco.py": measure(
-                "evaluate_coco.py", "--results", sides[0], "--annotations", annotations
-            ),
-            "predict.py": measure(
-                *("predict.py", *pictures, "--config", CONFIG, "--score-threshold", 0),
-                *("--output", folder / "drawn", "--json", folder / "found.json"),
-                *("--opts", "MODEL.WEIGHTS", weights, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
-            ),
-        }
-        found = json.loads((folder / "found.json").read_text())
-        record["detections_drawn"] = len(found)
-    record |= environment("cpu")
+        found = {"eval": measure("eval", "--results", sides[0], "--annotations", annotations)}
+        found["compare"] = measure("compare", annotations, *sides, "--resamples", args.resamples)
+        found["compare"]["resamples"] = args.resamples
+        for command, entry in found.items():
+            entry |= {"images": args.images, "aim_seconds": AIMS[command]}
+        if args.pictures:
+            found["predict"] = predict(folder, args.pictures)
+    on = environment("cpu")
+    record = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    record |= {command: entry | on for command, entry in found.items()}
     args.json.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record, indent=2))
+    print(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
