@@ -11,8 +11,6 @@ _WARNINGS = (
     (r"detectron2\.", ".* is deprecated"),
     (r"torch\.jit", ".* is deprecated"),
     (r"torch\.functional", "torch.meshgrid: in an upcoming release"),
-    # Nobody knows beforehand whether every parameter of a model gets a gradient.
-    (r"torch\.", "find_unused_parameters=True was specified"),
 )
 _LOGGERS = (
     "torch.fx._symbolic_trace",  # is_fx_tracing, which Detectron2 calls, will mean something else
