@@ -53,14 +53,14 @@ def _arms(args: argparse.Namespace) -> dict[str, list[str]]:
     if bool(named) == bool(args.results) or (args.results and len(args.results) != 2):
         raise UserError("Set two results, or --arm NAME RESULTS... for each arm.")
     if args.results:
-        for side in args.results:
-            if "," in side:
+        sides = [[s] if Path(s).exists() else s.split(",") for s in args.results]
+        for side, files in zip(args.results, sides, strict=True):
+            if len(files) > 1:
                 print(
                     f"repr-det compare: {side} will be refused in 0.3. Use --arm NAME RESULTS...",
                     file=sys.stderr,
                 )
-        first, second = (side.split(",") for side in args.results)
-        return {"first": first, "second": second}
+        return dict(zip(("first", "second"), sides, strict=True))
     if len(named) < 2:
         raise UserError("One arm cannot be compared. Set a second one.")
     return named

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
     from repr_det.detection.drawing import draw_detections
     from repr_det.engine.files import check_folder_of, write_text_whole
     from repr_det.report import plots
-    from repr_det.report.gallery import FIGURES, class_names
+    from repr_det.report.gallery import FIGURES
     from repr_det.report.material import Material, compute_contributions
 
     if args.figure not in (*FIGURES, DETECTIONS):
@@ -119,8 +119,7 @@ def run(args: argparse.Namespace) -> None:
     if args.figure == DETECTIONS:
         examples = [(e.image, e.truth, *e.found) for e in material.examples]
         titles = ("ground truth", *material.arms.groups)
-        names = class_names(material.arms.runs[0])
-        draw_detections(examples, names, args.output, titles, columns=1)
+        draw_detections(examples, material.class_names, args.output, titles, columns=1)
         print(args.output)
         return
     if args.figure == "contributions":

@@ -184,30 +184,31 @@ def _level_in_words(outcome: Outcome, arms: Arms) -> tuple[str, str]:
 
 def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
     """Paired over seeds; None where an arm shares fewer than two, or has several runs of one."""
-    seeds = {name: [run.cfg.SEED for run in group] for name, group in arms.groups.items()}
-    pairs = {name: set(seeds[arms.baseline]) & set(seeds[name]) - {-1} for name in arms.others}
-    for name, common in pairs.items():
-        several = any(seeds[n].count(s) > 1 for n in (arms.baseline, name) for s in common)
-        if len(common) < 2 or several:
-            return None
+    by_seed = {
+        name: {run.cfg.SEED: run for run in group if run.cfg.SEED >= 0}
+        for name, group in arms.groups.items()
+    }
+    if any(
+        len(by_seed[name]) < sum(run.cfg.SEED >= 0 for run in group)
+        for name, group in arms.groups.items()
+    ):
+        return None
+    pairs = [by_seed[arms.baseline].keys() & by_seed[name].keys() for name in arms.others]
+    if min(map(len, pairs)) < 2:
+        return None
     rows = {}
     for metric, row in outcome.rows.items():
-        by_seed = {
-            name: {
-                run.cfg.SEED: value_at(run, metric, outcome.iteration)
-                for run in group
-                if run.cfg.SEED >= 0
-            }
-            for name, group in arms.groups.items()
+        values = {
+            name: {seed: value_at(run, metric, outcome.iteration) for seed, run in runs.items()}
+            for name, runs in by_seed.items()
         }
         differences = {}
         for name in arms.others:
-            paired = paired_difference(by_seed[name], by_seed[arms.baseline], outcome.level)
-            ends = paired.mean - paired.half_width, paired.mean + paired.half_width
-            differences[name] = Difference(paired.mean, *ends)
+            mean, _, _, half = paired_difference(values[name], values[arms.baseline], outcome.level)
+            differences[name] = Difference(mean, mean - half, mean + half)
         rows[metric] = replace(row, differences=differences)
     level, several = _level_in_words(outcome, arms)
-    counts = " and ".join(map(str, sorted({len(common) for common in pairs.values()})))
+    counts = " and ".join(map(str, sorted(set(map(len, pairs)))))
     words = (
         f"Differences and intervals ({level}, Student's t) are over {counts} pairs of runs with "
         f"the same seed.{several}"

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from detectron2.data import MetadataCatalog
 from matplotlib.figure import Figure
 
 from repr_det.detection.coco_results import BBOX
@@ -17,7 +16,7 @@ from repr_det.engine import recording
 from repr_det.engine.recording import History
 from repr_det.errors import UserError
 from repr_det.report import plots
-from repr_det.report.arms import last_common_evaluation, value_at
+from repr_det.report.arms import Arms, last_common_evaluation, value_at
 from repr_det.report.material import (
     Material,
     in_depth,
@@ -336,11 +335,18 @@ def _filters(material: Material) -> Drawn:
 # --- what detectors find
 
 
-def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
-    """Bars of some metrics at the last evaluation that all runs have."""
-    at = last_common_evaluation(material.arms.runs)
-    if at is None:
-        raise UserError("There is no evaluation yet that all runs have.")
+def _ap(material: Material, what: str, names: Mapping[str, str], title: str) -> Drawn:
+    """Bars of some metrics at the last evaluation that all runs have; no objects, no AP."""
+    material.check_detection()
+    runs = material.arms.runs
+    at = last_common_evaluation(runs)
+    names = {
+        metric: name
+        for metric, name in names.items()
+        if at is not None and all(value_at(run, metric, at) is not None for run in runs)
+    }
+    if not names:
+        raise UserError(f"No {what} was recorded yet.")
     values = {
         arm: [[value_at(run, metric, at) for metric in names] for run in group]
         for arm, group in material.arms.groups.items()
@@ -358,39 +364,18 @@ def _ap(material: Material, names: Mapping[str, str], title: str) -> Drawn:
     return Drawn(plots.bars(labels, values, "AP (%)", material.colours), caption)
 
 
-def _finite(material: Material, names: Mapping[str, str]) -> dict[str, str]:
-    """Those of some metrics that every run has values of: no objects, no AP."""
-    runs = material.arms.runs
-    at = last_common_evaluation(runs)
-    return {
-        metric: name
-        for metric, name in names.items()
-        if at is not None and all(value_at(run, metric, at) is not None for run in runs)
-    }
-
-
 def _classes(material: Material) -> Drawn:
-    material.check_detection()
     start = f"{BBOX}/AP-"
     names = {
         n: n.removeprefix(start) for n in material.arms.runs[0].evaluated() if n.startswith(start)
     }
-    names = _finite(material, names)
-    if not names:
-        raise UserError("No AP by class was recorded yet.")
-    return _ap(material, names, "Box AP of each class")
+    return _ap(material, "AP by class", names, "Box AP of each class")
 
 
 def _sizes(material: Material) -> Drawn:
-    material.check_detection()
-    names = _finite(material, {f"{BBOX}/{key}": word for key, word in SIZES.items()})
-    if not names:
-        raise UserError("No AP by size was recorded yet.")
-    return _ap(
-        material,
-        names,
-        "Box AP by size of the objects (small below 32 x 32 pixels, large from 96 x 96)",
-    )
+    names = {f"{BBOX}/{key}": word for key, word in SIZES.items()}
+    title = "Box AP by size of the objects (small below 32 x 32 pixels, large from 96 x 96)"
+    return _ap(material, "AP by size", names, title)
 
 
 class Entry(NamedTuple):
@@ -398,50 +383,53 @@ class Entry(NamedTuple):
 
     Attributes:
         title: of the figure.
-        draw: draws it; raises ValueError, FileNotFoundError or KeyError with one sentence where it
-            cannot.
-        tasks: it is of.
+        section: of the page.
+        draw: draws it; raises UserError where it cannot.
         repr_only: it needs a RePr run.
         arms: how many it needs at least.
         by_layer: it has a number for each layer, see :class:`Drawn`.
     """
 
     title: str
+    section: str
     draw: Callable[[Material], Drawn]
-    tasks: tuple[str, ...] = (DETECTION, CLASSIFICATION)
     repr_only: bool = False
     arms: int = 1
     by_layer: bool = False
 
+    def applies(self, arms: Arms) -> bool:
+        """Whether it says anything about these runs."""
+        return (
+            (self.section != DETECTION or arms.runs[0].task == DETECTION)
+            and len(arms.groups) >= self.arms
+            and (bool(arms.with_repr) or not self.repr_only)
+        )
+
+
+_DROPS, _REDUNDANCY = "dropping", "redundancy"
 
 FIGURES: dict[str, Entry] = {
-    "curves": Entry("Loss and metrics over training", _curves),
-    "classes": Entry("AP by class", _classes, (DETECTION,)),
-    "sizes": Entry("AP by size", _sizes, (DETECTION,)),
-    "drops": Entry("Which filters were dropped when", _drops, repr_only=True),
-    "times": Entry("Filters dropped again", _times, repr_only=True),
-    "overlap": Entry("Filter overlap over training", _overlap),
+    "curves": Entry("Loss and metrics over training", "training", _curves),
+    "drops": Entry("Which filters were dropped when", _DROPS, _drops, repr_only=True),
+    "times": Entry("Filters dropped again", _DROPS, _times, repr_only=True),
+    "overlap": Entry("Filter overlap over training", _REDUNDANCY, _overlap),
     "overlap_over_time": Entry(
-        "Filter overlap by layer over training", _overlap_over_time, repr_only=True
+        "Filter overlap by layer over training", _REDUNDANCY, _overlap_over_time, repr_only=True
     ),
     "overlap_by_layer": Entry(
-        "Filter overlap by layer, before and after", _overlap_by_layer, by_layer=True
+        "Filter overlap by layer, before and after", _REDUNDANCY, _overlap_by_layer, by_layer=True
     ),
-    "cca": Entry("Correlation of filters inside a layer", _cca),
-    "svcca": Entry("The same by SVCCA", _svcca),
-    "cca_by_layer": Entry("Correlation of filters by layer", _cca_by_layer, by_layer=True),
+    "cca_by_layer": Entry(
+        "Correlation of filters by layer", _REDUNDANCY, _cca_by_layer, by_layer=True
+    ),
+    "cca": Entry("Correlation of filters inside a layer", _REDUNDANCY, _cca),
+    "svcca": Entry("The same by SVCCA", _REDUNDANCY, _svcca),
     "similarity": Entry(
-        "The arms compared layer by layer",
-        _similarity,
-        arms=2,
-        by_layer=True,
+        "The arms compared layer by layer", _REDUNDANCY, _similarity, arms=2, by_layer=True
     ),
-    "contributions": Entry("What each filter contributes", _contributions),
-    "filters": Entry("First-layer filters", _filters),
+    "contributions": Entry("What each filter contributes", _REDUNDANCY, _contributions),
+    "filters": Entry("First-layer filters", _REDUNDANCY, _filters),
+    "classes": Entry("AP by class", DETECTION, _classes),
+    "sizes": Entry("AP by size", DETECTION, _sizes),
 }
 """By the name that `repr-det figure` and the page's anchors have for them, in a report's order."""
-
-
-def class_names(run: RunFolder) -> list[str]:
-    """Of the last test set of a detection run."""
-    return list(MetadataCatalog.get(run.test_set).thing_classes)

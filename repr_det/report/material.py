@@ -181,6 +181,11 @@ class Material:
             for i in chosen
         ]
 
+    @property
+    def class_names(self) -> list[str]:
+        """Of the test set of detectors, once it was read."""
+        return list(MetadataCatalog.get(self.arms.runs[0].test_set).thing_classes)
+
     def check_detection(self) -> None:
         """Refuse what only detectors have.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import jinja2
@@ -19,7 +19,7 @@ from repr_det.report import plots
 from repr_det.report.arms import REPR, STANDARD, Arms
 from repr_det.report.compare import Outcome, Row, duration, outcome, seconds_per_step
 from repr_det.report.examples import MIN_SCORE
-from repr_det.report.gallery import FIGURES, class_names
+from repr_det.report.gallery import FIGURES
 from repr_det.report.material import Material
 from repr_det.report.metrics import MAIN
 from repr_det.report.run import RunFolder, rate_steps, settings_that_differ, short_names
@@ -31,52 +31,25 @@ _TILE, _LARGEST_TILE = 480, 1440
 Missing = list[tuple[str, str]]
 
 
-class _Section(NamedTuple):
-    name: str
-    title: str
-    introduction: str
-    figures: tuple[str, ...]
-
-
-_SECTIONS = (
-    _Section(
-        "training",
+_SECTIONS = {
+    "training": (
         "Training",
         "What the runs learned, and when. In S2 a part of the filters is dropped and the rest "
         "trains alone; then they come back, orthogonal to what is there.",
-        ("curves",),
     ),
-    _Section(
-        "dropping",
+    "dropping": (
         "What was dropped",
         "Each drop takes the filters that the run's criterion ranks highest: with ortho, those "
         "that overlap most with the others of their layer.",
-        ("drops", "times"),
     ),
-    _Section(
-        "redundancy",
+    "redundancy": (
         "Redundancy",
         "RePr is meant to leave filters that say different things: less overlap of their weights, "
         "less correlation of their responses.",
-        (
-            "overlap",
-            "overlap_over_time",
-            "overlap_by_layer",
-            "cca_by_layer",
-            "cca",
-            "svcca",
-            "similarity",
-            "contributions",
-            "filters",
-        ),
     ),
-    _Section(
-        "detection",
-        "What the detectors find",
-        "AP by class and size, and images.",
-        ("classes", "sizes"),
-    ),
-)
+    DETECTION: ("What the detectors find", "AP by class and size, and images."),
+}
+"""Titles and introductions of the parts of a page, by :attr:`Entry.section`."""
 
 
 def write_report(
@@ -126,19 +99,14 @@ def _content(arms: Arms, images: int, resamples: int, progress: bool) -> dict[st
     names = short_names(runs)
     missing: Missing = []
     sections = []
-    wanted = [
-        name
-        for section in _SECTIONS
-        for name in section.figures
-        if task in FIGURES[name].tasks
-        and len(arms.groups) >= FIGURES[name].arms
-        and (arms.with_repr or not FIGURES[name].repr_only)
-    ]
+    wanted = [name for name, entry in FIGURES.items() if entry.applies(arms)]
     with tqdm(total=len(wanted), desc="Figures", disable=not progress) as bar:
-        for section in _SECTIONS:
-            drawn = _drawn(material, [n for n in section.figures if n in wanted], missing, bar)
-            content = {**section._asdict(), "figures": drawn}
-            if section.name == DETECTION and task == DETECTION:
+        for section, (title, introduction) in _SECTIONS.items():
+            names_here = [name for name in wanted if FIGURES[name].section == section]
+            drawn = _drawn(material, names_here, missing, bar)
+            content = {"name": section, "title": title, "introduction": introduction}
+            content["figures"] = drawn
+            if section == task == DETECTION:
                 content |= _tried("Held-out images", lambda: _examples(material), missing) or {}
             if drawn or content.get("examples"):
                 sections.append(content)
@@ -191,7 +159,7 @@ def _drawn(
 def _examples(material: Material) -> dict[str, Any]:
     arms, rows = list(material.arms.groups), []
     examples = material.examples  # reads the dataset, and only then its classes are known
-    names = class_names(material.arms.runs[0]) if examples else []
+    names = material.class_names if examples else []
     for example in examples:
         captions = ["ground truth"] + [
             f"{arm}: {count} {'mistake' if count == 1 else 'mistakes'}"

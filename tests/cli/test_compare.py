@@ -84,6 +84,16 @@ def test_a_side_of_several_runs_is_their_mean(files, tmp_path):
     assert ap["second"] == pytest.approx(expected(10), abs=1e-9)
 
 
+def test_commas_between_results_are_named_as_the_old_form(files, tmp_path, capsys):
+    with_comma = tmp_path / "a,b.json"
+    with_comma.write_text(Path(files["a"]).read_text())
+    for first, old in ((f"{files['a']},{files['b']}", True), (str(with_comma), False)):
+        arguments = [files["truth"], first, files["c"], "--resamples", "2"]
+        assert main(["compare", *arguments]) == 0
+        line = f"repr-det compare: {first} will be refused in 0.3. Use --arm NAME RESULTS...\n"
+        assert (line in capsys.readouterr().err) == old
+
+
 def test_masks_alone_where_asked_for(files, tmp_path, capsys):
     from pycocotools import mask
 
