@@ -157,7 +157,7 @@ def add_arms(parser: argparse._ActionsContainer, what: str) -> None:
         action="append",
         default=[],
         metavar=("NAME", what),
-        help=f"name of an arm and each {what} of it, one for each seed; repeat for each arm",
+        help=f"an arm: its name, then one {what} for each seed; repeat for each arm",
     )
     parser.add_argument(
         "--baseline",
