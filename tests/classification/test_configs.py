@@ -25,7 +25,7 @@ def load(path):
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config(path):
+def test_a_config_builds_its_network_and_ends_cycles_in_time(path):
     cfg = load(path)
     assert cfg.MODEL.META_ARCHITECTURE == "ImageClassifier"
     with torch.device("meta"):

@@ -67,7 +67,7 @@ def test_frozen_stays_frozen():
     assert resolve_epochs(cfg, 1000).is_frozen()
 
 
-def test_mistakes():
+def test_lengths_in_epochs_that_cannot_be_are_refused():
     cfg = cfg_in_epochs()
     cfg.REPR.UNIT = "epochs"
     with pytest.raises(ValueError, match="REPR.UNIT is 'epochs'"):

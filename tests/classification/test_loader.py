@@ -149,7 +149,7 @@ def file_batches(files, count, workers=0, start=0, share=None):
     return list(islice(loader, count))
 
 
-def test_image_files_are_the_same_for_any_workers_and_after_a_resume(files):
+def test_image_files_depend_on_neither_workers_nor_a_resume(files):
     torch.manual_seed(0)
     alone = file_batches(files, 6)
     torch.manual_seed(1)
@@ -222,7 +222,7 @@ def test_test_images_show_the_middle_of_what_was_resized(
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_training_crops_have_the_area_and_shape_asked_for_and_half_are_mirrored(tmp_path, flip):
+def test_training_crops_have_the_area_shape_and_mirroring_asked_for(tmp_path, flip):
     """Each crop is read off the slopes of a ramp, away from its edges."""
     side, size, count = 256, 32, 400
     data = save(tmp_path, coordinates(side, side))

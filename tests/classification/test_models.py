@@ -220,7 +220,7 @@ def test_depth_that_does_not_exist(name):
         build_classifier(name, 10)
 
 
-def test_dropout_zeroes_half_of_the_last_layers_input_in_training_only():
+def test_dropout_halves_the_last_layers_input_in_training_only():
     network = build_classifier("c3_32", 10, dropout=0.5)
     assert list(network.state_dict()) == list(build_classifier("c3_32", 10).state_dict())
     fc = network.fc

@@ -122,7 +122,7 @@ def test_distillation_by_config(teacher_file):
     assert not student.extra_losses["loss_distill"].teacher.training
 
 
-def test_born_again_student_of_its_own_teacher_has_nothing_to_learn_from_it(teacher_file):
+def test_a_student_equal_to_its_teacher_has_no_distillation_loss(teacher_file):
     path, teacher = teacher_file
     cfg = small_cfg()
     cfg.DISTILL.TEACHER = cfg.MODEL.CLASSIFIER.NAME

@@ -48,7 +48,7 @@ def test_learns_evaluates_and_records(cfg, tmp_path):
     assert any("total_loss" in line for line in lines)
 
 
-def test_a_run_begun_anew_goes_on_from_none_of_the_folders_checkpoints(cfg, tmp_path):
+def test_a_new_run_ignores_the_folders_checkpoints(cfg, tmp_path):
     run(cfg)
     assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
     trainer = ClassificationTrainer(cfg)

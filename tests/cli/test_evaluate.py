@@ -215,7 +215,7 @@ def test_models_that_do_not_fit(run, monkeypatch, capsys, tmp_path, options, sen
     assert sentence in refused(capsys, run.folder, *options)
 
 
-def test_masks_of_a_detector_of_boxes_are_refused_before_the_first_image(run, capsys):
+def test_masks_of_a_detector_of_boxes_are_refused_first(run, capsys):
     options = (run.folder, "--iou-type", "segm", "MODEL.MASK_ON", "False")
     assert "finds no masks" in refused(capsys, *options)
 

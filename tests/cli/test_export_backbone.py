@@ -155,7 +155,7 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, source, target, words):
         ("MODEL: [1\n", "does not hold MODEL.PIXEL"),
     ],
 )
-def test_a_config_that_does_not_say_how_it_was_trained_is_refused(tmp_path, capsys, content, words):
+def test_a_config_without_the_input_settings_is_refused(tmp_path, capsys, content, words):
     source, config = tmp_path / "model_final.pth", tmp_path / "mine.yaml"
     torch.save({"model": make_classifier("resnet18").state_dict()}, source)
     if content is not None:

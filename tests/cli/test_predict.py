@@ -331,7 +331,7 @@ def test_hidden_files_and_folders_are_left_alone(run, tmp_path):
     assert find_sources([folder / "._a.png"])[0].path == folder / "._a.png"
 
 
-def test_an_extremely_thin_image_is_named_and_the_rest_is_written(run, tmp_path, capsys):
+def test_a_very_thin_image_is_named_and_the_rest_written(run, tmp_path, capsys):
     photos, out, found = tmp_path / "photos", tmp_path / "drawn", tmp_path / "found.json"
     photos.mkdir()
     for name in ("a.png", "c.png"):

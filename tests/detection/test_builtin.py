@@ -28,7 +28,7 @@ def unregistered():
     remove()
 
 
-def test_missing(monkeypatch, tmp_path):
+def test_a_missing_builtin_dataset_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     register_builtin()
     with pytest.raises(

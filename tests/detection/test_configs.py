@@ -44,7 +44,7 @@ def named(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
 
 
-def test_every_file_is_a_config_that_is_tested_or_the_base_of_one():
+def test_every_file_is_a_tested_config_or_a_base():
     assert all(path.suffix == ".yaml" for path in FOLDER.iterdir())
     lines = {line for path in FOLDER.iterdir() for line in path.read_text().splitlines()}
     assert {path for path in BASES if f"_BASE_: {path.name}" in lines} == BASES
@@ -54,7 +54,7 @@ def test_every_file_is_a_config_that_is_tested_or_the_base_of_one():
 
 
 @named(CONFIGS)
-def test_config(path):
+def test_a_config_builds_its_model_and_ends_cycles_in_time(path):
     """The model can be built, and filters come back before the learning rate falls."""
     cfg = load(path)
     assert trainer_for(cfg) is DetectionTrainer

@@ -48,13 +48,13 @@ def has_colour(picture: np.ndarray, label: int) -> np.ndarray:
     return (np.abs(picture.astype(int) - COLOURS[label]) < 30).all(axis=2)
 
 
-def test_a_small_image_is_enlarged_and_a_large_one_is_not():
+def test_only_small_images_are_enlarged():
     nothing = found([], [], [])
     assert draw_instances(grey(), nothing, NAMES, side=240).shape == (160, 240, 3)
     assert draw_instances(grey(400, 600), nothing, NAMES, side=240).shape == (400, 600, 3)
 
 
-def test_a_box_has_the_colour_of_its_class_where_the_object_is():
+def test_a_box_has_its_class_colour_at_its_place():
     image = grey()
     picture = draw_instances(image, found([[10, 20, 40, 35]], [1], [0.9]), NAMES, side=240)
     coloured = has_colour(picture, 1)

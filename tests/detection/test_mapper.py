@@ -36,12 +36,12 @@ class TestUnreadableImages:
         size = (60, 81) if request.param == "other size" else (60, 80)
         return {"file_name": str(path), "height": size[0], "width": size[1], "annotations": []}
 
-    def test_is_named(self, cfg, record):
+    def test_a_bad_image_is_named(self, cfg, record):
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=False)
         with pytest.raises(ValueError, match=r"Image .*photo.jpg cannot be read .*SKIP_BAD_IMAGES"):
             mapper(record)
 
-    def test_is_skipped_and_counted(self, cfg, record, caplog):
+    def test_a_bad_image_is_skipped_and_counted(self, cfg, record, caplog):
         logging.getLogger("detectron2").propagate = True
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True)
         assert mapper(dict(record)) is None

@@ -106,7 +106,7 @@ def test_images_without_annotations_are_left_out_of_training_only(cfg):
     assert ids(DatasetCatalog.get(NAMES[1])) == held_out
 
 
-def test_a_file_with_an_entry_for_each_object_is_held_out_or_trained_on(cfg):
+def test_entries_of_one_file_stay_on_one_side(cfg):
     every = DatasetCatalog.get(NAMES[0])
     twice = [{**record, "image_id": 100 * n + i} for i, record in enumerate(every) for n in (1, 2)]
     DatasetCatalog.remove(NAMES[0])
@@ -123,7 +123,7 @@ def test_nothing_to_train_on(cfg):
         DetectionTrainer(cfg)
 
 
-def test_mistakes(cfg):
+def test_settings_of_held_out_images_that_cannot_be_are_refused(cfg):
     cfg.DATASETS.HELD_OUT = 8
     DetectionTrainer.check(cfg)
     with pytest.raises(ValueError, match="DATASETS.HELD_OUT is 8, but the training set has 8"):
