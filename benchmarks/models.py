@@ -1,11 +1,19 @@
 """Which published models RePr can train: are pruned filters exactly zero in each of them?
 
 Every model is built with random weights and followed on two random images. A tenth of its filters
-is dropped, and one training step is taken. Before and after it, the output of every pruned filter
+is dropped, and one training step is taken. Where there are no convs for it, hidden linear units
+take part (``linear=True``). Before and after it, the output of every pruned filter
 (after its norm) is looked at in training and in evaluation mode: it must be exactly zero. Then the
 pruned filters are removed physically, and the loss of one batch is compared.
 
     python benchmarks/models.py torchvision timm detectron2 [--record]
+
+Of torchvision every model is tried, and of Detectron2's zoo every network. timm has over 1,300
+models, most of them sizes of the same code: of each of its files, the smallest of each family is
+tried, by name.
+
+Each model is tried in a process of its own, with a limit of time and of memory. Results are written
+as they come. A run that was interrupted goes on: what models.json has is not tried again.
 
 timm is a development extra; what is not installed is left out.
 """
@@ -13,13 +21,16 @@ timm is a development extra; what is not installed is left out.
 from __future__ import annotations
 
 import argparse
-import gc
+import itertools
 import json
+import multiprocessing
 import re
+import resource
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +46,9 @@ from repr_det.method.modules import unchanged
 RECORD = Path(__file__).with_name("models.json")
 LARGEST = 90_000_000
 """Parameters of the largest model that is tried."""
+
+SECONDS, MEMORY = 300.0, 5 * 2**30
+"""What one model may take; the memory in bytes."""
 
 Batch = Any
 Built = tuple[nn.Module, Batch]
@@ -93,15 +107,22 @@ def _torchvision_targets(keypoints: bool) -> Batch:
 
 
 def timm_models() -> Iterator[tuple[str, Callable[[], Built]]]:
-    """The smallest model by its name of every file of timm."""
+    """The smallest model of each family, by its name, of every file of timm."""
     import timm
 
     sizes = ["femto", "atto", "pico", "nano", "tiny", "mini", "small", "xs", "s0", "_0", "18", "26"]
+    found: list[list[str]] = []
     for module in timm.list_modules():
         names = timm.list_models(module=module)
         names.sort(key=lambda n: next((i for i, s in enumerate(sizes) if s in n), len(sizes)))
-        if names:
-            yield f"timm.{names[0]}", lambda n=names[0]: _timm_model(n)
+        families: dict[str, str] = {}
+        for name in names:
+            families.setdefault(re.match(r"[a-z]+", name)[0], name)
+        found.append(list(families.values()))
+    # One of each file first.
+    for row in itertools.zip_longest(*found):
+        for name in filter(None, row):
+            yield f"timm.{name}", lambda n=name: _timm_model(n)
 
 
 def _timm_model(name: str) -> Built:
@@ -114,20 +135,30 @@ def _timm_model(name: str) -> Built:
 
 
 def detectron2_models() -> Iterator[tuple[str, Callable[[], Built]]]:
-    """Every config of the model zoo."""
+    """Every network of the model zoo, once where configs differ in the length of training."""
     from detectron2.model_zoo.model_zoo import _ModelZooUrls
 
+    networks = set()
     for path in _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX:
-        yield path, lambda p=f"{path}.yaml": _detectron2_model(p)
+        network = re.sub(r"_(1x|3x|\d+ep_LSJ)", "", path)
+        if network not in networks:
+            networks.add(network)
+            yield path, lambda p=path: _detectron2_model(p)
 
 
 def _detectron2_model(path: str) -> Built:
     from detectron2 import model_zoo
+    from detectron2.config import get_cfg, instantiate
     from detectron2.modeling import build_model
     from detectron2.structures import BitMasks, Boxes, Instances, Keypoints, PolygonMasks
 
-    cfg = model_zoo.get_config(path)
-    cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+    if path.startswith("new_baselines/"):  # Mask R-CNN, in Python
+        model, cfg = instantiate(model_zoo.get_config(f"{path}.py").model), get_cfg()
+        cfg.MODEL.MASK_ON = True
+    else:
+        cfg = model_zoo.get_config(f"{path}.yaml")
+        cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS = "cpu", ""
+        model = build_model(cfg)
     square = [10.0, 10.0, 60.0, 10.0, 60.0, 70.0, 10.0, 70.0]
     batch = []
     for image in images(128):
@@ -149,7 +180,7 @@ def _detectron2_model(path: str) -> Built:
             proposals.proposal_boxes = Boxes([[10.0, 10.0, 60.0, 70.0], [5.0, 5.0, 50.0, 90.0]])
             proposals.objectness_logits = torch.ones(2)
             batch[-1]["proposals"] = proposals
-    return build_model(cfg), batch
+    return model, batch
 
 
 LISTS = {
@@ -224,12 +255,18 @@ def check(build: Callable[[], Built]) -> dict[str, Any]:
         return {"result": "too large", "parameters": parameters}
     model.train()
     trainer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, 0.9)
-    try:
-        method = RePr(
-            model, trainer, RePrSchedule(1, 9, 1), 0.1, loss=loss, batches=lambda: iter([batch])
-        )
-    except UserError as error:
-        return {"result": "refused", "reason": str(error)}
+    method, reason = None, ""
+    for linear in (False, True):
+        try:
+            method = RePr(
+                model, trainer, RePrSchedule(1, 9, 1), 0.1, loss=loss,
+                batches=lambda: iter([batch]), linear=linear,
+            )  # fmt: skip
+            break
+        except UserError as error:
+            reason = str(error)
+    if method is None:
+        return {"result": "refused", "reason": reason}
     built = time.perf_counter() - start
     method.step(1)
     found = not_zero(model, method, batch)
@@ -241,6 +278,7 @@ def check(build: Callable[[], Built]) -> dict[str, Any]:
     found += not_zero(model, method, batch)
     record = {
         "result": "not zero" if found else "exact",
+        "linear": linear,
         "layers": len(method.layers),
         "convs": len(method.graph.convs),
         "pruned": method.num_pruned,
@@ -274,6 +312,34 @@ def removed(model: nn.Module, method: RePr, batch: Batch) -> dict[str, Any]:
     return {"removed": count, "difference": abs(after - before) / max(abs(before), 1e-12)}
 
 
+def _send(build: Callable[[], Built], end: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+    warnings.simplefilter("ignore")
+    try:
+        end.send(check(build))
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        end.send({"result": "exception", "reason": text})
+
+
+def check_apart(build: Callable[[], Built]) -> dict[str, Any]:
+    """What became of one model, checked in a process of its own."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(build, there))
+    process.start()
+    there.close()
+    try:
+        if here.poll(SECONDS):
+            return here.recv()
+        return {"result": "stopped", "reason": f"it took more than {SECONDS:.0f} s"}
+    except EOFError:
+        return {"result": "stopped", "reason": "its process died"}
+    finally:
+        process.kill()
+        process.join()
+
+
 def main() -> None:
     """Check the models of some lists and print what became of each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -281,30 +347,24 @@ def main() -> None:
     parser.add_argument(
         "--match", default="", help="only models whose name this regular expression finds"
     )
-    parser.add_argument("--record", action="store_true", help="write models.json")
+    parser.add_argument(
+        "--record", action="store_true", help="write models.json, and try only what it has not"
+    )
     arguments = parser.parse_args()
     results: dict[str, dict[str, Any]] = {}
     if arguments.record and RECORD.exists():
         results = json.loads(RECORD.read_text())
     for kind in arguments.lists:
         try:
-            models = list(LISTS[kind]())
+            models = dict(LISTS[kind]())
         except ImportError as error:
             print(f"{kind} is left out: {error}")
             continue
-        for name, build in models:
-            if not re.search(arguments.match, name):
+        for name, build in models.items():
+            if name in results or not re.search(arguments.match, name):
                 continue
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                try:
-                    results[name] = check(build)
-                except Exception as error:  # each model in its own try
-                    text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                    results[name] = {"result": "exception", "reason": text}
-            results[name]["list"] = kind
+            results[name] = check_apart(build) | {"list": kind}
             print(name, json.dumps(results[name]), flush=True)
-            gc.collect()
             if arguments.record:
                 RECORD.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
     print(Counter((r["list"], r["result"]) for r in results.values()))

@@ -61,6 +61,12 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
     if any(is_lazy(p) for group in optimizer.param_groups for p in group["params"]):
         raise UserError("RePr: the model has lazy layers without weights. Run it on a batch first.")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(
+            f"RePr: {type(optimizer).__name__} cannot step without a closure, so RePr cannot try "
+            "it. Use an optimizer such as SGD, Adam, AdamW or RMSprop."
+        )
     # Nothing here may show outside: random numbers, warnings about hyper-parameters.
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")

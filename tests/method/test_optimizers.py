@@ -171,7 +171,7 @@ def test_what_leaves_zeros_alone_is_accepted(make):
                 not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon"
             ),
         ),
-        (torch.optim.LBFGS, "could not be tried .*closure"),
+        (torch.optim.LBFGS, "^RePr: LBFGS cannot step without a closure"),
         (torch.optim.SparseAdam, "could not be tried .*dense gradients"),
     ],
 )  # fmt: skip
