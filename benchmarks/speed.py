@@ -149,8 +149,9 @@ def holding(masked: Any, step: Callable[[], float], rounds: int) -> float:
     """
     step()
     mask: GradientMask = masked._repr_hook.method._mask
-    held = [p for p in mask._slots if p.grad is not None]
-    slots = [slot for parameter in held for slot in mask._slots[parameter]]
+    found = [one for one in mask.held if one.parameter.grad is not None]
+    held = [one.parameter for one in found]
+    slots = [slot for one in found for slot in one.slots]
     gradients = [torch.zeros_like(parameter) for parameter in held]
     mask.remove()
     spent = []

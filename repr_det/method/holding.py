@@ -14,7 +14,7 @@ as they were, times a factor. They read zeros, so their gradients are zero by th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 from weakref import ReferenceType, ref
 
@@ -24,6 +24,44 @@ from torch.optim import Optimizer
 from repr_det.method.graph import Reader
 from repr_det.method.layers import FilterLayer, Slot, column_slots
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
+
+
+class _Held:
+    """A parameter of which parts are held."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.slots: list[Slot] = []
+        # The gradient that was set to zero last, and its version then.
+        self._done: ReferenceType[Tensor] | None = None
+        self._version = 0
+
+    def fill(self, _: Tensor | None = None) -> None:
+        """Set the held parts of the gradient to zero."""
+        gradient = self.parameter.grad
+        for slot in self.slots:
+            slot.fill(0.0, like=gradient)
+        self._done, self._version = ref(gradient), gradient._version
+
+    def fill_again(self) -> None:
+        """The same, unless nothing was written to the gradient since then."""
+        gradient = self.parameter.grad
+        if gradient is None:
+            return
+        same = self._done is not None and self._done() is gradient
+        if not same or gradient._version != self._version:
+            self.fill()
+
+    def hook(self) -> Any:
+        """Call :meth:`fill` after each accumulation, also once the parameter trains.
+
+        Torch refuses to hook a parameter that does not train yet.
+        """
+        trains = self.parameter.requires_grad
+        self.parameter.requires_grad_(True)
+        handle = self.parameter.register_post_accumulate_grad_hook(self.fill)
+        self.parameter.requires_grad_(trains)
+        return handle
 
 
 class GradientMask:
@@ -39,47 +77,23 @@ class GradientMask:
     """
 
     def __init__(self, slots: Iterable[Slot], optimizer: Optimizer) -> None:
-        self._slots: dict[Tensor, list[Slot]] = {}
+        held: dict[Tensor, _Held] = {}
         for slot in slots:
             if isinstance(slot.tensor, nn.Parameter):
-                self._slots.setdefault(slot.tensor, []).append(slot)
-        # The gradients that were set to zero since the last step, and their versions then.
-        self._done: dict[Tensor, tuple[ReferenceType[Tensor], int]] = {}
-        self._handles = [_after_accumulation(p, self._mask) for p in self._slots]
-        self._handles.append(optimizer.register_step_pre_hook(self._before_step))
+                held.setdefault(slot.tensor, _Held(slot.tensor)).slots.append(slot)
+        self.held = list(held.values())
+        self._handles = [one.hook() for one in self.held]
+        self._handles.append(optimizer.register_step_pre_hook(self.apply))
 
-    def _mask(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        for slot in self._slots[parameter]:
-            slot.fill(0.0, like=gradient)
-        self._done[parameter] = (ref(gradient), gradient._version)
-
-    def _before_step(self, *_: Any) -> None:
-        for parameter in self._slots:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
-            seen, version = self._done.get(parameter, (None, 0))
-            if seen is None or seen() is not gradient or gradient._version != version:
-                self._mask(parameter)
-
-    def apply(self) -> None:
+    def apply(self, *_: Any) -> None:
         """Set them to zero now: for loops that clip gradients which they wrote by hand."""
-        self._before_step()
+        for one in self.held:
+            one.fill_again()
 
     def remove(self) -> None:
         """Let gradients through again."""
         for handle in self._handles:
             handle.remove()
-
-
-def _after_accumulation(parameter: Tensor, hook: Callable[[Tensor], None]) -> Any:
-    """Hook a parameter, also one that does not train yet, which torch refuses."""
-    trains = parameter.requires_grad
-    parameter.requires_grad_(True)
-    handle = parameter.register_post_accumulate_grad_hook(hook)
-    parameter.requires_grad_(trains)
-    return handle
 
 
 def _zero(slot: Slot, optimizer: Optimizer | None) -> None:
