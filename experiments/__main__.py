@@ -93,7 +93,6 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
             for number, run in enumerate(todo, 1):
                 name = f"{run.row.name} seed {run.seed}"
                 bar.set_description(f"run {number}/{len(todo)} {name}")
-                bar.set_postfix_str("", refresh=False)
                 record = execute(run, bar)
                 write_record(run.record_path, record)
                 value = run.measure.value(record)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -24,17 +23,10 @@ IMAGES = 5000
 Correlations = dict[str, dict[str, dict[str, float | None]]]
 
 
-def held_out_batches(trainer: ClassificationTrainer) -> Iterator[dict[str, Tensor]]:
-    """:data:`IMAGES` held-out training images, in as many batches as a criterion looks at."""
-    cfg = trainer.cfg.clone()
-    cfg.defrost()
-    cfg.TEST.IMS_PER_BATCH = IMAGES // BATCHES
-    loader = trainer.build_test_loader(cfg, held_out_name(cfg.DATASETS.TRAIN[0]))
-    return itertools.islice(iter(loader), BATCHES)
-
-
 def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
     """Correlations of every criterion's scores with the greedy oracle's, on a trained network.
+
+    Scores are of :data:`IMAGES` held-out training images, in as many batches as a criterion takes.
 
     Args:
         trainer: with the network, and held-out images in its config.
@@ -43,48 +35,41 @@ def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
         By criterion, then by layer or :data:`EVERYWHERE`: ``"rank"``, Spearman's correlation, and
         ``"value"``, Pearson's; None where scores are constant.
     """
-    method = RePr(
-        trainer.model,
-        trainer.optimizer,
-        RePrSchedule(1, 1, 1),
-        batches=lambda: held_out_batches(trainer),
-        loss=training_loss,
-    )
+    cfg = trainer.cfg.clone()
+    cfg.defrost()
+    cfg.TEST.IMS_PER_BATCH = IMAGES // BATCHES
+    loader = trainer.build_test_loader(cfg, held_out_name(cfg.DATASETS.TRAIN[0]))
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        return itertools.islice(iter(loader), BATCHES)
+
+    schedule = RePrSchedule(1, 1, 1)
+    layers = RePr(
+        trainer.model, trainer.optimizer, schedule, batches=batches, loss=training_loss
+    ).layers
     trainer.model.train()
-    scores = {
-        name: criterion(
-            method.layers,
-            Data(
-                trainer.model,
-                lambda: held_out_batches(trainer),
-                training_loss,
-                torch.Generator().manual_seed(trainer.cfg.REPR.SEED),
-                filter_progress,
-            ),
-        )
-        for name, criterion in CRITERIA.items()
-    }
+    scores = {}
+    for name, criterion in CRITERIA.items():
+        generator = torch.Generator().manual_seed(cfg.REPR.SEED)
+        data = Data(trainer.model, batches, training_loss, generator, filter_progress)
+        scores[name] = criterion(layers, data)
     oracle = scores.pop("oracle")
-    names = [layer.name for layer in method.layers]
+    names = [layer.name for layer in layers]
     places = {EVERYWHERE: names, **{name: [name] for name in names}}
     return {
-        name: {
-            place: agreement(_joined(found, layers), _joined(oracle, layers))
-            for place, layers in places.items()
+        criterion: {
+            place: _agreement(*(torch.cat([s[n].double().cpu() for n in chosen]) for s in pair))
+            for place, chosen in places.items()
         }
-        for name, found in scores.items()
+        for criterion, pair in ((name, (found, oracle)) for name, found in scores.items())
     }
 
 
-def agreement(scores: np.ndarray, oracle: np.ndarray) -> dict[str, float | None]:
-    """Correlations of two scores of the same filters, each (n,); None where one is constant."""
-    if np.ptp(scores) == 0 or np.ptp(oracle) == 0:
+def _agreement(scores: Tensor, oracle: Tensor) -> dict[str, float | None]:
+    """Correlations of two scores of the same filters, each (n,)."""
+    if scores.unique().numel() == 1 or oracle.unique().numel() == 1:
         return {"rank": None, "value": None}
     return {
         "rank": float(stats.spearmanr(scores, oracle).statistic),
         "value": float(stats.pearsonr(scores, oracle).statistic),
     }
-
-
-def _joined(scores: dict[str, Tensor], names: list[str]) -> np.ndarray:
-    return torch.cat([scores[name].double().cpu() for name in names]).numpy()

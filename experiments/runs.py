@@ -177,11 +177,9 @@ def _scaled(length: int | tuple[int, ...]) -> int | tuple[int, ...]:
     return math.ceil(round(length * QUICK_SHARE, 6))
 
 
-def settings_of(cfg: Any) -> Any:
-    """A config as plain data, equal to what a dump of it reads as."""
-    if isinstance(cfg, dict):
-        return {key: settings_of(value) for key, value in cfg.items()}
-    return [settings_of(value) for value in cfg] if isinstance(cfg, tuple | list) else cfg
+def settings_of(cfg: CfgNode) -> dict[str, Any]:
+    """A config as plain data."""
+    return yaml.safe_load(cfg.dump())
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -292,11 +290,10 @@ class RunClock(HookBase):
 
     Args:
         bar: advanced by one an iteration.
-        measure: whose first column the bar shows.
     """
 
-    def __init__(self, bar: tqdm, measure: Measure) -> None:
-        self._bar, self._measure = bar, measure
+    def __init__(self, bar: tqdm) -> None:
+        self._bar = bar
         self._wall = -time.perf_counter()
         self._cpu = -time.process_time()
 
@@ -311,11 +308,6 @@ class RunClock(HookBase):
     def after_step(self) -> None:
         """One more iteration."""
         self._bar.update()
-        metric = self._measure.metrics[self._measure.columns[0].name]
-        for name in (metric, f"{self.trainer.cfg.DATASETS.TEST[-1]}/{metric}"):
-            if name in self.trainer.storage.latest():
-                value, _ = self.trainer.storage.latest()[name]
-                self._bar.set_postfix_str(self._measure.printed.format(value), refresh=False)
 
     def state_dict(self) -> dict[str, float]:
         """Time until now."""
@@ -347,12 +339,6 @@ def _logged_to(path: Path) -> Iterator[None]:
             log.propagate, log.handlers = propagate, handlers
 
 
-def _prepare_folder(run: Run) -> None:
-    """Make a run's folder; what is in it stays."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "config.yaml").write_text(run.cfg.dump())
-
-
 def execute(run: Run, bar: tqdm) -> Record:
     """Train a run, going on from its last checkpoint if there is one, and make its record.
 
@@ -366,10 +352,11 @@ def execute(run: Run, bar: tqdm) -> Record:
     if has_run(cfg.OUTPUT_DIR):
         found = yaml.safe_load((folder / "config.yaml").read_text())
         _check_settings(found, cfg, folder)
-    _prepare_folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(cfg.dump())
     record = _header(run) | environment(cfg.MODEL.DEVICE)
     with _logged_to(folder / LOG):
-        clock = RunClock(bar, run.measure)
+        clock = RunClock(bar)
         seed_all_rng(cfg.SEED)
         if cfg.MODEL.DEVICE == "cpu":
             keep_freed_memory()

@@ -38,7 +38,7 @@ class Measure:
     Attributes:
         metrics: what a record keeps of an evaluation, as its name in ``metrics.json`` by its name
             in the record.
-        columns: what tables compare; a run's progress shows the first.
+        columns: what tables compare; a run's value is the first.
         last: a run's value is the mean of this many last evaluations, or of the last one alone
             where there are fewer.
         printed: a format for a run's value.
