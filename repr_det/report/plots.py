@@ -216,8 +216,9 @@ def _legend(where: Axes | Figure, handles: Mapping[str, Artist], **place: Any) -
     """A legend above in as many columns as its labels have room for; the figure grows with it."""
     place = place or {"loc": "outside upper center"}
     labels = [_wrapped(label, WIDTH - 1) for label in handles]
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(int((WIDTH - 0.6) / (0.55 + _LETTER * longest)), len(labels)))
+    widths = [0.55 + _LETTER * max(map(len, label.split("\n"))) for label in labels]
+    room = WIDTH - 0.6
+    columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
     where.legend(handles.values(), labels, ncols=columns, **place)
     figure = where.get_figure()
     figure.set_figheight(figure.get_figheight() + 0.17 * (-(-len(labels) // columns) - 1))
@@ -239,7 +240,8 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     for drop in panel.rate_drops:
         axes.axvline(drop, color=_INK, linestyle=":", linewidth=1)
     for line in panel.lines:
-        style = {"linestyle": line.style, "marker": line.marker, "label": line.label}
+        marker = line.marker or ("." if len(line.x) == 1 else "")  # a single point is no line
+        style = {"linestyle": line.style, "marker": marker, "label": line.label}
         axes.plot(line.x, line.y, color=line.colour, **style)
         if line.spread is not None:
             middle, around = np.asarray(line.y), np.asarray(line.spread)
