@@ -46,7 +46,7 @@ class Browser:
         self._number, self._buffer = 0, b""
         read, self._write = os.pipe()
         self._read, write = os.pipe()
-        # The browser wants its ends as descriptors 3 and 4, where others of ours may lie.
+        # The browser wants its ends as descriptors 3 and 4, which may be taken here.
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read, write)]
         self._process = subprocess.Popen(
             [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", "about:blank"],
@@ -76,7 +76,7 @@ class Browser:
         os.close(self._write)
 
     def open(self, page: Path, width: int, height: int = 900, scheme: str = "light") -> None:
-        """Load a file in a window of a size in pixels; ``problems`` begins anew."""
+        """Load a file in a window of a size in pixels; ``problems`` begins again."""
         feature = {"name": "prefers-color-scheme", "value": scheme}
         self.call("Emulation.setEmulatedMedia", features=[feature])
         self.call(

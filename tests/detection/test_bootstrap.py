@@ -172,7 +172,7 @@ def test_no_detections_at_all(tmp_path):
 
 
 def population(images, generator, rates, extra):
-    """A side that finds an object with a probability, beside false positives, as matches."""
+    """A side that finds an object with a probability, and false positives, as matches."""
     number = len(images)
     found = generator.random(number) < rates
     false = generator.integers(0, images.max() + 1, int(extra * number))
@@ -241,7 +241,7 @@ def test_resamples_without_repeated_images_have_intervals_too_narrow():
     assert covered < 177
 
 
-def test_several_arms_are_compared_with_the_baseline_one_by_one(tmp_path):
+def test_each_arm_is_compared_with_the_baseline(tmp_path):
     content = make_truth(12)
     truth = read(tmp_path, content)
     a, b, c = (match(truth, make_results(content, n, noise=n / 10), BBOX) for n in (3, 2, 1))

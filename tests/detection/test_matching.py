@@ -49,7 +49,7 @@ def test_matches_are_those_of_pycocotools(tmp_path, iou_type, digits, seed):
 
 
 @pytest.mark.parametrize("iou_type", [BBOX, SEGM])
-def test_only_the_hundred_best_of_an_image_and_class_count(tmp_path, iou_type):
+def test_only_the_best_hundred_detections_count(tmp_path, iou_type):
     content = make_truth(3, seed=3)
     chosen = content["annotations"][0]
     x, y, w, h = chosen["bbox"]

@@ -13,6 +13,7 @@ from experiments.runs import FULL, QUICK, plan, read_evaluations
 from experiments.tables import AP, Row, Table
 from repr_det.tasks import get_cfg
 from tests.detectors import shrink
+from tests.experiments.settings import squeezed
 from tests.report.folders import write_detection_data
 
 
@@ -79,7 +80,7 @@ def test_shortened(table, tmp_path):
 @pytest.mark.slow
 def test_a_pair_is_trained_recorded_and_compared(table, tmp_path, capsys):
     text = reproduce(table, [0], FULL, tmp_path / "output")
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    lines = [line for line in squeezed(text).splitlines() if line.startswith("| ")]
     assert lines[0].startswith("| | AP | AP50 | Seeds | Gain in AP")
     assert [line.split(" | ")[0] for line in lines[1:]] == ["| Standard", "| RePr"]
     record = json.loads((tmp_path / "output" / "tiny" / "repr" / "seed_0.json").read_text())

@@ -76,7 +76,7 @@ def test_every_cell_is_run_once_over_stops(tmp_path):
     assert "noise-test: 118 of 118 runs done, 0 of them failed" in what_is_left(values)
 
 
-def test_a_failed_run_stops_no_other_and_is_tried_twice(tmp_path):
+def test_a_failed_run_is_tried_again_after_the_others(tmp_path):
     fails_once, fails_always = (
         choice_cells("noise", "40")[1],
         choice_cells("finetune", "252-600")[0],

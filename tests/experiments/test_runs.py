@@ -44,7 +44,7 @@ class StopError(Exception):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Interrupt the run with so many of all iterations done."""
+    """Interrupt the run after this many of all iterations."""
     original = runs.RunClock.after_step
 
     def stop_at(count):
@@ -77,7 +77,7 @@ def test_a_table_is_stopped_resumes_and_skips_what_is_recorded(table, output, st
     assert partial.count("not run") == len(table.whole.rows) - 1 > 1
 
     assert reproduce(table, [0], FULL, output) == whole
-    # The stopped run went on behind its checkpoint of epoch 2; nothing else ran twice.
+    # The stopped run went on after its checkpoint of epoch 2; nothing else ran twice.
     assert done[stop:] == [*range(2 * EPOCH, LENGTH)]
     for one, other in zip(
         read_records(table, FULL, tmp_path / "whole"),
@@ -94,7 +94,7 @@ def test_a_table_is_stopped_resumes_and_skips_what_is_recorded(table, output, st
 
 
 def _without_training(record):
-    """Medians over 20 iterations begin anew with a resumed run."""
+    """Medians over 20 iterations begin again with a resumed run."""
     return [
         {key: value for key, value in entry.items() if key != "train_top1"}
         for entry in record["evaluations"]["small_test"]
@@ -148,7 +148,7 @@ def test_what_a_record_holds(table, output, tmp_path):
 
 
 def test_evaluations_are_read_from_metrics(table, output, tmp_path):
-    """Written again by a resumed run, cut off by a kill, and behind the last iteration."""
+    """Written again by a resumed run, cut off by a kill, and after the last iteration."""
     run = plan(table, table.row("standard"), 0, FULL, output)
     lines = [
         {"iteration": 3, "train/top1": 50.0},
@@ -233,7 +233,7 @@ def test_quick_runs_are_shortened_in_proportion(tmp_path, output):
     assert len(record["evaluations"]["small_test"]) == 1
 
 
-def test_another_table_with_the_same_settings_needs_no_new_run(tmp_path, table, output, stop_at):
+def test_another_table_with_equal_settings_needs_no_new_run(tmp_path, table, output, stop_at):
     done = stop_at(10**6)
     reproduce(only(table, ["repr"]), [0], FULL, output)
     del done[:]
@@ -258,7 +258,7 @@ def test_records_of_other_settings_are_not_taken(table, output, tmp_path):
         reproduce(table, [0], FULL, output)
 
 
-def test_missing_data_is_told_before_anything_is_trained(tmp_path, output, monkeypatch):
+def test_missing_data_is_reported_before_anything_is_trained(tmp_path, output, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     table = small_table(tmp_path)
     row = table.rows[1]

@@ -76,7 +76,7 @@ def test_a_shortened_table_says_so_in_its_heading():
     ]
 
 
-def test_without_numbers_of_the_paper_there_are_no_columns_for_them():
+def test_tables_without_the_papers_numbers_have_no_columns_for_them():
     rows = tuple(replace(row, paper=None) for row in ROWS[:2])
     lines = table_in_markdown(replace(TABLE, rows=rows), False, RECORDS[:6]).splitlines()
     assert lines[2:6] == [
@@ -92,7 +92,7 @@ def detected(row, seed, *pairs):
     return {"row": row, "seed": seed, "evaluations": {"test": evaluations}}
 
 
-def test_detectors_are_compared_in_ap_and_ap50_of_the_last_evaluation():
+def test_detectors_are_compared_in_ap_and_ap50():
     rows = (Row("standard", "Standard", None, "c.yaml"),)
     rows += (Row("repr", "RePr", None, "c.yaml", {}, "standard"),)
     runs = [
@@ -157,7 +157,7 @@ the paper's Ortho with the score as it prints it. A note.
     )
 
 
-def test_the_page_has_what_is_recorded_and_says_on_what_it_ran():
+def test_the_page_has_recorded_tables_and_their_devices():
     timed = [r | {"wall_seconds": 1800.0, "device": "a CPU"} for r in RECORDS]
     other = replace(TABLE, name="other")
     page = squeezed(results_page([other, TABLE], lambda t: timed if t is TABLE else []))

@@ -1,4 +1,4 @@
-"""Folders of runs that were never trained: what a run leaves behind, written by hand."""
+"""Folders of runs that were never trained: the files of a run, written by hand."""
 
 from __future__ import annotations
 

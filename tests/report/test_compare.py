@@ -75,13 +75,13 @@ def test_runs_without_a_seed_are_in_no_pair(tmp_path):
 @pytest.mark.parametrize(
     ("seeds", "words"), [([3], "One run each has no interval"), ([4, 4], "no interval")]
 )
-def test_one_run_each_or_seeds_that_do_not_pair_have_no_interval(tmp_path, seeds, words):
+def test_unpaired_runs_have_no_interval(tmp_path, seeds, words):
     found = outcome(by_method(classification(tmp_path, seeds)))
     assert found.rows["accuracy/top1"].differences[REPR].low is None
     assert words in found.interval
 
 
-def test_a_run_that_is_behind_is_compared_where_both_were_evaluated(tmp_path):
+def test_runs_are_compared_at_their_last_common_evaluation(tmp_path):
     runs = [
         read_run(write_run(tmp_path / "standard", length=200)),
         read_run(write_run(tmp_path / "repr", {"REPR.ENABLED": True}, length=120)),
@@ -148,7 +148,7 @@ def test_sides_that_detect_nothing_are_compared_by_boxes(tmp_path):
     assert row == (0, 0, 0)
 
 
-def test_results_that_are_not_of_the_last_evaluation_are_told(tmp_path):
+def test_results_of_another_evaluation_are_reported(tmp_path):
     runs = squares(tmp_path, (detections([1]), 77.0, False), (detections([1]), 100.0, True))
     found = outcome(by_method(runs), resamples=20)
     assert found.rows["bbox/AP"].differences[REPR].low is None

@@ -67,7 +67,7 @@ EVERY_FIGURE = [
 ]
 
 
-def test_a_pair_of_runs_has_every_figure_and_says_what_is_missing(page, pair):
+def test_a_pair_has_every_figure_and_says_what_is_missing(page, pair):
     assert figures_of(page) == EVERY_FIGURE
     text = text_of(page)
     assert "With RePr the top-1 accuracy was" in text
@@ -86,7 +86,7 @@ def test_the_page_needs_nothing_else(page):
     assert "url(http" not in content and "<script" not in content
 
 
-def test_a_run_that_is_going_on_is_reported_as_far_as_it_is(tmp_path):
+def test_a_run_that_is_still_going_is_reported(tmp_path):
     register_corners()
     folder = write_run(tmp_path / "going", {"REPR.ENABLED": True}, length=60)
     path = write_report(by_method([read_run(folder)]), tmp_path / "report.html")
@@ -133,7 +133,7 @@ def test_equal_results_are_called_the_same(tmp_path):
     assert "without it 50.5 %: the same, with a 95 % interval from" in text
 
 
-def test_a_detector_that_finds_nothing_in_the_end_has_no_figures_of_classes(tmp_path):
+def test_a_detector_that_finds_nothing_has_no_figure_of_classes(tmp_path):
     (run,) = squares(tmp_path, ([], 20.0, True))
     nothing = {f"bbox/{key}": float("nan") for key in ("AP", "AP50", "AP75", "APs", "APm", "APl")}
     early = {**dict.fromkeys(nothing, 20.0), "bbox/AP-cat": 20.0, "bbox/AP-dog": 20.0}
@@ -206,7 +206,7 @@ def test_detectors_are_called_by_their_names(tmp_path, key, name):
     )
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_named_by_their_folders(tmp_path):
     runs = [
         read_run(write_run(tmp_path / side / "seed_0", {"REPR.ENABLED": side == "repr"}))
         for side in ("standard", "repr")
@@ -233,7 +233,7 @@ def test_what_cannot_be_reported_is_refused_and_nothing_written(tmp_path, pair):
     assert list(tmp_path.iterdir()) == [page]
 
 
-def test_a_page_of_three_arms_compares_each_with_the_baseline(tmp_path):
+def test_three_arms_are_each_compared_with_the_baseline(tmp_path):
     half = detections([1, 2, 3, 4])
     runs = squares(
         tmp_path,
@@ -311,7 +311,7 @@ def test_a_browser_shows_detectors_of_the_built_in_dataset(tmp_path):
     assert_readable(page, figures_of(page), tmp_path)
 
 
-def test_the_page_of_the_same_runs_is_the_same_but_for_the_time(page, pair, tmp_path):
+def test_the_page_of_the_same_runs_is_the_same(page, pair, tmp_path):
     torch.manual_seed(3)
     again = write_report(
         by_method([read_run(folder) for folder in pair]), tmp_path / "again.html", images=24

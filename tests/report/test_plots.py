@@ -24,7 +24,7 @@ def two_runs():
     return [Panel("training loss", lines, 0), Panel("never recorded", [])]
 
 
-def test_curves_shade_s2_mark_the_rate_and_tell_sides_by_colour():
+def test_curves_shade_s2_mark_the_rate_and_colour_arms():
     figure = plots.curves(two_runs(), spans=[(40, 80)], rate_drops=[150])
     (axes,) = figure.axes  # a panel without lines is left out
     (shade,) = axes.patches
@@ -62,7 +62,7 @@ def test_names_are_short_but_no_mere_numbers():
     assert short(["backbone.stem.conv1"]) == ["backbone.stem.conv1"]
 
 
-def test_heat_maps_leave_out_the_diagonal_and_give_the_mean_of_the_rest():
+def test_heat_maps_print_the_mean_without_the_diagonal():
     table = np.array([[1.0, 0.2, 0.6], [0.2, 1.0, 0.4], [0.6, 0.4, 1.0]])
     constant = np.full((3, 3), np.nan)
     figure = plots.heat_maps({"conv": {BEFORE: table, REPR: constant}}, "correlation", COLOURS)
@@ -82,7 +82,7 @@ def test_bars_are_means_over_runs():
     assert [to_hex(c[0].get_facecolor()) for c in containers] == [COLOURS[STANDARD], COLOURS[REPR]]
 
 
-def test_every_arm_has_a_colour_of_its_own_and_repr_keeps_its():
+def test_every_arm_has_its_own_colour():
     assert plots.colours([REPR])[REPR] == COLOURS[REPR]
     many = plots.colours(["base", "a", "b", "c", "d"])
     assert len({many[name] for name in ("base", "a", "b", "c", "d")}) == 5
@@ -138,7 +138,7 @@ def test_svg_follows_the_readers_colours():
     assert base64.b64decode(uri.partition(",")[2]).decode() == text
 
 
-def test_saved_pictures_are_not_empty_and_other_kinds_are_refused(tmp_path):
+def test_figures_are_saved_as_png_or_svg_alone(tmp_path):
     values = {STANDARD: [0.1, 0.4], REPR: [0.2, np.nan]}
     figure = plots.dots_by_layer(["a", "b"], values, "overlap", COLOURS)
     picture = cv2.imread(str(plots.save(figure, tmp_path / "a.png")))
@@ -148,7 +148,7 @@ def test_saved_pictures_are_not_empty_and_other_kinds_are_refused(tmp_path):
         plots.save(figure, tmp_path / "a.jpg")
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_earlier_picture(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(b"earlier")
 

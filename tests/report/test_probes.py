@@ -61,7 +61,7 @@ def test_before_training_is_what_the_run_began_with(trained):
     assert not network.model.training
 
 
-def test_a_checkpoint_has_the_layers_and_the_overlap_that_the_run_recorded(trained):
+def test_a_checkpoint_has_the_layers_and_overlap_of_its_run(trained):
     run, _, trainer = trained
     network = load_network(run.cfg, run.weights)
     method = trainer._repr_hook.method
@@ -96,7 +96,7 @@ def test_correlations_are_of_what_the_layer_answers(trained, monkeypatch):
     assert table == pytest.approx(table.T) and table.min() >= 0 and table.max() <= 1
 
 
-def test_contributions_are_what_the_loss_rises_by_and_leave_the_network_alone(trained):
+def test_contributions_are_what_the_loss_rises_by(trained):
     run, *_ = trained
     network = load_network(run.cfg, run.weights)
     before = {name: value.clone() for name, value in network.model.state_dict().items()}
@@ -151,7 +151,7 @@ def changed(run, **keys):
 
 
 @pytest.mark.parametrize("keys", [{"SEED": -1}, {"MODEL.WEIGHTS": "/no/such/weights.pth"}])
-def test_what_training_began_with_is_left_out_where_it_is_not_known(trained, keys):
+def test_an_unknown_initial_network_is_left_out(trained, keys):
     run, *_ = trained
     assert list(Material(by_method([run])).networks) == [BEFORE, REPR]
     material = Material(by_method([changed(run, **keys)]), images=24)

@@ -1,4 +1,4 @@
-"""Reading what a run left behind, whole, interrupted or damaged."""
+"""Reading the files of a run, whole, interrupted or damaged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_metrics_of_a_resumed_run_keep_the_later_line(tmp_path: Path):
     assert read_metrics(tmp_path / "nothing").empty
 
 
-def test_what_a_later_run_overwrites_in_the_same_folder_is_dropped(tmp_path):
+def test_a_later_run_in_the_folder_replaces_records(tmp_path):
     ap, lost = {"bbox/AP": 5.0}, {"bbox/AP": 9.0}
     records = [
         {"iteration": 19, "total_loss": 3.0},
@@ -72,7 +72,7 @@ def test_lines_of_one_run_need_not_be_in_order(tmp_path):
             {"iteration": 24, "bbox/AP": 7.0},
             {"iteration": 59, "total_loss": 1.0},
             {"iteration": 49, "bbox/AP": 8.0},
-            # Begun anew: its first two lines are not in order either.
+            # Begun again: its first two lines are not in order either.
             {"iteration": 39, "total_loss": 5.0},
             {"iteration": 24, "bbox/AP": 1.0},
         ],
@@ -91,7 +91,7 @@ def test_spans_of_the_sub_network():
     assert spans(1, 0, 0, 0, 0, 1) == [(0, 20), (100, 110)]
 
 
-def test_learning_rate_drops_are_found_and_warm_up_and_decay_are_not(tmp_path):
+def test_steps_of_the_rate_are_found_without_warm_up_and_decay(tmp_path):
     settings = {"SOLVER.LR_SCHEDULER_NAME": "Triangular"}
     folder = write_run(tmp_path / "run", settings)
     rates = {19: 0.01, 39: 0.02, 59: 0.018, 79: 0.0018, 99: 0.00018}
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_is_read(tmp_path):
     assert set(run.evaluated()) == {"accuracy/top1", "accuracy/loss"}
 
 
-def test_spans_are_exact_where_the_drops_are_known_and_end_where_the_run_does(tmp_path):
+def test_spans_are_exact_where_drops_are_known(tmp_path):
     settings = {"REPR.ENABLED": True, "REPR.UNIT": "epoch", "REPR.S1": 2, "REPR.S2": 1}
     folder = write_run(tmp_path / "run", settings, length=100)
     recording.write(folder, History({"conv": 4}, [Drop(0, 44, {"conv": [1]}), Drop(1, 88, {})], []))
@@ -137,7 +137,7 @@ def test_spans_are_exact_where_the_drops_are_known_and_end_where_the_run_does(tm
         _ = run.history
 
 
-def test_drops_are_read_from_the_newest_checkpoint_where_no_record_is(tmp_path):
+def test_drops_without_a_record_are_read_from_the_newest_checkpoint(tmp_path):
     folder = write_run(tmp_path / "run", {"REPR.ENABLED": True})
     for iteration, masks in ((9, []), (109, [[True, False, True]])):
         state = {
@@ -154,7 +154,7 @@ def test_drops_are_read_from_the_newest_checkpoint_where_no_record_is(tmp_path):
     assert read_run(write_run(tmp_path / "standard")).history is None
 
 
-def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_the_runs(tmp_path):
+def test_checkpoints_of_an_earlier_run_are_ignored(tmp_path):
     folder = write_run(tmp_path / "run")
     numbered = ["model_0000049.pth", "model_0000099.pth"]
     for name in (*numbered, "model_final.pth"):
@@ -173,7 +173,7 @@ def test_checkpoints_of_an_earlier_run_in_the_folder_are_not_the_runs(tmp_path):
     assert read_run(folder).finished
 
 
-def test_a_run_begun_anew_has_no_checkpoint_of_the_earlier_one(tmp_path):
+def test_a_restarted_run_ignores_the_earlier_final_checkpoint(tmp_path):
     folder = write_run(tmp_path / "run", length=40)
     torch.save({"model": {}, "iteration": 199}, folder / "model_final.pth")
     (folder / "model_0000099.pth").touch()
@@ -181,7 +181,7 @@ def test_a_run_begun_anew_has_no_checkpoint_of_the_earlier_one(tmp_path):
     assert not run.finished and run.checkpoints == []
 
 
-def test_one_of_several_test_sets_is_read_when_it_is_named_anew(tmp_path):
+def test_one_of_several_test_sets_can_be_read_alone(tmp_path):
     folder = write_run(tmp_path / "run", {"DATASETS.TEST": ("one_test", "two_test")})
     write_metrics(folder, [{"iteration": 9, "one_test/accuracy/top1": 20.0, "total_loss": 1.0}])
     run = read_run(folder)
@@ -190,7 +190,7 @@ def test_one_of_several_test_sets_is_read_when_it_is_named_anew(tmp_path):
     assert run.evaluated() == ["accuracy/top1"]
 
 
-def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):
+def test_the_output_folder_is_no_setting_that_differs(tmp_path):
     runs = [
         read_run(write_run(tmp_path / "a", {"SEED": 1, "OUTPUT_DIR": "a"})),
         read_run(write_run(tmp_path / "b", {"SEED": 2, "OUTPUT_DIR": "b"})),
@@ -198,14 +198,14 @@ def test_settings_that_differ_and_where_a_run_lies_is_none(tmp_path):
     assert settings_that_differ(runs) == {"SEED": [1, 2]}
 
 
-def test_runs_are_called_by_the_shortest_end_of_their_paths_that_is_no_other_runs(tmp_path):
+def test_names_of_runs_are_the_shortest_unique_ends_of_paths(tmp_path):
     folders = ("standard/seed_0", "repr/seed_0", "repr/seed_1", "repr/old/seed_1")
     runs = [read_run(write_run(tmp_path / folder)) for folder in folders]
     assert short_names(runs) == ["standard/seed_0", "repr/seed_0", "repr/seed_1", "old/seed_1"]
     assert short_names(runs[:1]) == ["seed_0"]
 
 
-def test_a_detector_that_finds_nothing_has_an_ap_of_zero(tmp_path):
+def test_a_detector_that_finds_nothing_has_ap_zero(tmp_path):
     """Detectron2 records NaN then, as it does where there are no objects of a size."""
     run = read_run(write_detection_run(tmp_path / "run", [], float("nan")))
     assert run.evaluations("bbox/AP50").to_dict() == {100: 0}
