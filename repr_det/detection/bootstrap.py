@@ -385,22 +385,16 @@ def _differences(
     first: NDArray[np.float64], second: NDArray[np.float64], level: float
 ) -> dict[str, Difference]:
     """From (1 + R, METRICS) of each side, the first row without resampling."""
-    return {
-        metric: _difference(first[:, column], second[:, column], level)
-        for column, metric in enumerate(METRICS)
-    }
-
-
-def _difference(
-    first: NDArray[np.float64], second: NDArray[np.float64], level: float
-) -> Difference:
-    difference = second - first
-    if math.isnan(difference[0]):
-        return Difference(None, None, None, None, None, None)
-    numbers = float(first[0]), float(second[0]), float(difference[0])
-    # A class of few images may have no object in a resample, which then says nothing about it.
-    drawn = difference[1:][~np.isnan(difference[1:])]
-    if not len(drawn):
-        return Difference(*numbers, None, None, None)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
-    return Difference(*numbers, float(low), float(high), float((drawn > 0).mean()))
+    found = {}
+    for metric, one, other in zip(METRICS, first.T, second.T, strict=True):
+        difference = other - one
+        numbers: list[float | None] = [None] * 6
+        if not math.isnan(difference[0]):
+            numbers[:3] = float(one[0]), float(other[0]), float(difference[0])
+        # A class of few images may have no object in a resample, which says nothing about it.
+        drawn = difference[1:][~np.isnan(difference[1:])]
+        if numbers[0] is not None and len(drawn):
+            ends = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+            numbers[3:] = *ends.tolist(), float((drawn > 0).mean())
+        found[metric] = Difference(*numbers)
+    return found

@@ -38,13 +38,11 @@ class Estimate(NamedTuple):
     Attributes:
         mean: of the values.
         deviation: sample standard deviation (n - 1); None for a single value.
-        count: n.
         half_width: half of Student's t-interval of the mean; None for a single value.
     """
 
     mean: float
     deviation: float | None
-    count: int
     half_width: float | None
 
 
@@ -57,9 +55,9 @@ def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
     """
     count, mean = len(values), float(np.mean(values))
     if count == 1:
-        return Estimate(mean, None, 1, None)
+        return Estimate(mean, None, None)
     width = stats.t.ppf((1 + level) / 2, count - 1) * stats.sem(values)
-    return Estimate(mean, float(np.std(values, ddof=1)), count, float(width))
+    return Estimate(mean, float(np.std(values, ddof=1)), float(width))
 
 
 def paired_difference(
@@ -204,7 +202,7 @@ def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
         }
         differences = {}
         for name in arms.others:
-            mean, _, _, half = paired_difference(values[name], values[arms.baseline], outcome.level)
+            mean, _, half = paired_difference(values[name], values[arms.baseline], outcome.level)
             differences[name] = Difference(mean, mean - half, mean + half)
         rows[metric] = replace(row, differences=differences)
     level, several = _level_in_words(outcome, arms)

@@ -221,9 +221,9 @@ def test_estimates_are_those_of_scipy():
     values = [3.0, 5.0, 4.5, 9.0]
     found = estimate(values)
     interval = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert found[:3] == pytest.approx((np.mean(values), np.std(values, ddof=1), 4))
+    assert found[:2] == pytest.approx((np.mean(values), np.std(values, ddof=1)))
     assert found.mean + found.half_width == pytest.approx(interval.high)
-    assert estimate([2.0]) == Estimate(2.0, None, 1, None)
+    assert estimate([2.0]) == Estimate(2.0, None, None)
     assert paired_difference({1: 2.0}, {2: 1.0}) is None
     ours, reference = {0: 1.0, 1: 5.0, 2: 3.0, 7: 9.0}, {0: 0.5, 1: 3.0, 2: 2.5}
     paired = paired_difference(ours, reference, 0.9)
