@@ -8,19 +8,19 @@ r"""Draw one figure of a report as PNG or SVG, of runs or of any checkpoint.
 
 FIGURE is one of:
   curves             loss and metrics over training
-  classes            AP by class
-  sizes              AP by object size
   drops              which filters were dropped when
   times              how often filters were dropped
   overlap            filter overlap over training
   overlap_over_time  filter overlap over training, by layer
   overlap_by_layer   filter overlap by layer, before and after
+  cca_by_layer       correlation of filters, by layer
   cca                correlation of filters inside a layer
   svcca              the same by SVCCA
-  cca_by_layer       correlation of filters, by layer
   similarity         the networks of two arms, compared layer by layer
   contributions      what each filter contributes (the greedy oracle)
   filters            filters of the first layer
+  classes            AP by class
+  sizes              AP by object size
   detections         images on which the arms differ most
 
 The last checkpoint of a run is used. `contributions` runs the network once for each filter and
