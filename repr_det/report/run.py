@@ -58,27 +58,6 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
     return found.astype(float).dropna(how="all")
 
 
-def sub_network_spans(phases: pd.Series) -> list[tuple[float, float]]:
-    """Where the run trained the sub-network (S2).
-
-    Args:
-        phases: ``repr/phase`` by iteration, 0 full and 1 sub; a value holds since the entry before.
-
-    Returns:
-        First iteration and end (exclusive) of each span.
-    """
-    spans: list[tuple[float, float]] = []
-    start = 0.0
-    for last, phase in phases.items():
-        if phase == 1:
-            if spans and spans[-1][1] == start:
-                spans[-1] = (spans[-1][0], last + 1.0)
-            else:
-                spans.append((start, last + 1.0))
-        start = last + 1.0
-    return spans
-
-
 def rate_steps(solver: Mapping[str, Any], end: int) -> list[float] | None:
     """Where the settings of the solver, in iterations, let the learning rate fall.
 
@@ -157,23 +136,19 @@ class RunFolder:
 
     @property
     def spans(self) -> list[tuple[float, float]]:
-        """Where the run trained the sub-network (S2), as half-open ranges of iterations.
-
-        From what is recorded of the drops, else as :func:`sub_network_spans`.
-        """
+        """Where the run trained the sub-network (S2), as half-open ranges of iterations."""
         try:
             drops = self.history.drops if self.history else []
-        except ValueError:  # damaged; said where the drops themselves are asked for
+        except UserError:  # damaged; said where the drops themselves are asked for
             drops = []
-        if drops and self.cfg.REPR.S1:
-            # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
-            length = round(drops[0].iteration * self.cfg.REPR.S2 / self.cfg.REPR.S1)
-            return [
-                (d.iteration, max(d.iteration, min(d.iteration + length, self.iterations)))
-                for d in drops
-            ]
-        phases = self.series("repr/phase")
-        return [] if phases is None else sub_network_spans(phases)
+        if not drops or not self.cfg.REPR.S1:
+            return []
+        # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
+        length = round(drops[0].iteration * self.cfg.REPR.S2 / self.cfg.REPR.S1)
+        return [
+            (d.iteration, max(d.iteration, min(d.iteration + length, self.iterations)))
+            for d in drops
+        ]
 
     @property
     def rate_drops(self) -> list[float]:

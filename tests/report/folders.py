@@ -23,7 +23,7 @@ def write_metrics(folder: Path, records: list[dict]) -> Path:
 
 
 def write_run(folder: Path, settings: dict | None = None, length: int = 200) -> Path:
-    """A classification run's config, and metrics of every 20th iteration; S2 is every other 20.
+    """A classification run's config, and metrics of every 20th iteration.
 
     Its accuracy rises by 5 every 50 iterations, from 50 plus its seed.
     """
@@ -36,8 +36,6 @@ def write_run(folder: Path, settings: dict | None = None, length: int = 200) -> 
     records = []
     for last in range(19, length, 20):
         record = {"iteration": last, "total_loss": 3 - last / length, "lr": 0.1, "time": 0.5}
-        if cfg.REPR.ENABLED:
-            record["repr/phase"] = float(last // 20 in (2, 4))
         records.append(record)
     for number, last in enumerate(range(49, length, 50)):
         top1 = 50 + cfg.SEED + 5 * number

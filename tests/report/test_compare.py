@@ -10,6 +10,8 @@ from scipy import stats
 
 from repr_det.detection.coco_results import read_results, read_truth
 from repr_det.detection.matching import match
+from repr_det.engine import recording
+from repr_det.engine.recording import Drop, History
 from repr_det.report.arms import (
     REPR,
     STANDARD,
@@ -232,7 +234,10 @@ def test_estimates_are_those_of_scipy():
 
 
 def test_time_of_steps_by_phase(tmp_path):
-    run = read_run(write_run(tmp_path / "run", {"REPR.ENABLED": True}))
+    settings = {"REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20}
+    folder = write_run(tmp_path / "run", settings)
+    recording.write(folder, History({"conv": 4}, [Drop(0, 40, {}), Drop(1, 80, {})], []))
+    run = read_run(folder)
     run.metrics.loc[[59, 99], "time"] = 0.25
     assert seconds_per_step(run) == {"full": 0.5, "S2": 0.25}
     assert duration(run) == "1 min 30 s"

@@ -17,7 +17,6 @@ from repr_det.report.run import (
     read_run,
     settings_that_differ,
     short_names,
-    sub_network_spans,
     training_seconds,
 )
 from repr_det.tasks import CLASSIFICATION
@@ -82,15 +81,6 @@ def test_lines_of_one_run_need_not_be_in_order(tmp_path):
     assert metrics["bbox/AP"].dropna().to_dict() == {24: 1.0}
 
 
-def test_spans_of_the_sub_network():
-    def spans(*phases):
-        return sub_network_spans(pd.Series(phases, [19, 39, 59, 79, 99, 109]))
-
-    assert spans(0, 1, 1, 0, 1, 0) == [(20, 60), (80, 100)]
-    assert spans(0, 0, 0, 0, 0, 0) == []
-    assert spans(1, 0, 0, 0, 0, 1) == [(0, 20), (100, 110)]
-
-
 def test_steps_of_the_rate_are_found_without_warm_up_and_decay(tmp_path):
     settings = {"SOLVER.LR_SCHEDULER_NAME": "Triangular"}
     folder = write_run(tmp_path / "run", settings)
@@ -119,8 +109,6 @@ def test_a_run_that_was_killed_is_read(tmp_path):
     assert run.history is None and run.checkpoints == []
     with pytest.raises(UserError, match="no checkpoint yet"):
         _ = run.weights
-    # From the phases that were written every 20 iterations.
-    assert run.spans == [(40, 60), (80, 100)]
     assert list(run.evaluations("accuracy/top1").index) == [49, 99]
     assert set(run.evaluated()) == {"accuracy/top1", "accuracy/loss"}
 
@@ -132,7 +120,7 @@ def test_spans_are_exact_where_drops_are_known(tmp_path):
     assert read_run(folder).spans == [(44, 66), (88, 100)]
     (folder / recording.FILE).write_text("{")
     run = read_run(folder)
-    assert run.spans == [(40, 60), (80, 100)]
+    assert run.spans == []
     with pytest.raises(ValueError, match="damaged"):
         _ = run.history
 
