@@ -77,6 +77,12 @@ def _lines(
                 yield Line(series.index, series, colour, f"{arm}{what}", **style)
 
 
+def _over_training(material: Material, panels: list[Panel]) -> Figure:
+    """Panels in which S2 is shaded and falls of the learning rate are marked."""
+    marks = {"spans": material.spans, "rate_drops": material.arms.runs[0].rate_drops}
+    return plots.curves([panel._replace(**marks) for panel in panels])
+
+
 def _curves(material: Material) -> Drawn:
     def trained(name: str, what: str = "") -> list[Line]:
         def find(run: RunFolder) -> pd.Series | None:
@@ -110,7 +116,7 @@ def _curves(material: Material) -> Drawn:
             ]
             panels.append(Panel(f"held-out {metric.title} (%)", lines, 0))
         what = "The loss is of training batches; AP is of the held-out images."
-    drawn = plots.curves(panels, material.spans, material.arms.runs[0].rate_drops)
+    drawn = _over_training(material, panels)
     several = any(len(group) > 1 for group in material.arms.groups.values())
     return Drawn(drawn, what + (" A line is a run." if several else ""))
 
@@ -128,7 +134,7 @@ def _overlap(material: Material) -> Drawn:
                 if found is not None:
                     lines.append(Line(found.index, found, material.colours[arm], arm, **style))
     panels = [Panel("sum over filters", sums), Panel("mean over filters", means)]
-    drawn = plots.curves(panels, material.spans, material.arms.runs[0].rate_drops)
+    drawn = _over_training(material, panels)
     note = " Without RePr it is not recorded: squares are of checkpoints." if looked_at else ""
     return Drawn(
         drawn,

@@ -157,31 +157,18 @@ def _figure(height: float, width: float = WIDTH) -> Figure:
     return figure
 
 
-def curves(
-    panels: Sequence[Panel],
-    spans: Sequence[tuple[float, float]] = (),
-    rate_drops: Sequence[float] = (),
-    *,
-    xlabel: str = "iteration",
-    spread: str = "",
-) -> Figure:
+def curves(panels: Sequence[Panel], *, xlabel: str = "iteration", spread: str = "") -> Figure:
     """Series over iterations, panels below one another.
 
     Args:
-        panels: at least one.
-        spans: of S2, shaded in every panel.
-        rate_drops: where the learning rate falls, marked in every panel.
+        panels: those without lines are left out.
         xlabel: what time is counted in.
         spread: what the spread of the lines is, where any has one.
 
     Raises:
         UserError: nothing to draw.
     """
-    panels = [
-        panel._replace(spans=[*spans, *panel.spans], rate_drops=[*rate_drops, *panel.rate_drops])
-        for panel in panels
-        if panel.lines
-    ]
+    panels = [panel for panel in panels if panel.lines]
     if not panels:
         raise UserError("Nothing was recorded yet that could be drawn over iterations.")
     with _style():

@@ -18,14 +18,15 @@ from repr_det.report.plots import Line, Panel
 COLOURS = plots.colours([STANDARD, REPR])
 
 
-def two_runs():
+def two_runs(spans=(), rate_drops=()):
     x = np.arange(0, 200, 20)
     lines = [Line(x, 3 - x / 100, COLOURS[side], side) for side in (STANDARD, REPR)]
-    return [Panel("training loss", lines, 0), Panel("never recorded", [])]
+    panel = Panel("training loss", lines, 0, spans, rate_drops)
+    return [panel, Panel("never recorded", [])]
 
 
 def test_curves_shade_s2_mark_the_rate_and_colour_arms():
-    figure = plots.curves(two_runs(), spans=[(40, 80)], rate_drops=[150])
+    figure = plots.curves(two_runs([(40, 80)], [150]))
     (axes,) = figure.axes  # a panel without lines is left out
     (shade,) = axes.patches
     assert (shade.get_x(), shade.get_width()) == (40, 40)
@@ -126,14 +127,14 @@ def test_long_names_of_arms_stay_inside_and_apart():
 
 
 def test_svg_follows_the_readers_colours():
-    text = plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)]))
+    text = plots.as_svg(plots.curves(two_runs([(40, 80)])))
     ET.fromstring(text)
     assert "prefers-color-scheme:dark" in text
     without_style = re.sub(r"<style>.*?</style>", "", text, flags=re.S)
     for colour in ("#1a1a1a", "#cfcfcf", "#ececec", *COLOURS.values()):
         assert colour not in without_style
     assert "#ffffff" not in without_style  # the ground is the reader's, too
-    assert plots.as_svg(plots.curves(two_runs(), spans=[(40, 80)])) == text
+    assert plots.as_svg(plots.curves(two_runs([(40, 80)]))) == text
     uri = plots.data_uri(text, "image/svg+xml")
     assert base64.b64decode(uri.partition(",")[2]).decode() == text
 
