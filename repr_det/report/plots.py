@@ -203,7 +203,7 @@ def _legend(where: Axes | Figure, handles: Mapping[str, Artist], **place: Any) -
     """A legend above in as many columns as its labels have room for; the figure grows with it."""
     place = place or {"loc": "outside upper center"}
     labels = [_wrapped(label, WIDTH - 1) for label in handles]
-    widths = [0.55 + _LETTER * max(map(len, label.split("\n"))) for label in labels]
+    widths = [0.55 + 0.07 * max(map(len, label.split("\n"))) for label in labels]
     room = WIDTH - 0.6
     columns = len(labels) if sum(widths) < room else max(1, int(room / max(widths)))
     where.legend(handles.values(), labels, ncols=columns, **place)
@@ -414,7 +414,9 @@ def heat_maps(
                     interpolation="none" if len(table) <= 128 else "antialiased",
                 )
                 axes.set_xlabel(f"mean {mean_correlation(table):.2f}", fontsize=8.5)
-            row[0].set_ylabel(f"{_wrapped(layer, side)}\n{_size(tables)} filters", fontsize=8)
+            # In small print, and broken at its dots.
+            name = _wrapped(layer.replace(".", ". "), 1.4 * side).replace(". ", ".")
+            row[0].set_ylabel(f"{name}\n{_size(tables)} filters", fontsize=8)
         bar = figure.colorbar(image, ax=list(grid[-1]), location="bottom", aspect=40, pad=0.05)
         bar.set_label(label)
         bar.outline.set_visible(False)
