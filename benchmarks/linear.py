@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ def _stepper(
     return step
 
 
-def ratios(build: Callable[[], Built], rounds: int = 5) -> dict[str, Any]:
+def ratios(build: Callable[[], Built], rounds: int) -> dict[str, Any]:
     """Steps of S2, masked and with units removed, relative to those of the plain network."""
     torch.manual_seed(0)
     model, loss = build()
@@ -258,17 +259,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("models", "steps"))
     parser.add_argument("names", nargs="*", help="parts of names; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="cycles of steps")
     parser.add_argument("--record", action="store_true", help="write linear.json")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    chosen, measure = (MODELS, describe) if options.what == "models" else (STEPS, ratios)
+    chosen, measure = (
+        (MODELS, describe)
+        if options.what == "models"
+        else (STEPS, partial(ratios, rounds=options.rounds))
+    )
     for name, build in chosen.items():
         if options.names and not any(part in name for part in options.names):
             continue
         try:
             row = measure(build)
         except Exception as error:  # each model in its own try
-            row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print(name, json.dumps(row), flush=True)
         if options.record:
             record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
