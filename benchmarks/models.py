@@ -142,7 +142,8 @@ def detectron2_models() -> Iterator[tuple[str, Callable[[], Built]]]:
 
     networks = set()
     for path in _ModelZooUrls.CONFIG_PATH_TO_URL_SUFFIX:
-        network = re.sub(r"_(1x|3x|\d+ep_LSJ)", "", path)
+        # Detectron1's configs have the same networks.
+        network = re.sub(r"_(\dx|\d+ep_LSJ|noaug)", "", path.split("/")[-1])
         if network not in networks:
             networks.add(network)
             yield path, lambda p=path: _detectron2_model(p)
@@ -320,6 +321,8 @@ def _send(build: Callable[[], Built], end: Connection) -> None:
     warnings.simplefilter("ignore")
     try:
         end.send(check(build))
+    except ImportError as error:
+        end.send({"result": "not built", "reason": str(error).splitlines()[0][:200]})
     except Exception as error:  # foreign models may raise anything
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         end.send({"result": "exception", "reason": text})
