@@ -1,39 +1,63 @@
 """What each operation does with channels: a table of small rules.
 
-While a filter is pruned, its channel is exactly zero. Two questions are asked of every operation
-that the channel then meets. Is the channel still zero in the result, and where is it? Would the
-operation do the same to all other channels if this one were not there? A :class:`Tag` answers the
-first: it says in which dimension a tensor counts its channels and which filters each of them is
-made of. Pinning answers the second with no: a pinned channel is held at zero but never removed.
+While a filter is pruned, its channel is exactly zero. The channel then meets other operations, and
+two questions are asked of each. Is the channel still zero in the result, and where is it? Do all
+other channels stay the same if this one is removed? A :class:`Tag` answers the first question: it
+says which dimension of a tensor counts its channels, and from which filters each is computed.
+Pinning a channel answers the second with no: a pinned channel is held at zero and never removed.
 
 **An operation without a rule is unknown**: its result has no tag, and the channels of all its
 arguments are pinned. This is always safe, so a rule is only needed where an operation is common.
 
-To add a rule, find the operation's name and the names of its arguments
-(``torch.ops.aten.mean.dim._schema`` prints both), and write a function that takes a :class:`Call`::
+To add a rule, first find the operation. Its name is the one that torch's dispatcher sees, which may
+differ from the Python function: ``x.reshape`` runs as ``aten::view``, or ``aten::clone`` first. This
+prints the operations of any code, with the names and defaults of their arguments::
+
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Show(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            print(func._schema)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Show():
+        nn.functional.pixel_shuffle(torch.rand(1, 8, 4, 4), 2)
+
+Then write a function that takes a :class:`Call`. This one is of a mean over some dimensions::
 
     @rule("aten::mean")
     def _mean(call: Call) -> Tag | None:
-        tag = call.tag("self")  # where the channels of the argument called "self" are, or None
+        tag = call.tag("self")  # of the argument that is called "self"
+        if tag is None or tag.dim in [call.axis(dim) for dim in call["dim"]]:
+            return None  # not known
         ...
-        return Tag(dim, sources)  # where they are in the result; None if that is not known
+        return Tag(dim, tag.sources)  # where the same channels are in the result
 
-A rule is called after the operation, and only if one of the arguments has a tag. In it,
+A rule runs after the operation, and only if an argument has a tag. It uses
 
-- ``call.tag(name)`` is the tag that an argument had before the operation. To ask for it promises
-  that the rule takes care of these channels. Tags of arguments that it does not ask for are pinned.
-- ``call["dim"]`` is the value of an argument, its default included, ``call.shape(name)`` the shape
-  of a tensor before the operation, and ``call.out`` the result.
-- ``call.pin(tag)`` pins channels: for operations that keep zero channels zero, but do something
-  else to the others if there are fewer (dropout draws other numbers).
-- ``call.tie(a, b)`` says that two lists of channels became one, and returns what it is made of.
-- To return None pins the channels of all arguments. An operation that returns several tensors may
-  return a list with one tag (or None) for each. A single tag is for the first of them.
-- **Every rule must refuse the dimensions in which the operation mixes entries.** A 2-d pooling
-  mixes the last two, so a tag whose dimension is one of these must become None.
+- ``call.tag(name)``, the tag that an argument had before the operation. A rule that asks for a tag
+  is responsible for its channels. Tags of arguments that it does not ask for are pinned;
+- ``call[name]``, the value of an argument or its default, ``call.shape(name)``, the shape of a
+  tensor before the operation, and ``call.out``, the result;
+- ``call.axis(dim)``, a dimension counted from the front: -1 of a 4-d tensor is 3. ``Tag.dim`` is
+  always counted from the front;
+- ``call.pin(tag)``, which pins channels and may be followed by returning a tag. It is for
+  operations that keep zeros but treat the other channels differently if there are fewer. Dropout
+  keeps zeros, but draws other random numbers then;
+- ``call.tie(a, b)``, for operations that combine two lists of channels one by one, such as a sum:
+  the channels are removed together or not at all. It returns the sources of the results;
+- ``merged(a, b)``, the same sources without tying them. Pin both lists where you use it.
 
-Then add an example of the operation to ``EXAMPLES`` in ``tests/method/test_channels.py``. The test
-runs it with the channels in every dimension, and compares the rule with what really happens.
+A rule returns the tag of the result. None means that nothing is known: the channels of all
+arguments are pinned. For several results it returns a list with a tag or None for each; a single
+tag is for the first of them.
+
+**Every rule must return None for the dimensions in which the operation mixes entries.** A 2-d
+pooling mixes the last two, so a tag whose ``dim`` is one of these must not come out.
+
+Last, add an example of the operation to ``EXAMPLES`` in ``tests/method/test_channels.py``, and
+remove it from ``UNKNOWN`` there if it is in it. The test puts the channels in every dimension, and
+compares the rule with what the operation really does when channels change, are zero or are removed.
 """
 
 from __future__ import annotations
@@ -46,7 +70,7 @@ import torch
 from torch import Tensor
 
 Filter = tuple[str, int]
-"""A filter: the dotted name of its conv and its index."""
+"""A filter: the dotted name of its layer and its index."""
 
 Sources = frozenset[Filter] | None
 """The filters that a channel is computed from. It is exactly zero while all of them are pruned.
@@ -57,11 +81,11 @@ Channels = tuple[Sources, ...]
 
 
 class Tag(NamedTuple):
-    """What is known of the channels of a tensor.
+    """What is known about the channels of a tensor.
 
     Attributes:
-        dim: the dimension that counts channels.
-        sources: the sources of each, as many as the dimension is long.
+        dim: the dimension that counts channels, from the front.
+        sources: the sources of each channel, as many as the dimension is long.
     """
 
     dim: int
@@ -69,7 +93,7 @@ class Tag(NamedTuple):
 
 
 class Call:
-    """One operation on tensors: its arguments, what was known of them, and its result.
+    """One operation on tensors: its arguments, their tags, and its result.
 
     Args:
         func: the operation, an overload such as ``torch.ops.aten.mean.dim``.
@@ -79,9 +103,9 @@ class Call:
 
     Attributes:
         op: name of the operation without its overload, such as ``aten::mean``.
-        out: the result, once :meth:`run` was called.
+        out: the result, after :meth:`run`.
         pinned: tags whose channels must not be removed.
-        tied: pairs of lists of channels that became one.
+        tied: pairs of lists of channels that are removed together.
     """
 
     def __init__(
@@ -98,7 +122,7 @@ class Call:
             default = argument.default_value if argument.has_default_value() else None
             given = kwargs.get(argument.name, default)
             self._arguments[argument.name] = args[place] if place < len(args) else given
-        # Noted before the operation: it may write into its arguments.
+        # Recorded before the operation, which may write into its arguments.
         self._tags: dict[str, list[Tag | None]] = {}
         self._shapes: dict[str, list[torch.Size]] = {}
         for name, value in self._arguments.items():
@@ -113,16 +137,16 @@ class Call:
         return self._arguments.get(name)
 
     def tags(self, name: str) -> list[Tag | None]:
-        """The tags of an argument that is a list of tensors."""
+        """The tags of an argument that is a list of tensors. The rule is responsible for them."""
         self._asked.add(name)
         return self._tags.get(name, [])
 
     def seen(self, name: str) -> list[Tag | None]:
-        """Like :meth:`tags`, and promises nothing."""
+        """Like :meth:`tags`, for who is not a rule: nobody becomes responsible for them."""
         return self._tags.get(name, [])
 
     def tag(self, name: str) -> Tag | None:
-        """The tag that an argument had before the operation."""
+        """The tag that an argument had before the operation. The rule is responsible for it."""
         tags = self.tags(name)
         return tags[0] if len(tags) == 1 else None
 
@@ -136,7 +160,7 @@ class Call:
 
     @property
     def names(self) -> list[str]:
-        """Names of the arguments that are tensors or lists of some."""
+        """Names of the arguments that are tensors or lists of tensors."""
         return list(self._tags)
 
     def written(self) -> list[Tensor]:
@@ -153,19 +177,19 @@ class Call:
         return dim % max(1, len(self.shape(name)))
 
     def pin(self, *tags: Tag | None) -> None:
-        """Channels that must not be removed."""
+        """Forbid that these channels are removed. Nothing happens for None."""
         self.pinned += [tag for tag in tags if tag is not None]
 
     def tie(self, a: Channels, b: Channels) -> Channels:
-        """Channels that became one, and what each is made of."""
+        """Remove channels ``a[i]`` and ``b[i]`` together only; returns their merged sources."""
         if a != b:
             self.tied.append((a, b))
         return merged(a, b)
 
     def run(self) -> list[Tag | None]:
-        """Run the operation; returns what is known of each tensor in its result."""
+        """Run the operation and its rule; returns a tag or None for each tensor in the result."""
         self.out = self._run()
-        outputs = [value for value in _tensors(self.out)]
+        outputs = _tensors(self.out)
         known = any(tag is not None for tags in self._tags.values() for tag in tags)
         found = RULES[self.op](self) if self.op in RULES and (known or self.op in _ZEROS) else None
         for name, tags in self._tags.items():
@@ -176,7 +200,7 @@ class Call:
         return [self._checked(tag, out) for tag, out in zip(listed, outputs, strict=True)]
 
     def _checked(self, tag: Tag | None, out: Tensor) -> Tag | None:
-        """A tag that fits its tensor; one that does not is not known."""
+        """The tag, or None where it does not fit its tensor."""
         if tag is None or (tag.dim < out.dim() and out.shape[tag.dim] == len(tag.sources)):
             return tag
         self.pin(tag)
@@ -184,11 +208,10 @@ class Call:
 
 
 Rule = Callable[[Call], "Tag | list[Tag | None] | None"]
-"""Decides after an operation what is known of its result."""
+"""Decides after an operation what is known about its result."""
 
 RULES: dict[str, Rule] = {}
-"""By name of the operation."""
-
+"""The rule of each operation, by its name."""
 
 R = TypeVar("R", bound=Rule)
 
@@ -210,35 +233,35 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def merged(a: Channels, b: Channels) -> Channels:
-    """What channels are made of that are made of two others each."""
+    """The sources of channels that are computed from two others each, such as sums."""
     if a == b:
         return a
     pairs = zip(a, b, strict=True)
     return tuple(None if x is None or y is None else x | y for x, y in pairs)
 
 
-# --- what more is known of operations
+# --- kinds of operations
 
 CONVOLUTIONS = {
     "aten::convolution", "aten::_convolution", "aten::mkldnn_convolution",
     "aten::miopen_convolution", "aten::cudnn_convolution", "torchvision::deform_conv2d",
 }  # fmt: skip
-"""Operations that a conv layer runs. Inside the layer, its filters begin here."""
+"""Operations that a conv layer runs. Their result is the layer's filters."""
 
 CONTRACTIONS = CONVOLUTIONS | {
     "aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::addbmm", "aten::matmul",
     "aten::linear", "aten::mv", "aten::dot", "aten::mkldnn_rnn_layer", "aten::lstm", "aten::gru",
 }  # fmt: skip
-"""Operations that sum over products of entries. With weights in them they are what a layer does."""
+"""Operations that sum over products of entries. One that takes a weight does what a layer does."""
 
 GATES = {
     "aten::sigmoid", "aten::sigmoid_", "aten::hardsigmoid", "aten::hardsigmoid_", "aten::_softmax",
     "aten::softplus", "aten::exp", "aten::log_sigmoid_forward", "aten::glu",
 }  # fmt: skip
-"""Operations that turn zero into a constant, mostly for other channels to be multiplied by."""
+"""Operations that turn zero into a constant, which mostly multiplies other channels."""
 
 SHIFTS = {"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub"}
-"""Operations that may add a constant to a channel: ``1 + scale``."""
+"""Operations that may add a constant to a channel, as in ``1 + scale``."""
 
 PRODUCTS = {"aten::mul", "aten::mul_"}
 
@@ -248,21 +271,21 @@ READS = {
     "aten::_index_put_impl_": ("self", "values"), "torchvision::roi_align": ("input",),
     "torchvision::roi_pool": ("input",),
 }  # fmt: skip
-"""Arguments whose values are in the result, where others only say which values to take. RoIAlign
-gets its boxes from the RPN. That does not make the RPN's prediction convs inner layers."""
+"""Arguments whose values are in the result. The other arguments only say which values to take:
+RoIAlign gets its boxes from the RPN, and that does not make the RPN's predictions hidden."""
 
 SHAPE_ONLY = {
     "aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::full_like", "aten::rand_like",
     "aten::randn_like", "aten::randint_like", "aten::new_zeros", "aten::new_ones", "aten::new_full",
     "aten::new_empty", "aten::new_empty_strided",
 }  # fmt: skip
-"""Operations that look at no value of their first argument."""
+"""Operations that use only the shape of their first argument."""
 
 PARTS = {
     "aten::slice", "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::select",
     "aten::unbind",
 }  # fmt: skip
-"""Operations whose result may be a part of their argument: nobody sees the rest there."""
+"""Operations whose result may be a part of their argument. They do not use the rest."""
 
 _ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
 
@@ -283,12 +306,12 @@ def _entrywise(call: Call) -> Tag | None:
 
 @rule("aten::hardtanh", "aten::hardtanh_")
 def _clamped(call: Call) -> Tag | None:
-    # Otherwise zero becomes a limit.
+    # Otherwise zero becomes one of the limits.
     return call.tag("self") if call["min_val"] <= 0 <= call["max_val"] else None
 
 
 def keeps_places(op: str) -> bool:
-    """Whether an operation may be done in place on a part of a tensor without a word."""
+    """Whether tags stay right where an operation writes into a part of a tensor."""
     return RULES.get(op) in (_entrywise, _clamped)
 
 
@@ -302,18 +325,18 @@ def _power(call: Call) -> Tag | None:
 @rule("aten::prelu", "aten::_prelu_kernel")
 def _prelu(call: Call) -> Tag | None:
     if call["weight"].numel() > 1:
-        call.pin(call.tag("self"))  # a slope for each channel
+        call.pin(call.tag("self"))  # its weight has a slope for each channel
     return call.tag("self")
 
 
 @rule("aten::native_dropout", "aten::rrelu_with_noise")
 def _random(call: Call) -> Tag | None:
     tag = call.tag("input" if "dropout" in call.op else "self")
-    call.pin(tag)  # a number is drawn for every entry: fewer entries, other draws
+    call.pin(tag)  # with fewer entries, other random numbers are drawn for the rest
     return tag
 
 
-# --- places in the last dimensions
+# --- operations on the last dimensions
 
 
 def _spatial(dims: int) -> Rule:
@@ -345,7 +368,7 @@ rule(
 
 @rule("aten::grid_sampler_2d", "torchvision::roi_align", "torchvision::roi_pool")
 def _sampled(call: Call) -> Tag | None:
-    # One result per box, or per place of the grid: only dimension 1 stays what it was.
+    # One result for each box or point of the grid: only dimension 1 stays the same.
     tag = call.tag("input")
     return tag if tag is not None and tag.dim == 1 else None
 
@@ -369,7 +392,7 @@ def _padded(call: Call) -> Tag | None:
 def _mean(call: Call) -> Tag | None:
     tag = call.tag("self")
     if tag is None or not call["dim"]:
-        return None  # over everything
+        return None  # the mean of all entries
     dims = {call.axis(d) for d in call["dim"]}
     if tag.dim in dims:
         return None
@@ -402,9 +425,9 @@ def _reshaped(call: Call) -> Tag | None:
 
 @rule("aten::roll", "aten::flip")
 def _moved(call: Call) -> Tag | None:
-    """Entries change places: windows are shifted."""
+    """Entries move within some dimensions, as in shifted windows."""
     tag = call.tag("self")
-    # Without dimensions, roll counts all entries in one row.
+    # Without dimensions, roll moves entries through all of them.
     dims = {call.axis(d) for d in call["dims"]}
     return tag if tag is not None and dims and tag.dim not in dims else None
 
@@ -414,7 +437,7 @@ def _expanded(call: Call) -> Tag | None:
     tag = call.tag("self")
     if tag is None:
         return None
-    # Dimensions are counted from the back; a channel that is repeated has another length.
+    # New dimensions come first. A single channel that is repeated has another length: no tag.
     return Tag(tag.dim + call.out.dim() - len(call.shape("self")), tag.sources)
 
 
@@ -547,7 +570,7 @@ def _product(call: Call) -> Tag | None:
     "aten::_scaled_dot_product_efficient_attention",
 )  # fmt: skip
 def _attended(call: Call) -> Tag | None:
-    """Sums of values, weighted alike in every channel; queries and keys are mixed."""
+    """Weighted sums of values, with the same weights in every channel; mixes queries and keys."""
     tag = call.tag("value")
     return tag if tag is not None and tag.dim == len(call.shape("value")) - 1 else None
 
@@ -568,7 +591,7 @@ def _put(call: Call) -> Tag | None:
         return None
     if indices[0].dim() != 1 or len(a.sources) != len(b.sources):
         return None
-    # Zeros that are written into have the shape of what is written.
+    # Where ``a`` is all zeros, only the written values have sources.
     return Tag(a.dim, call.tie(a.sources, b.sources) if any(a.sources) else b.sources)
 
 

@@ -9,7 +9,7 @@ import torch
 import torchvision  # noqa: F401  (its operations)
 from torch import Tensor
 
-from repr_det.method.channels import RULES, Call, Tag
+from repr_det.method.channels import RULES, Call, Tag, merged
 
 ATEN = torch.ops.aten
 
@@ -152,12 +152,28 @@ EXAMPLES = {
 
 SHAPES = [X, X[1:], X[2:], (2, *X), (3, 4, 1, 1), (3, 1, 1), (12, 4)]
 
+UNKNOWN = {
+    # Zero does not stay zero.
+    "hardtanh above zero", "hardtanh below zero", "to the power of zero", "pad with ones",
+    "plus one", "plus something", "relative position",
+    # Entries of all dimensions are mixed.
+    "mean", "mean of all", "roll of all",
+    # Which entries are taken may depend on the channels, or be other channels.
+    "index of channels", "index by a mask",
+    # There is no rule.
+    "cumsum", "sort", "softmax", "layer_norm", "matmul", "sigmoid", "pixel_shuffle",
+}  # fmt: skip
+"""Examples whose result must be unknown, in whatever dimension the channels are."""
+
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_rule_agrees_with_the_operation(name):
-    """A channel said to be zero is; without a channel that may go, the others are as they were."""
+    check_in_all_dimensions(name)
+
+
+def check_in_all_dimensions(name):
     func, rest = EXAMPLES[name]
-    tried = 0
+    tried = followed = 0
     for shape in SHAPES:
         for dim in range(len(shape)):
             try:
@@ -165,40 +181,111 @@ def test_rule_agrees_with_the_operation(name):
             except (RuntimeError, IndexError, ValueError):
                 continue  # not for this number of dimensions
             tried += 1
-            _check(func, rest, shape, dim)
+            followed += check(lambda x: (func, (x, *rest)), [tensor(*shape)], [dim])
     assert tried
+    assert bool(followed) == (name not in UNKNOWN)
 
 
-def _check(func, rest, shape, dim):
-    x = tensor(*shape)
-    call, found = follow(func, (x, *rest), [(x, tag(x, dim))])
-    pinned = {f for one in call.pinned for s in one.sources for f in s or ()}
-    for gone in range(shape[dim]):
-        filters = frozenset([("conv", gone)])
-        y = tensor(*shape)
-        y.select(dim, gone).zero_()
-        outs = func(y, *rest)
-        outs = outs if isinstance(outs, (list, tuple)) else [outs]
-        for out, known in zip(outs, found, strict=False):
-            if known is not None:
-                dead = [i for i, s in enumerate(known.sources) if s == filters]
-                assert not out.index_select(known.dim, torch.tensor(dead, dtype=int)).any()
-        # A single channel that is left would be repeated where sizes are written as numbers.
-        if ("conv", gone) not in pinned and shape[dim] > 2:
-            kept = [i for i in range(shape[dim]) if i != gone]
-            try:
-                fewer = func(tensor(*shape).index_select(dim, torch.tensor(kept)), *rest)
-            except RuntimeError as error:  # a size that is written as a number fails aloud
-                assert re.search("for input of size|expanded size|out of bounds", str(error))
-                continue
-            _assert_rest_is_the_same(two(outs), two(fewer), found[0], filters)
-    assert any(found) or pinned == {("conv", i) for i in range(shape[dim])}
+def check(build, tensors, dims):
+    """Compare what a rule says with what happens when channels change, are zero or are gone.
+
+    Args:
+        build: returns the operation and its arguments, from tensors as the given ones.
+        dims: where the channels of each tensor are; None: it has no tag.
+
+    Returns:
+        Whether the rule knows anything of a result.
+    """
+    given = [x.clone() for x in tensors]
+    func, args = build(*given)
+    tags = [(x, tag(x, d, n)) for x, d, n in zip(given, dims, "ab", strict=False) if d is not None]
+    call, found = follow(func, args, tags)
+    filters = {one for _, t in tags for sources in t.sources for one in sources}
+    pinned = {one for t in call.pinned for sources in t.sources for one in sources or ()}
+    assert any(found) or pinned == filters
+    outputs = run(build, [x.clone() for x in tensors])
+    results = [
+        (place, known.dim, channel, sources)
+        for place, known in enumerate(found)
+        if known is not None and outputs[place].numel()
+        for channel, sources in enumerate(known.sources)
+        if sources is not None
+    ]
+    for place, dim, channel, sources in results:
+        out = run(build, changed(tensors, dims, sources, torch.zeros_like))
+        assert not out[place].select(dim, channel).any(), "not zero while its filters are"
+    for one in filters:
+        seen = what_changes(build, tensors, dims, one, results)
+        listed = {(p, c) for p, _, c, sources in results if one in sources}
+        assert listed <= seen, "a filter is listed that is not in the channel"
+        assert listed == seen or one in pinned, "a filter is in the channel and not listed"
+    for group in groups(filters - pinned, call.tied):
+        check_removal(build, tensors, dims, group, found)
+    return any(found)
 
 
-def _assert_rest_is_the_same(out, fewer, known, filters):
-    kept = [i for i, sources in enumerate(known.sources) if sources != filters]
-    expected = out.index_select(known.dim, torch.tensor(kept))
-    torch.testing.assert_close(fewer, expected.reshape(fewer.shape), rtol=1e-12, atol=1e-12)
+def run(build, tensors):
+    func, args = build(*tensors)
+    out = func(*args)
+    return out if isinstance(out, (list, tuple)) else [out]
+
+
+def changed(tensors, dims, filters, change):
+    """Copies of the tensors in which the channels of some filters are others."""
+    tensors = [x.clone() for x in tensors]
+    for name, index in filters:
+        x, dim = tensors["ab".index(name)], dims["ab".index(name)]
+        x.select(dim, index).copy_(change(x.select(dim, index)))
+    return tensors
+
+
+def what_changes(build, tensors, dims, one, results):
+    """Which channels of the results depend on a filter: place of the result and channel."""
+    before, seen = run(build, [x.clone() for x in tensors]), set()
+    for seed in range(8):  # ReLU shows no change below zero
+
+        def other(x, seed=seed):
+            return tensor(*x.shape, seed=10 + seed) * 3
+
+        after = run(build, changed(tensors, dims, [one], other))
+        for place, dim, channel, _ in results:
+            a, b = before[place].select(dim, channel), after[place].select(dim, channel)
+            if not torch.allclose(a, b, rtol=0, atol=1e-12, equal_nan=True):
+                seen.add((place, channel))
+    return seen
+
+
+def groups(filters, tied):
+    """Filters that can be removed, each with those that it is tied to."""
+    pairs = {(*x, *y) for a, b in tied for x, y in zip(a, b, strict=True) if x and y and x != y}
+    left = {frozenset([one]) for one in filters}
+    for pair in pairs:
+        joined = [group for group in left if group.intersection(pair)]
+        left = (left - set(joined)) | {frozenset().union(*joined)}
+    return left
+
+
+def check_removal(build, tensors, dims, group, found):
+    """Without the channels of a group the others are as they were while these were zero."""
+    fewer = []
+    for x, dim, name in zip(tensors, dims, "ab", strict=False):
+        kept = [i for i in range(x.shape[dim or 0]) if dim is None or (name, i) not in group]
+        if len(kept) < 2:
+            return  # a single channel would be repeated where sizes are written as numbers
+        fewer.append(x.index_select(dim or 0, torch.tensor(kept)).clone())
+    try:
+        without = run(build, fewer)
+    except RuntimeError as error:  # a size that is written as a number fails aloud
+        assert re.search("for input of size|expanded size|out of bounds|same head size", str(error))
+        return
+    zeroed = run(build, changed(tensors, dims, group, torch.zeros_like))
+    for known, out, small in zip(found, zeroed, without, strict=False):
+        if known is not None:
+            kept = [i for i, sources in enumerate(known.sources) if not (sources or set()) & group]
+            expected = out.index_select(known.dim, torch.tensor(kept, dtype=int))
+            assert small.numel() == expected.numel(), "another number of entries"
+            # Sizes that are written as numbers may shape the same entries in another way.
+            torch.testing.assert_close(small, expected.reshape(small.shape), rtol=0, atol=1e-12)
 
 
 SEVERAL = {
@@ -220,7 +307,7 @@ SEVERAL = {
     "copy_": (lambda a, b: (ATEN.copy_.default, (a, b)), (1, 1)),
     **{
         op: (
-            lambda a, b, op=op: (getattr(ATEN, op).default, (a, [torch.tensor([0, 1, 2, 3])], b)),
+            lambda a, b, op=op: (getattr(ATEN, op).default, (a, [torch.tensor([0, 2])], b)),
             (1, 1),
         )
         for op in ("index_put", "index_put_", "_index_put_impl_")
@@ -268,24 +355,96 @@ SEVERAL = {
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_rule_of_several_tensors_agrees_with_the_operation(name):
-    """Whatever is pruned, a channel whose sources are all pruned is zero."""
+    check_several(name)
+
+
+def check_several(name):
     build, dims = SEVERAL[name]
-    a, b = tensor(4, 4, 4, 4), tensor(4, 4, 4, 4, seed=1)
-    func, args = build(a, b)
-    tags = [
-        (x, tag(x, d, n)) for x, d, n in ((a, dims[0], "a"), (b, dims[1], "b")) if d is not None
-    ]
-    _, (found, *_) = follow(func, args, tags)
-    for gone in ([("a", 1)], [("b", 1)], [("a", 1), ("b", 1)]):
-        a, b = tensor(4, 4, 4, 4), tensor(4, 4, 4, 4, seed=1)
-        for x, d, n in ((a, dims[0], "a"), (b, dims[1], "b")):
-            if (n, 1) in gone and d is not None:
-                x.select(d, 1).zero_()
-        func, args = build(a, b)
-        out = two(func(*args))
-        for channel, sources in enumerate(found.sources if found else ()):
-            if sources and sources <= set(gone):
-                assert not out.select(found.dim, channel).nan_to_num().any()
+    rows = 2 if "index_put" in name else 4  # the other rows stay those of a
+    tensors = [tensor(4, 4, 4, 4), tensor(rows, 4, 4, 4, seed=1)]
+    assert check(build, tensors, dims) == (name not in UNKNOWN_SUMS)
+
+
+UNKNOWN_SUMS = {
+    "cat of different dimensions", "sum of different dimensions", "sum with an unknown one",
+    "boxes across channels", "attention by queries", "attention across values",
+    "grid across channels",
+}  # fmt: skip
+
+
+def _with(change):
+    """A rule that returns the right tag with other sources."""
+
+    def broken(call):
+        found = RIGHT[call.op](call)
+        return found and found._replace(sources=change(found.sources))
+
+    return broken
+
+
+def _keeps(call):
+    return call.tag("self")
+
+
+def _lists_one_summand(call):
+    call.tie(call.tag("self").sources, call.tag("other").sources)
+    return call.tag("self")
+
+
+def _does_not_tie(call):
+    a, b = call.tag("self"), call.tag("other")
+    return Tag(a.dim, merged(a.sources, b.sources))
+
+
+def _does_not_pin(call):
+    found = RIGHT[call.op](call)
+    call.pinned.clear()
+    return found
+
+
+def _tiles(call):
+    found, tag = RIGHT[call.op](call), call.tag("self")
+    return found and found._replace(sources=tag.sources * (len(found.sources) // len(tag.sources)))
+
+
+RIGHT = dict(RULES)
+NOT_ZERO = "not zero while its filters are"
+TOO_MANY = "a filter is listed that is not in the channel"
+NOT_LISTED = "a filter is in the channel and not listed"
+BROKEN = {
+    "one summand is listed": ("add", _lists_one_summand, NOT_ZERO),
+    "the next filter is listed, too": (
+        "add",
+        _with(lambda s: merged(s, s[1:] + s[:1])),
+        TOO_MANY,
+    ),
+    "parts of a concatenation are exchanged": (
+        "cat of channels",
+        _with(lambda s: s[::-1]),
+        NOT_ZERO,
+    ),
+    "channels are counted backwards": ("mean that keeps", _with(lambda s: s[::-1]), NOT_ZERO),
+    "a flattened map repeats all channels": ("flattened", _tiles, NOT_ZERO),
+    "a pooled dimension is kept": ("max_pool2d of one size", _keeps, NOT_ZERO),
+    "a constant is zero": ("sigmoid", _keeps, NOT_ZERO),
+    "a channel is always zero": ("neg.default", _with(lambda s: (frozenset(), *s[1:])), NOT_ZERO),
+    "a factor is not pinned": ("mul", _does_not_pin, NOT_LISTED),
+    "a scale of channels is not pinned": ("layer scale", _does_not_pin, "must match"),
+    "a slice of channels is not pinned": ("slice", _does_not_pin, "number of entries"),
+    "channels of a sum are not tied": ("add", _does_not_tie, "must match"),
+    "nothing is known": ("neg.default", lambda call: call.tag("self") and None, "bool"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_checks_find_a_broken_rule(name, monkeypatch):
+    example, broken, message = BROKEN[name]
+    func = (
+        EXAMPLES[example][0] if example in EXAMPLES else SEVERAL[example][0](*[tensor(*X)] * 2)[0]
+    )
+    monkeypatch.setitem(RULES, func._schema.name, broken)
+    with pytest.raises(AssertionError, match=message):
+        (check_in_all_dimensions if example in EXAMPLES else check_several)(example)
 
 
 @pytest.mark.parametrize("name", ["mul", "sum with an unknown one"])
