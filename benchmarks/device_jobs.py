@@ -107,7 +107,7 @@ def changes(name: str, size: Size, until: float, *overrides: Any) -> dict[str, A
                 timed("taking out", hook._shrink)
                 timed("putting back", hook._grow)
                 if cycle == 0:
-                    timed("measurement of auto", lambda: hook._smaller.speedup())
+                    timed("measurement of auto", lambda: hook._compact.speedup())
             # Measuring how long holding takes makes another step.
             left = STEPS - 1 if enough else STEPS
             spent.setdefault("step in S2", []).extend(step() for _ in range(left))

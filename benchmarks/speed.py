@@ -213,7 +213,7 @@ def whole_run(
         "step_ratio_in_s2": round(step, 4),
         "bound": round(1.02 * (LENGTH - full + full * step) / LENGTH, 4),
         "iterations": LENGTH * epoch,
-        "removed": bool(hook._take_out),
+        "removed": bool(hook.state_dict()["compact"]),
     }
 
 

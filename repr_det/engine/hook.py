@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -59,26 +59,26 @@ class RePrHook(HookBase):
     work. The hook acts before a step. So a checkpoint that is written after any step resumes
     exactly there.
 
-    Scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned`` at every step;
-    ``repr/overlap`` (mean plain Ortho score over surviving filters) and ``repr/overlap/<layer>``
-    before each drop, after each return, at every evaluation and at the end. For TensorBoard, at
-    drops and returns: histograms ``repr/filter_overlap/<layer>``, and the image ``repr/dropped``,
-    the share of each layer (down) that each drop (across) took.
-    Which filters each drop took, and the overlap around it, is written to ``repr_history.json`` in
-    the ``OUTPUT_DIR`` of the trainer's config, if it has one.
+    It writes these scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned``
+    at every step; ``repr/overlap`` and ``repr/overlap/<layer>`` before each drop, after each
+    return, at every evaluation and at the end. The overlap is the mean over surviving filters of
+    :func:`repr_det.method.criteria.filter_overlap`. For TensorBoard, drops and returns add
+    histograms ``repr/filter_overlap/<layer>``. Drops add the image ``repr/dropped``: the share of
+    each layer (down) that each drop (across) took. ``repr_history.json`` in the ``OUTPUT_DIR`` of
+    the trainer's config, if it has one, lists the filters of each drop and the overlap around it.
 
     Args:
         schedule: when, in iterations.
-        compact: whether the pruned filters are taken out of the network physically during S2:
-            ``"on"``, ``"off"``, or ``"auto"``: where a measurement at the first drop shows that it
-            is faster. The result of the measurement may differ from run to run. Then the last
-            digits of the weights differ, too. So ``"auto"`` means off where torch's deterministic
-            algorithms are on. It also means off where S2 is too short for the measurement to pay,
-            and where ``copies`` are passed. See :mod:`repr_det.method.compact`.
-        arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword;
-            ``batches`` and ``loss`` default to the trainer's data and the model's losses (where its
-            loader is not one of torch's, Detectron2's or this package's, pass ``batches``, from a
-            loader of its own), ``progress`` to a bar on the main process.
+        compact: whether the pruned filters are removed from the network physically during S2:
+            ``"on"``, ``"off"``, or ``"auto"``, which measures at the first drop whether that is
+            faster. The measurement may come out differently from run to run, and the last digits
+            of the weights with it. So ``"auto"`` means off where torch's deterministic algorithms
+            are on. It also means off where S2 is too short for the measurement to pay, and where
+            ``copies`` are passed. See :mod:`repr_det.method.compact`.
+        arguments: every argument of :class:`repr_det.RePr` after the schedule, by keyword. By
+            default, ``batches`` are the trainer's data, ``loss`` is the sum of the model's losses,
+            and ``progress`` is a bar on the main process. Pass ``batches``, from a loader of its
+            own, where the trainer's loader is not torch's, Detectron2's or this package's.
 
     Raises:
         UserError: on registration, what :class:`repr_det.RePr` refuses; a schedule that would
@@ -95,24 +95,24 @@ class RePrHook(HookBase):
             check_whole(name, arguments.get(name, 0))
         self.schedule = schedule
         self._mode = compact
-        # Whether pruned filters are taken out physically; None: not decided yet.
-        self._take_out: bool | None = {"auto": None, "on": True, "off": False}[compact]
-        # Makes the network smaller and full-size again. It and the next two: set on registration.
-        self._smaller: Compact
+        # Whether to remove pruned filters physically. None: the measurement will decide.
+        self._removal_decision: bool | None = {"auto": None, "on": True, "off": False}[compact]
+        # These three are made on registration. ``_compact`` removes filters and puts them back.
         self.method: RePr
+        self._compact: Compact
         self._recorder: Recorder
-        # Whether parameters had other sizes since DistributedDataParallel made its buckets.
+        # Whether parameters changed their sizes since DistributedDataParallel made its buckets.
         self._resized = False
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
-        self._has_state = False
+        self._has_state = False  # of a checkpoint
         self._eval_period = 0
-        self._after_writers = False
-        self._num_pruned = 0  # kept, since counting costs more than the rest of a step
-        # Sums of weights on registration. Those that differ later were loaded in between.
+        self._after_writers = False  # whether the writers come before this hook
+        self._num_pruned = 0  # counted once a phase: counting costs more than the rest of a step
+        # Sums of weights on registration. Where one differs later, weights were loaded.
         self._sums_at_registration: dict[str, float] = {}
-        # What might be an average of the weights, when training starts. It is one if it changes.
-        self._alike_at_start: dict[str, Any] = {}
+        # What might be an average of the weights, at the start. Only an average changes later.
+        self._maybe_averages_at_start: dict[str, Any] = {}
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
@@ -145,7 +145,7 @@ class RePrHook(HookBase):
 
     @property
     def trainer(self) -> TrainerBase | None:
-        """The trainer; setting it, as ``register_hooks`` does, builds the method for it."""
+        """The trainer. Setting it builds the method for it; ``register_hooks`` does so."""
         return self._trainer
 
     @trainer.setter
@@ -179,7 +179,7 @@ class RePrHook(HookBase):
             )
 
     def _build(self, trainer: TrainerBase) -> None:
-        """Build the method for the trainer's model, and what belongs to the method."""
+        """Build the method for the trainer's model, its recorder and what makes it smaller."""
         self._group = group_of(trainer.model)
         seed = self._arguments.get("seed", 0) + rank_in(self._group)
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
@@ -187,7 +187,7 @@ class RePrHook(HookBase):
         arguments = {**defaults, **self._arguments}
         self.method = RePr(trainer.model, trainer.optimizer, self.schedule, **arguments)
         self._recorder = Recorder(self.method, trainer)
-        self._smaller = Compact(self.method, _precision(trainer))
+        self._compact = Compact(self.method, _precision(trainer))
         layers = self.method.layers
         self._sums_at_registration = _sums(layers)
         logger.info(
@@ -199,19 +199,19 @@ class RePrHook(HookBase):
             logger.info(line)
 
     def check_fits(self, max_iter: int) -> None:
-        """Refuse a training length that the schedule does not fit; see :class:`RePrSchedule`.
+        """Refuse a training length that the schedule does not fit.
 
         Raises:
-            UserError: it does not.
+            UserError: it does not; see :meth:`RePrSchedule.check_fits`.
         """
         self.schedule.check_fits(max_iter, self._arguments.get("warmup", 0))
 
     def before_train(self) -> None:
-        """Check what is known only when training starts, and find out when evaluations are due."""
+        """Check what is known only when training starts. Find out when evaluations are due."""
         self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
-        self._alike_at_start = self._alike()
+        self._maybe_averages_at_start = self._maybe_averages()
         self._warn_of_loaded_weights()
         self._recorder.begin()
         zero = self.method.count_zero_filters()
@@ -227,14 +227,14 @@ class RePrHook(HookBase):
         self._eval_period = periods[0] if periods else 0
 
     def check_resumed(self, start_iter: int) -> None:
-        """Refuse to go on with a run whose checkpoint held no state of this hook.
+        """Refuse to resume from a checkpoint without a state of this hook.
 
         Raises:
-            UserError: the run goes on at a later iteration than 0 and no state was loaded.
+            UserError: the run does not start at iteration 0 and no state was loaded.
         """
         if start_iter > 0 and not self._has_state:
             raise UserError(
-                f"This run goes on at iteration {start_iter}, but its checkpoint holds no RePr "
+                f"This run resumes at iteration {start_iter}, but its checkpoint holds no RePr "
                 f"state (made without RePr?). Start a new run with it as MODEL.WEIGHTS."
             )
 
@@ -259,8 +259,8 @@ class RePrHook(HookBase):
                 f"or train without RePr (REPR.ENABLED False)."
             )
 
-    def _alike(self) -> dict[str, Any]:
-        """What the trainer and other hooks hold in the shapes of the model's weights."""
+    def _maybe_averages(self) -> dict[str, Any]:
+        """What the trainer and other hooks hold that has the shapes of the model's weights."""
         trainer = self.trainer
         holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
         return weights_alike(
@@ -270,19 +270,19 @@ class RePrHook(HookBase):
         )
 
     def _warn_of_averages(self) -> None:
-        """Warn of averages of the model's weights that hooks hold: drops do not reach them.
+        """Warn where another hook averages the model's weights: drops do not reach the average.
 
-        What has not changed since training began, such as a frozen teacher, is not one of them.
+        A frozen teacher looks alike, but has not changed since training began.
         """
-        before, now = self._alike_at_start, self._alike()
+        before, now = self._maybe_averages_at_start, self._maybe_averages()
         mine = [name for name in now if now[name] != before.get(name)]
-        # Some hooks are on the first rank only, but all ranks must decide the same.
+        # Some hooks exist on the first rank only, but all ranks must decide the same.
         averages = sorted(set().union(*objects_of_all_ranks(mine, self._group)))
         if not averages:
             return
         stays = ""
         if self._mode == "auto":
-            self._take_out = False
+            self._removal_decision = False
             stays = " Pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         logger.warning(
             f"RePr: {', '.join(averages)} looks like an average of the model's weights, which "
@@ -290,11 +290,13 @@ class RePrHook(HookBase):
         )
 
     def before_step(self) -> None:
-        """Do what is due before this iteration.
+        """Do what is due before this iteration, in this order.
 
-        In this order: the overlap before a drop is recorded; the network gets its full size;
-        filters are dropped or brought back, and that is recorded; pruned filters are taken out of
-        the network physically; DistributedDataParallel gets buckets of the new sizes.
+        1. Record the overlap before a drop.
+        2. Bring the network to full size.
+        3. Drop filters or bring them back, and record it.
+        4. Remove pruned filters physically.
+        5. Give DistributedDataParallel buckets of the new sizes.
         """
         iteration = self.trainer.iter
         if self.method.due(iteration):
@@ -305,7 +307,8 @@ class RePrHook(HookBase):
                 self._report(change)
         else:
             self.method.step(iteration)  # the learning rate may be warming up
-        if self.method.phase == SUB and not self._smaller.active and self._removal_pays():
+        # Also where a run is resumed in S2: its checkpoint holds the full-size network.
+        if self.method.phase == SUB and not self._compact.active and self._removal_pays():
             self._shrink()
         if self._resized:
             if isinstance(self.trainer.model, DistributedDataParallel):
@@ -333,8 +336,8 @@ class RePrHook(HookBase):
     def after_step(self) -> None:
         """Record the overlap where an evaluation is due, and at the end.
 
-        If the writers come before this hook, they are done with this iteration. The overlap is
-        then recorded under the next one.
+        Writers that come before this hook are done with this iteration. Then the overlap is
+        recorded under the next one.
         """
         done = self.trainer.iter + 1
         due = self._eval_period and done % self._eval_period == 0
@@ -344,12 +347,12 @@ class RePrHook(HookBase):
             self.trainer.storage.iter = self.trainer.iter
 
     def after_train(self) -> None:
-        """Make the model full-size, also where training was interrupted in S2."""
+        """Bring the network to full size, also where training was interrupted in S2."""
         self._grow()
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state, and what ``compact="auto"`` decided."""
-        decided = self._take_out if self._mode == "auto" else None
+        decided = self._removal_decision if self._mode == "auto" else None
         return {**self.method.state_dict(), "compact": decided}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -361,32 +364,33 @@ class RePrHook(HookBase):
         self._grow()
         self.method.load_state_dict(state)
         if self._mode == "auto":
-            self._take_out = state.get("compact")
+            self._removal_decision = state.get("compact")
         self._has_state = True
 
     # --- the physically smaller network
 
     def _grow(self) -> None:
-        self._resized |= self._smaller.active
-        self._smaller.grow()
+        self._resized |= self._compact.active
+        self._compact.grow()
 
     def _removal_pays(self) -> bool:
-        """Whether pruned filters are taken out physically; measured when first asked."""
-        if self._take_out is None:
-            self._take_out = self._measure()
-        return self._take_out
+        """Whether to remove pruned filters physically; ``"auto"`` measures when first asked."""
+        if self._removal_decision is None:
+            self._removal_decision = self._measure()
+        return self._removal_decision
 
     def _shrink(self) -> None:
+        """Remove pruned filters physically, or warn why not. All ranks do the same."""
         problem = ""
-        self._resized = True  # also where it fails half-way
+        self._resized = True  # also where it fails halfway
         try:
-            with RandomStream(0).active():  # leaves the run's random numbers alone
-                shrunk = self._smaller.shrink()
+            with _own_random_numbers():
+                shrunk = self._compact.shrink()
         except RuntimeError as error:
             problem = str(error)
         if problems := [found for found in objects_of_all_ranks(problem, self._group) if found]:
-            self._smaller.grow()
-            self._take_out = False
+            self._compact.grow()
+            self._removal_decision = False
             logger.warning(f"RePr: {problems[0]}; pruned filters stay in the network as zeros.")
             return
         logger.info(_cost_line(shrunk))
@@ -398,7 +402,10 @@ class RePrHook(HookBase):
             logger.info(f"RePr: a deterministic run measures no times, so {stays}")
             return False
         if self._arguments.get("copies"):
-            logger.info(f"RePr: an average may be updated through its state dict, so {stays}")
+            logger.info(
+                f"RePr: copies are passed, and what is averaged through a state dict would not "
+                f"change in a smaller network, so {stays}"
+            )
             return False
         if reason := reason_against_other_sizes(self.trainer.model):
             logger.info(f"RePr: {reason}, which cannot be renewed, so {stays}")
@@ -409,17 +416,16 @@ class RePrHook(HookBase):
             return False
         self._resized = True
         try:
-            with RandomStream(0).active():
-                mine = self._smaller.speedup()
+            with _own_random_numbers():
+                mine = self._compact.speedup()
         except Exception as error:  # what a foreign model raises when it cannot be made smaller
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = Speed(0.0, 0.0, 0.0)
         speeds = objects_of_all_ranks(mine, self._group)
-        # For the log only: every rank must find that it pays.
-        speed = Speed(*map(min, zip(*speeds, strict=True)))
+        slowest = Speed(*map(min, zip(*speeds, strict=True)))  # for the log only
         logger.info(
-            f"RePr: measured, the smaller network of S2 is {speed.ratio:.2f} times as fast, "
-            f"{speed.lowest:.2f} in the worst turn."
+            f"RePr: measured, the smaller network of S2 is {slowest.ratio:.2f} times as fast, "
+            f"{slowest.lowest:.2f} in the worst comparison."
         )
         return all(pays(one, self.schedule.s2) for one in speeds)
 
@@ -427,13 +433,19 @@ class RePrHook(HookBase):
 def pays(speed: Speed, s2: int) -> bool:
     """Whether to train the smaller network for ``s2`` iterations, from what was measured.
 
-    It must have been faster in every turn, so that chance seldom decides, and by
+    The measurement compares one run of the masked network with one of the smaller network several
+    times. The smaller one must be faster in every comparison, so that chance seldom decides, and by
     :data:`WORTHWHILE` in the median. What it saves must exceed the cost of its first run, which is
     large where ``torch.compile`` compiles again. Both are counted in runs of the masked network.
     """
     if speed.lowest <= 1.0 or speed.ratio < WORTHWHILE:
         return False
     return (1 - 1 / speed.ratio) * s2 > speed.price
+
+
+def _own_random_numbers() -> AbstractContextManager[None]:
+    """While inside, random draws leave the run's own unchanged: the same with and without."""
+    return RandomStream(0).active()
 
 
 def _kinds(method: RePr) -> str:
@@ -444,21 +456,20 @@ def _kinds(method: RePr) -> str:
 
 
 def _small_share(method: RePr, model: nn.Module) -> str | None:
-    """What to say where a small part of the model takes part; else None."""
+    """A line for the log where only a small part of the model takes part, else None."""
     total = sum(p.numel() for p in model.parameters() if p.requires_grad)
     mine = sum(layer.weight.numel() for layer in method.layers)
     if mine >= SMALL_SHARE * total:
         return None
     taken = {layer.name for layer in method.layers}
-    # Units of the layers in ``visible`` are not hidden, so these could not take part either.
+    # Units of the layers in ``visible`` are not hidden, so they cannot take part.
     left_out = method.graph.linears.keys() - method.graph.visible.keys() - taken
     sizes: list[int] = [method.graph.linears[name].weight.numel() for name in left_out]
-    more = sum(sizes)
     line = f"RePr: the layers that take part hold {mine / total:.1%} of the trainable weights."
-    if more:
+    if sizes:
         line += (
-            f" Linear layers with hidden units hold {more / total:.1%} more. Set REPR.LINEAR to "
-            f"True, in code linear=True, so that they take part."
+            f" Linear layers with hidden units hold {sum(sizes) / total:.1%} more. Set REPR.LINEAR "
+            f"to True, in code linear=True, so that they take part."
         )
     return line
 
@@ -474,14 +485,14 @@ def _has_statistics(layer: FilterLayer) -> bool:
 
 
 def filter_progress(filters: Sequence[Any]) -> Iterable[Any]:
-    """A bar over filters that a criterion goes through, on the main process."""
+    """A progress bar over the filters that a criterion tries, on the main process."""
     return tqdm(
         filters, "RePr oracle", unit="filter", leave=False, disable=not comm.is_main_process()
     )
 
 
 def _precision(trainer: TrainerBase) -> Callable[[], Any]:
-    """What a trainer runs its model in."""
+    """Returns the context in which a trainer runs its model: that of mixed precision, or none."""
     trainer = getattr(trainer, "_trainer", trainer)
     if isinstance(trainer, MixedPrecisionTrainer):
         return trainer.autocast
@@ -495,11 +506,15 @@ def weights_alike(
 ) -> dict[str, Any]:
     """Attributes of objects that hold tensors shaped as the parameters of a model.
 
-    Looks at modules and at dictionaries of tensors, also one object deeper. Left out is what shares
-    memory with the model or with the ``known`` modules.
+    These are modules and dictionaries of tensors, of the objects or of objects that they hold.
+
+    Args:
+        holders: the objects.
+        model: the model; what shares memory with it is left out.
+        known: further modules, likewise.
 
     Returns:
-        ``Class.attribute`` -> something that changes when the tensors do.
+        ``Class.attribute`` -> a value that differs after the tensors changed.
     """
     shapes = [p.shape for p in unwrap(model).parameters()]
     own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
@@ -513,7 +528,7 @@ def weights_alike(
                 if not isinstance(state, Mapping):
                     continue
                 tensors = [t for t in state.values() if isinstance(t, Tensor)]
-                # ``in`` goes on where it stopped: the same order, but buffers may come between.
+                # In the same order, buffers in between: ``in`` consumes an iterator up to a match.
                 others = iter([t.shape for t in tensors])
                 alike = all(shape in others for shape in shapes)
                 if alike and own.isdisjoint(t.data_ptr() for t in tensors):

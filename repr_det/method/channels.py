@@ -9,9 +9,9 @@ Pinning a channel answers the second with no: a pinned channel is held at zero a
 **An operation without a rule is unknown**: its result has no tag, and the channels of all its
 arguments are pinned. This is always safe, so a rule is only needed where an operation is common.
 
-To add a rule, first find the operation. Its name is the one that torch's dispatcher sees, which may
-differ from the Python function: ``x.reshape`` runs as ``aten::view``, or ``aten::clone`` first. This
-prints the operations of any code, with the names and defaults of their arguments::
+To add a rule, first find the operation. Its name is the one that torch's dispatcher sees, and may
+differ from the Python function: ``x.reshape`` runs as ``aten::view``, or ``aten::clone`` and a
+view. This prints the operations of any code, with the names and defaults of their arguments::
 
     from torch.utils._python_dispatch import TorchDispatchMode
 

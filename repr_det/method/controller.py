@@ -35,6 +35,7 @@ from repr_det.method.ranks import group_of, object_of_first_rank
 from repr_det.method.reinit import Reinit
 from repr_det.method.removal import Removable
 from repr_det.method.returning import (
+    Values,
     hand_over,
     new_rows,
     reset_statistics,
@@ -52,6 +53,9 @@ CALIBRATION_BATCHES = 4
 """Number of batches on which a returned channel is measured where a frozen norm follows it."""
 
 _STATE_VERSION = 2
+
+_DROP, _RETURN = 0, 1
+"""Part of the seed of a phase change's random numbers."""
 
 _LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal", "linear": False}
 """Settings that older checkpoints do not mention, and what they were then."""
@@ -137,8 +141,8 @@ class RePr:
     ) -> None:
         check_shares(prune_ratio, max_layer_ratio)
         needs_data = check_criterion(criterion, None not in (batches, loss))
-        # If not, the criterion may run the model, which must be unchanged afterwards.
-        self._looks_at_weights = isinstance(criterion, str) and not needs_data
+        # Other criteria may run the model, which must be unchanged afterwards.
+        self._reads_only_weights = isinstance(criterion, str) and not needs_data
         check_whole("seed", seed)
         check_optimizer(optimizer)
         self.schedule = schedule
@@ -161,22 +165,23 @@ class RePr:
         self.batches, self.loss, self._progress = batches, loss, progress
 
         self.copies = [unwrap(copy) for copy in copies]
-        with still(self.model):
+        with still(self.model):  # to read a weight under spectral norm would change it
             self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
-        # What the pruned filters were before the drop, by name of the layers that lost some.
-        self._before: dict[str, dict[str, Any]] = {}
-        # The same of each copy. It is needed only where filters return as they were.
-        self._before_in_copies: list[dict[str, dict[str, Any]]] = []
-        # The weights that read them, with their optimizer state: of the model, then of each copy.
-        self._aside: list[dict[str, Any]] = []
+        # The pruned filters' values before the drop, by name of the layers that lost some.
+        self._old_filters: dict[str, Values] = {}
+        # The same for each copy, only where filters return as they were.
+        self._old_filters_in_copies: list[dict[str, Values]] = []
+        # The weights that read pruned filters, from before the drop, with their optimizer state:
+        # for the model, then for each copy.
+        self._old_columns: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
-        # While the network is smaller: its layers, and the filters that were removed from them.
-        self._stand_in: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
+        # The arguments of stand_in() while the network is physically smaller.
+        self._smaller: tuple[Sequence[FilterLayer], dict[str, Tensor]] | None = None
 
     # --- what takes part
 
@@ -211,7 +216,7 @@ class RePr:
             names: of the layers of a checkpoint; None for those that train now.
         """
         self.layers: list[FilterLayer] = self._find_layers(names)
-        self._outgoing = self._factors_on_readers()
+        self._factors = self._factors_on_readers()
         self._in_copies = [in_copy(copy, self.layers, self._readers) for copy in self.copies]
 
     def _run_on_a_batch(self) -> None:
@@ -224,18 +229,19 @@ class RePr:
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that cannot be used; warn where they are missing."""
-        constant = not self.reinit.as_it_was and any(
+        must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
-        if None not in (self.batches, self.loss) and (constant or needs_data):
+        if None not in (self.batches, self.loss) and (must_measure or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
-        if self.batches is None and constant:
+        if self.batches is None and must_measure:
             warnings.warn(
-                "RePr: the model has norms with constant statistics, which returned channels need "
-                "measured. Pass batches= and loss=, or they keep those of the dropped filters.",
+                "RePr: the model has norms whose statistics do not train. Those of new filters can "
+                "be measured on batches. Pass batches= and loss=, or new filters keep the "
+                "statistics of the dropped ones.",
                 stacklevel=3,
             )
 
@@ -275,12 +281,12 @@ class RePr:
         elsewhere = trained_elsewhere(layers, self._readers, self._trained())
         names = set(selected) - self.graph.unsuitable - elsewhere.keys()
         found = separable(layers, names)
-        if some := elsewhere.keys() & set(selected):
-            name = min(some)
+        if left_out := elsewhere.keys() & set(selected):
+            name = min(left_out)
             message = (
-                f"RePr: {name}{' and others' * (len(some) > 1)} cannot lose filters, because the "
-                f"optimizer does not train {elsewhere[name]}, which requires gradients. Add it to "
-                f"the optimizer, or freeze it with requires_grad_(False)."
+                f"RePr: {name}{' and others' * (len(left_out) > 1)} cannot lose filters, because "
+                f"the optimizer does not train {elsewhere[name]}, which requires gradients. Add it "
+                f"to the optimizer, or freeze it with requires_grad_(False)."
             )
             if not found:
                 raise UserError(message)
@@ -347,9 +353,9 @@ class RePr:
 
     def filter_overlap(self) -> Scores:
         """Plain Ortho score of each filter among the surviving ones, NaN if pruned, by layer."""
-        if self._stand_in is None:
+        if self._smaller is None:
             return filter_overlap(self.layers, self._pruned)
-        layers, gone = self._stand_in
+        layers, gone = self._smaller
         found = filter_overlap(layers, self._still_there(gone))
         full = {}
         for name, scores in found.items():
@@ -377,12 +383,12 @@ class RePr:
                 are held as zeros.
         """
         self._release()
-        self._stand_in = (layers, gone)
+        self._smaller = (layers, gone)
         self._hold(layers, self._still_there(gone))
 
     def full_size(self) -> None:
         """End :meth:`stand_in`, once the caller has put the layers back as they were."""
-        self._stand_in = None
+        self._smaller = None
         self._release()
         self._hold(self.layers, self._pruned)
 
@@ -415,7 +421,7 @@ class RePr:
         if not self.due(iteration):
             self._cycle = phase.cycle
             return []
-        if self._stand_in is not None:
+        if self._smaller is not None:
             raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
         with torch.no_grad(), still(self.model):
@@ -428,7 +434,7 @@ class RePr:
         return changes
 
     def _generator(self, cycle: int, event: int) -> torch.Generator:
-        """Random numbers of a drop (event 0) or a return (event 1) of a cycle.
+        """Random numbers of a cycle's drop or return (``_DROP`` or ``_RETURN``).
 
         They do not depend on what was drawn before, so a resumed run draws the same.
         """
@@ -441,13 +447,13 @@ class RePr:
             self.model,
             self.batches,
             self.loss,
-            self._generator(cycle, 0),
+            self._generator(cycle, _DROP),
             self._progress,
             self.group,
         )
 
     def _scores(self, cycle: int) -> Scores:
-        if self._looks_at_weights:
+        if self._reads_only_weights:
             return self._criterion(self.layers, self._data(cycle))
         with unchanged(self.model), eager():
             return self._criterion(self.layers, self._data(cycle))
@@ -462,12 +468,12 @@ class RePr:
         self._check_finite("rank")
         scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
-        self._before = values_of(self.layers, pruned, self.reinit, self.group)
+        self._old_filters = values_of(self.layers, pruned, self.reinit, self.group)
         if self.reinit.as_it_was:
-            self._before_in_copies = [
+            self._old_filters_in_copies = [
                 values_of(layers, pruned, self.reinit, self.group) for layers, _ in self._in_copies
             ]
-        self._aside = [self._set_to_zero(pruned, *one) for one in self._everywhere()]
+        self._old_columns = [self._set_to_zero(pruned, *one) for one in self._everywhere()]
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
@@ -487,7 +493,7 @@ class RePr:
             What :func:`set_aside` returns: the copied weights that read them.
         """
         aside = set_aside(
-            readers, pruned, optimizer, self._outgoing, keep_moments=not self.reinit.as_it_was
+            readers, pruned, optimizer, self._factors, keep_moments=not self.reinit.as_it_was
         )
         for layer in layers:
             zero_filters(layer, pruned[layer.name], optimizer)
@@ -498,22 +504,22 @@ class RePr:
         self._warn_of_moved()
         self._release()
         returned = self._pruned
-        generator = self._generator(self._cycle, 1)
         everywhere = self._everywhere()
-        for (_, readers, optimizer), aside in zip(everywhere, self._aside, strict=True):
-            put_back(readers, returned, optimizer, aside, self._outgoing)
+        for (_, readers, optimizer), aside in zip(everywhere, self._old_columns, strict=True):
+            put_back(readers, returned, optimizer, aside, self._factors)
         if self.reinit.as_it_was:
-            restore(self.layers, returned, self._before)
-            for (layers, _), before in zip(self._in_copies, self._before_in_copies, strict=True):
+            restore(self.layers, returned, self._old_filters)
+            for (layers, _), before in zip(
+                self._in_copies, self._old_filters_in_copies, strict=True
+            ):
                 restore(layers, returned, before)
         else:
-            self._renew(returned, generator)
+            self._renew(returned)
         for layer in self.layers:
-            if layer.name in self._before:  # it lost filters
-                reset_state(layer, returned[layer.name], self.optimizer)
+            reset_state(layer, returned[layer.name], self.optimizer)
         report = self._report(None)
-        self._pruned, self._before, self._aside = self._none_pruned(), {}, []
-        self._before_in_copies = []
+        self._pruned, self._old_filters, self._old_columns = self._none_pruned(), {}, []
+        self._old_filters_in_copies = []
         self._phase = FULL
         return PhaseChange("return", self._cycle, report)
 
@@ -573,21 +579,22 @@ class RePr:
 
     # --- coming back
 
-    def _renew(self, returned: dict[str, Tensor], generator: torch.Generator) -> None:
+    def _renew(self, returned: dict[str, Tensor]) -> None:
         """Set returned filters to new ones, and hand them over to the copies."""
-        rows = new_rows(self.layers, returned, self._before, self.reinit, generator, self.group)
+        generator = self._generator(self._cycle, _RETURN)
+        rows = new_rows(
+            self.layers, returned, self._old_filters, self.reinit, generator, self.group
+        )
         trained = self._trained()
         for layer in self.layers:
-            # A layer that was frozen since the drop could never train new filters.
-            if layer.name in rows and id(layer.weight) not in trained:
-                rows[layer.name] = self._before[layer.name]["weight"].to(rows[layer.name])
-
-        for layer in self.layers:
             if layer.name in rows:
-                layer.write_rows(returned[layer.name], rows[layer.name])
-                write_affine(layer, returned[layer.name], self._before[layer.name], self.reinit)
+                pruned, old = returned[layer.name], self._old_filters[layer.name]
+                # A layer that was frozen since the drop could never train new filters.
+                is_trained = id(layer.weight) in trained
+                layer.write_rows(pruned, rows[layer.name] if is_trained else old["weight"])
+                write_affine(layer, pruned, old, self.reinit)
         # Running statistics that train start again. Constant ones are measured.
-        constant = reset_statistics(self.layers, returned, self._before)
+        constant = reset_statistics(self.layers, returned, self._old_filters)
         if constant and None not in (self.batches, self.loss):
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
             calibrate(self.model, constant, batches, self.loss, self.group)
@@ -627,10 +634,10 @@ class RePr:
             "phase": self._phase,
             "cycle": self._cycle,
             "pruned": self.pruned if self._phase == SUB else {},
-            "before": self._before,
-            "before_in_copies": self._before_in_copies,
-            "aside": self._aside,
-            "outgoing": self._outgoing,
+            "before": self._old_filters,
+            "before_in_copies": self._old_filters_in_copies,
+            "aside": self._old_columns,
+            "outgoing": self._factors,
             "history": self.history,
         }
 
@@ -657,9 +664,9 @@ class RePr:
             )
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
-        self._before, self._aside = state["before"], state["aside"]
-        self._before_in_copies = state.get("before_in_copies", [])
-        self._outgoing = state.get("outgoing", self._outgoing)
+        self._old_filters, self._old_columns = state["before"], state["aside"]
+        self._old_filters_in_copies = state.get("before_in_copies", [])
+        self._factors = state.get("outgoing", self._factors)
         self._history = list(state["history"])
         self._pruned = self._none_pruned()
         if self._phase == SUB:

@@ -1,4 +1,4 @@
-"""How channels go through a model: what tracing found, in a form that can be saved."""
+"""How channels go through a model: the result of tracing, in a form that can be saved."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from repr_det.method.modules import named_modules
 
 @dataclass(eq=False)
 class Reader:
-    """A conv or linear layer and what each of its input channels is made of.
+    """A conv or linear layer and the filters that its input channels are computed from.
 
     Attributes:
         name: dotted name.
         module: the layer.
-        unknown: input channels (features) that are never known to be zero: bool of shape (c_in,).
-        filters: by conv, input channels and the filter that each is made of: two int32 tensors of
-            shape (n,). A channel may occur several times; it is zero while all are pruned.
+        unknown: input channels that are never known to be zero: bool of shape (c_in,).
+        filters: by layer that is read, input channels and the filter that each is computed from:
+            two int32 tensors of shape (n,). A channel that occurs several times is zero while all
+            of its filters are pruned.
     """
 
     name: str
@@ -33,7 +34,7 @@ class Reader:
     filters: dict[str, tuple[Tensor, Tensor]]
 
     def dead(self, pruned: dict[str, Tensor]) -> Tensor:
-        """Which input channels are zero while the given filters are pruned.
+        """Which input channels are zero while some filters are pruned.
 
         Args:
             pruned: bool of shape (J,) by layer name; layers left out are not pruned.
@@ -50,7 +51,7 @@ class Reader:
 
 
 def reader_of(name: str, module: nn.Module, sources: Channels) -> Reader:
-    """The reader of channels of the given sources."""
+    """The reader whose input channels have the given sources, one for each channel."""
     pairs: dict[str, list[tuple[int, int]]] = {}
     for channel, filters in enumerate(sources):
         for conv, index in sorted(filters or ()):
@@ -58,7 +59,7 @@ def reader_of(name: str, module: nn.Module, sources: Channels) -> Reader:
     indices = {
         conv: torch.tensor(some, dtype=torch.int32).T.contiguous() for conv, some in pairs.items()
     }
-    # What is always zero is never pruned either.
+    # Channels that are always zero (no sources) are never treated as pruned.
     unknown = torch.tensor([not filters for filters in sources], dtype=torch.bool)
     return Reader(name, module, unknown, {c: (both[0], both[1]) for c, both in indices.items()})
 
@@ -69,23 +70,23 @@ class ChannelGraph:
 
     Attributes:
         convs: every conv that ran, by dotted name.
-        linears: likewise every linear layer that multiplies its input by its own weight.
-        visible: by linear layer, why its units are not hidden, where they are not: the operation
-            after which one of them is not known to be zero, or who else sees them.
+        linears: every linear layer that ran and multiplies its input by its own weight.
+        visible: by linear layer whose units are not hidden, why: the operation after which a unit
+            is not known to be zero, or what else uses it.
         norms: by layer, the norm channels that each belong to one of its filters.
         readers: every conv and linear layer that ran, by dotted name.
-        stems: layers that read the image: no layer with weights before them.
+        stems: layers that read the image: no layer with weights is before them.
         heads: prediction layers: convs with no layer with weights between them and the output.
-        gates: convs with filters that nothing reads directly, and whose zero becomes a constant
-            that multiplies other channels: squeeze-and-excitation, softmax over branches.
-        unsuitable: layers whose filters cannot be held: their norm is used elsewhere, or their
-            results are not zero where all that belongs to the filter is.
-        groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group go
-            together or not at all: a sum, a shared layer or a batch of several inputs brought their
-            channels together.
-        fixed: by layer, filters that must not be removed (bool of shape (J,)): something sees their
-            channels that is not known to work alike with fewer of them.
-        not_run: parameters and norms that no run used. What they would read is not known.
+        gates: layers whose zero becomes a constant that multiplies other channels, and with filters
+            that no layer reads: squeeze-and-excitation, softmax over branches.
+        unsuitable: layers whose filters cannot be held. Their norm is used elsewhere, or their
+            output may not be zero where all that belongs to a filter is zero.
+        groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group are
+            removed together or not at all: a sum, a shared layer or a concatenated batch combines
+            their channels.
+        fixed: by layer, filters that must not be removed (bool of shape (J,)). Something uses their
+            channels that may not work the same with fewer of them.
+        not_run: parameters and norms that no run used. What they would read is unknown.
         example: runs the model on the example input on which it was followed, if there was one.
     """
 
@@ -138,7 +139,7 @@ class ChannelGraph:
     def from_state(
         cls, state: dict[str, Any], model: nn.Module, example: Callable[[], Any] | None = None
     ) -> ChannelGraph:
-        """The graph that :meth:`state_dict` described, of the modules of a model.
+        """The graph that :meth:`state_dict` describes, with the modules of a model.
 
         Raises:
             KeyError: the model lacks one of the modules.
@@ -150,7 +151,7 @@ class ChannelGraph:
 
         return cls(
             convs={name: modules[name] for name in state["convs"]},
-            # Checkpoints of before linear layers took part do not mention them.
+            # Older checkpoints do not mention linear layers.
             linears={name: modules[name] for name in state.get("linears", ())},
             visible=dict(state.get("visible", {})),
             norms={
@@ -208,11 +209,11 @@ def in_copy(
 
 
 def groups_of(tied: Iterable[tuple[Filter, Filter]], widths: dict[str, int]) -> dict[str, Tensor]:
-    """Numbers of groups of filters, by conv; filters that are tied have the same.
+    """The group of each filter, by layer: int32 of shape (J,). Tied filters are in one group.
 
     Args:
         tied: pairs of filters.
-        widths: number of filters by conv.
+        widths: number of filters by layer.
     """
     parents: dict[Filter, Filter] = {}
 

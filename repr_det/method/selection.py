@@ -10,20 +10,20 @@ from types import MappingProxyType
 from torch import Tensor, nn
 
 from repr_det.errors import UserError
+from repr_det.method.graph import Reader
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import num_filters
-from repr_det.method.tracing import Reader
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a dotted name, or a module that contains it, matches a shell-style pattern."""
+    """Whether a dotted name, or the name of a module that contains it, matches a pattern."""
     parts = name.split(".")
     ancestors = [".".join(parts[: i + 1]) for i in range(len(parts))]
     return any(fnmatchcase(a, p) for p in patterns for a in ancestors)
 
 
 def names_itself(name: str, patterns: Sequence[str]) -> bool:
-    """Whether one of the patterns matches the dotted name itself, not only a parent of it."""
+    """Whether a pattern matches the whole dotted name, not only that of a parent."""
     return any(fnmatchcase(name, p) for p in patterns)
 
 
@@ -43,30 +43,33 @@ def select_layers(
 ) -> list[str]:
     """Names of the layers that take part.
 
-    Default: convs below ``backbone`` where the model has one, else everywhere, without the stem,
-    without prediction layers and without gates. With ``linear``, linear layers everywhere, too.
-    With ``include``, what the patterns match; these layers then only where a pattern matches their
-    own name. Linear layers are among them with ``linear``, and where a pattern matches no conv.
+    By default these are the convs below ``backbone``, or all convs where the model has no backbone.
+    With ``linear``, linear layers take part everywhere. Stems, heads and gates do not take part;
+    in a backbone, heads do.
 
-    Never: depthwise and single-filter layers (a filter has no other to be compared with), layers
-    whose weight does not train, and linear layers whose units are not hidden.
+    With ``include``, these are the layers that a pattern matches. Stems, heads and gates must be
+    matched by their own name. A pattern takes linear layers with ``linear``, or where it matches no
+    conv.
+
+    Depthwise and single-filter layers never take part, since a filter has no other to be compared
+    with. Nor do layers whose weight does not train, and linear layers whose units are not hidden.
 
     Args:
         convs: all convs of the model by dotted name.
         linears: all linear layers by dotted name.
         stems: names of layers that read the image.
         heads: names of prediction layers.
-        gates: names of convs whose output other channels are multiplied by, after a sigmoid.
+        gates: names of layers whose output multiplies other channels, for example after a sigmoid.
         trained: ``id`` of every parameter that the optimizer trains.
         has_backbone: whether the model has a module called ``backbone``.
-        visible: linear layers whose units are not hidden, and why.
+        visible: why its units are not hidden, by linear layer of which this is so.
         linear: whether linear layers take part that no pattern names.
-        include: shell-style patterns; a pattern also takes everything below what it matches.
-        exclude: likewise; wins over ``include``.
+        include: shell-style patterns. A pattern also matches everything below a module.
+        exclude: patterns of layers that take no part, also where ``include`` matches them.
 
     Raises:
-        UserError: a pattern that matches nothing that could take part; nothing trainable or
-            comparable matched.
+        UserError: a pattern matches nothing that can take part, or no layer is left that trains and
+            has filters to compare.
     """
     include, exclude = list(include or ()), list(exclude or ())
     _check_patterns(convs, linears, visible, include, exclude)
@@ -103,7 +106,7 @@ def select_layers(
 def _why_none(
     layers: Mapping[str, nn.Module], names: list[str], visible: Mapping[str, str], linear: bool
 ) -> str:
-    """Why none of the selected layers (``names``) trains, and what to set."""
+    """Why none of the selected layers (``names``) trains, and what to change."""
     if not names:
         convs = sum(not isinstance(layer, nn.Linear) for layer in layers.values())
         why = f"of the {convs} conv layers, all read the image, predict, are gates or match no "
@@ -132,15 +135,18 @@ def _why_none(
 def trained_elsewhere(
     layers: Sequence[FilterLayer], readers: Sequence[Reader], trained: Collection[int]
 ) -> dict[str, str]:
-    """Layers whose filters could not be held exactly, and the module that is the reason.
+    """Layers whose filters could not be held exactly, since another optimizer may train a part.
 
-    What requires gradients and is not in the optimizer may be trained by another one. Its momentum
-    would move a pruned filter's bias, gamma or beta, or the weights that read it.
+    A parameter that requires gradients and is not in this optimizer may be in another one, whose
+    momentum would move it. The part is a filter's bias, gamma or beta, or a weight that reads it.
 
     Args:
-        layers: of all convs.
-        readers: what reads filters.
-        trained: ``id`` of every parameter that the optimizer trains.
+        layers: all convs and linear layers.
+        readers: the layers that read them.
+        trained: ``id`` of every parameter that this optimizer trains.
+
+    Returns:
+        By name of the layer, the name of the module with such a part.
     """
 
     def elsewhere(*tensors: Tensor | None) -> bool:
@@ -192,16 +198,16 @@ def _check_patterns(
 
 
 def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[FilterLayer]:
-    """Those layers of the given names whose filters can be dropped without touching any others.
+    """The layers of the given names whose filters can be dropped without touching any others.
 
-    Layers that share a weight become one layer: the first that holds it, with the norms behind all
-    that do. Left out is what is shared with a layer that does not take part: a weight, or a channel
-    of a norm that is called after several layers. So are layers that share a weight but not their
-    bias, since a filter has one bias here, and layers that share anything but their weight.
+    Layers that share a weight become one layer: the first that holds it, with the norms after all
+    of them. They are left out where one of them does not take part, or where they do not share
+    their bias, since a filter has one bias. Layers that share anything other than their weight are
+    left out, too: for example a norm that is called after several layers.
 
     Args:
-        layers: of all convs and linear layers.
-        names: of those that are to take part.
+        layers: all convs and linear layers.
+        names: names of those that are to take part.
     """
     by_weight: dict[Tensor, list[FilterLayer]] = {}
     owners: dict[tuple, set[Tensor]] = {}
@@ -220,7 +226,7 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
         )
         selected = all(layer.name in names for layer in (first, *others))
         if alike and selected and weight not in not_alone:
-            # Behind several convs, one norm may have a part of its channels for each.
+            # After several convs, one norm may have a part of its channels for each.
             norms = {
                 (link.name, *link.channels.tolist()): link
                 for layer in (first, *others)
@@ -231,7 +237,7 @@ def separable(layers: Sequence[FilterLayer], names: Collection[str]) -> list[Fil
 
 
 def _parts(layer: FilterLayer) -> Iterator[tuple]:
-    """What becomes zero with the filters of a layer, apart from its weight."""
+    """Keys of all that is zero while the filters of a layer are pruned, except its weight."""
     for tensor in (layer.bias, *layer.per_filter.values()):
         if tensor is not None:
             yield (id(tensor),)

@@ -1,8 +1,9 @@
-"""Around a filter: which norm follows a conv, which layers read its channels, and what else does.
+"""Follows every channel through a real run of a model.
 
-Found by running the model once and following every channel through the operations, with the rules
-of :mod:`repr_det.method.channels`. Symbolic tracing would not do (Detectron2's backbones branch on
-their inputs), nor module types (its FrozenBatchNorm2d is no torch BatchNorm), nor names.
+Shows which norm follows a layer and which layers and operations read its channels. What operations
+do with channels is in :mod:`repr_det.method.channels`. Symbolic tracing fails, since Detectron2's
+backbones branch on their inputs. Types and names of modules say too little: Detectron2's
+FrozenBatchNorm2d is no torch BatchNorm.
 """
 
 from __future__ import annotations
@@ -59,18 +60,18 @@ from repr_det.method.trials import counts_channels, is_silent
 
 
 def _filters_of(channels: Channels) -> set[Filter]:
-    """All filters that channels are known to be made of."""
+    """All filters that channels are known to be computed from."""
     return {one for sources in channels for one in sources or ()}
 
 
 class _Origin(NamedTuple):
-    """Where the values of a tensor come from.
+    """From which layers the values of a tensor come.
 
     Attributes:
-        layers: the last layers with weights on the way to it.
-        convs: convs among them whose entries are still apart, not summed up in products.
-        shifted: convs of these whose zero has become a constant.
-        weighted: whether weights outside of layers are in it, such as a scale.
+        layers: the last layers with weights before it.
+        convs: those of ``layers`` that are convs, with no matrix product since.
+        shifted: those of ``convs`` whose zero has become a constant.
+        weighted: whether it contains parameters outside of layers, such as a scale.
     """
 
     layers: frozenset[str] = frozenset()
@@ -88,31 +89,31 @@ def _together(origins: Iterable[_Origin]) -> _Origin:
 
 
 _FUNCTIONAL = "a function with weights"
-"""Stands for the name of the layer where weights are used without one."""
+"""Stands for the name of a layer where an operation uses weights outside of layers."""
 
 
 @dataclass
 class _Found:
-    """What runs showed so far: names and numbers only. Copies are shallow.
+    """What runs showed so far, as names and numbers.
 
     Attributes:
         ran: layers whose forward ran.
-        used: parameters that an operation outside of norms and linear layers took.
-        inputs: by conv and linear layer, the sources of its input channels over all calls.
-        lost: layers with a filter that was not followed on all of its ways, and what it met there.
-        links: by layer, norm and channel of the norm, the filter that it belongs to.
-        link_dims: by layer and norm, the dimension that counts the norm's channels.
-        mixed: channels of norms that were seen with something else than one filter in them.
-        read: convs that another layer with weights reads.
-        stems: layers that no layer with weights comes before.
-        gating: filters whose zero becomes a constant that multiplies.
+        used: parameters that an operation outside of norms and linear layers used.
+        inputs: by conv and linear layer, the sources of its input channels, merged over calls.
+        lost: by layer with a filter that could not be followed everywhere, where it was lost.
+        links: by (layer, norm, channel of the norm), the filter that the channel belongs to.
+        link_dims: by (layer, norm), the dimension that counts the norm's channels.
+        mixed: channels of norms that held something other than one filter.
+        read: layers whose output another layer with weights reads.
+        stems: layers with no layer with weights before them.
+        gating: filters whose zero becomes a constant that multiplies other channels.
         irregular: layers that do not simply multiply their input by their own weight. The weight
-            is computed from others, is used outside the layer, or meets something else than the
-            input.
-        tied: pairs of filters whose channels became one.
+            is computed from others, is used outside the layer, or multiplies something other than
+            the input.
+        tied: pairs of filters that are removed together or not at all.
         fixed: filters that must not be removed.
-        shapes: by conv, the shape of what it read.
-        doubtful: convs whose result is not known to be zero where their filter is.
+        shapes: by conv, the shape of its input.
+        doubtful: convs whose output may not be zero where their filter is zero.
     """
 
     ran: set[str] = field(default_factory=set)
@@ -135,20 +136,20 @@ class _Found:
         return _Found(**{key: copy.copy(value) for key, value in vars(self).items()})
 
     def pin(self, *tags: Tag | None) -> None:
-        """The channels of these tags must not be removed."""
+        """Forbid that the channels of these tags are removed."""
         for tag in tags:
-            # The filters of one channel were tied when they came together: any stands for all.
+            # The filters of one channel are tied already, so any of them stands for all.
             self.fixed.update(next(iter(s)) for s in (tag.sources if tag else ()) if s)
 
     def lose(self, what: str, *tags: Tag | None) -> None:
-        """Likewise; nor are they known to be zero where they went, into ``what``."""
+        """Pin these channels, and record that they could not be followed into ``what``."""
         self.pin(*tags)
         for tag in tags:
             for name, _ in _filters_of(tag.sources if tag else ()):
                 self.lost.setdefault(name, what)
 
     def tie(self, a: Channels, b: Channels) -> None:
-        """Channels that became one: they are removed together."""
+        """Remove channels ``a[i]`` and ``b[i]`` together or not at all."""
         for x, y in zip(a, b, strict=True):
             if x and y and x != y:
                 self.tied.add((next(iter(x)), next(iter(y))))
@@ -158,18 +159,24 @@ class _Found:
 
 @dataclass
 class _OpenConv:
-    """A conv whose forward is running: whether a convolution was seen, and the input's tag."""
+    """A conv whose forward is running.
+
+    Attributes:
+        name: of the conv.
+        input: the tag of its input.
+        seen: whether its convolution has passed through the dispatcher.
+    """
 
     name: str
-    given: Tag | None
+    input: Tag | None
     seen: bool = False
 
 
 class _Tracer(TorchDispatchMode):
-    """Follows channels through one run of a model after another.
+    """Follows channels through several runs of a model.
 
-    Module hooks say where a conv, a norm or a linear layer begins and ends. Between them every
-    operation on tensors passes through :meth:`__torch_dispatch__`.
+    Module hooks mark where a conv, a norm or a linear layer begins and ends. All other operations
+    on tensors pass through :meth:`__torch_dispatch__`.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,18 +188,18 @@ class _Tracer(TorchDispatchMode):
         self.parameters, self.holders = names_and_holders(self.modules)
         self.shared = shared_layers(self.modules, self.holders)
         self.found = _Found(irregular=irregular_layers(self.modules, self.shared))
-        # By identity, and without keeping a tensor for longer than the model does: all of a batch's
-        # would need more memory than a training step.
+        # By identity, and weak: to keep all tensors of a batch would need more memory than a
+        # training step.
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
         self._origins: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
-        # Further results of an operation (the indices of a pooling) and the tag of the first: their
-        # channels are the same, but not zero. Whatever looks at them pins these channels.
+        # The further results of an operation (the indices of a pooling) have the channels of the
+        # first, but are not zero. The value is the first's tag, pinned where one is used.
         self._companions: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
         self._open: list[_OpenConv] = []
-        self._inside = 0  # norms and linear layers being run, which are followed as a whole
+        self._inside = 0  # number of norms and linear layers that are running
 
     def run(self, model: nn.Module, run: Callable[[], Any], training: bool) -> None:
-        """Follow one run; what it showed counts only if it succeeds."""
+        """Follow one run. A run that fails leaves no trace in :attr:`found`."""
         before = self.found.copy()
         try:
             with unchanged(model), torch.no_grad(), eager(), self._watching():
@@ -220,9 +227,11 @@ class _Tracer(TorchDispatchMode):
             self._tags[tensor] = tag
 
     def _lose_all(self, what: str, values: Any) -> None:
-        """The channels of all tensors in some values must stay, attributes of objects included.
+        """Lose the channels of all tensors in some values, attributes of objects included.
 
-        ``what`` sees them.
+        Args:
+            what: sees them.
+            values: tensors, containers and objects.
         """
         seen: set[int] = set()
         waiting = tree_leaves(values)
@@ -238,12 +247,12 @@ class _Tracer(TorchDispatchMode):
                 waiting += tree_leaves(list(vars(value).values()))
 
     def _pin_what_is_kept(self) -> None:
-        """So must those of tensors that outlive the run: someone keeps them to look at them.
+        """Pin the channels of tensors that outlive the run: something may still use them.
 
-        A forward hook for a loss on features, or the model as an attribute.
+        For example, a forward hook keeps features for a loss, or the model keeps an attribute.
         """
         if any(True for _ in self._tags):
-            gc.collect()  # what only a cycle of references keeps is looked at by nobody
+            gc.collect()  # nobody uses what only a cycle of references keeps
         self.found.pin(*self._tags.values(), *self._companions.values())
 
     def _origin(self, values: Any) -> _Origin:
@@ -261,7 +270,7 @@ class _Tracer(TorchDispatchMode):
 
     @contextmanager
     def _watching(self) -> Iterator[None]:
-        """Attach the hooks for one run."""
+        """Attach the module hooks, and follow operations."""
         handles = []
         for name, module in self.modules.items():
             if name in self.convs:
@@ -278,7 +287,7 @@ class _Tracer(TorchDispatchMode):
                 hook = _with_input(enter, name)
                 handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             hook = _with_input(leave, name)
-            # A linear layer's before the user's hooks, which may change what it returns.
+            # On a linear layer before the user's hooks, which may change its output.
             first = name in self.linears
             handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         try:
@@ -294,7 +303,7 @@ class _Tracer(TorchDispatchMode):
     def _enter_conv(self, name: str, x: Any, values: Any) -> None:
         module, tag, origin = self.modules[name], self._tag(x), self._origin(values)
         if self._has_other_users(name) or module.in_channels == module.groups:
-            # A group of its own keeps its input, since its filters have no other.
+            # In a depthwise conv each filter has one input channel, which must stay with it.
             self.found.pin(tag)
         self.found.ran.add(name)
         if isinstance(x, Tensor):
@@ -309,7 +318,7 @@ class _Tracer(TorchDispatchMode):
     def _leave_conv(self, name: str, x: Any, values: Any, out: Any) -> None:
         seen = self._open.pop().seen
         if not seen and isinstance(out, Tensor):
-            # The convolution ran outside torch's dispatcher (a compiled extension).
+            # The convolution ran outside of torch's dispatcher, as in a compiled extension.
             tag = self._fresh(name, out.dim() - self.spatial[name] - 1)
             self._set_tag(out, tag)
             self.found.pin(self._tag(x), tag)
@@ -318,7 +327,7 @@ class _Tracer(TorchDispatchMode):
         self._set_origin(out, _Origin(frozenset([name]), frozenset([name])))
 
     def _fresh(self, name: str, dim: int = 1) -> Tag:
-        """The tag of what a conv or linear layer returns."""
+        """The tag of the output of a conv or linear layer."""
         count = num_filters(self.modules[name])
         return Tag(dim, tuple(frozenset([(name, i)]) for i in range(count)))
 
@@ -329,7 +338,8 @@ class _Tracer(TorchDispatchMode):
         if not origin.layers and name in self.linears:
             self.found.stems.add(name)
         self.found.read |= origin.layers
-        self._add_input(name, self._tag(x), module.in_features, _dims(x) - 1)
+        dim = x.dim() - 1 if isinstance(x, Tensor) else -1
+        self._add_input(name, self._tag(x), module.in_features, dim)
         if name in self.linears:
             self._inside += 1
         else:
@@ -351,7 +361,7 @@ class _Tracer(TorchDispatchMode):
             self._set_tag(out, self._fresh(name, out.dim() - 1))
 
     def _leave_other(self, name: str, x: Any, values: Any, out: Any) -> None:
-        """A module with weights of its own that is no layer; it may run outside the dispatcher."""
+        """A module with parameters that is no layer. It may run outside of the dispatcher."""
         if not self._inside and not self._origin(out).layers:
             self.found.read |= self._origin(values).layers
             self._set_origin(out, _Origin(frozenset([name])))
@@ -370,7 +380,7 @@ class _Tracer(TorchDispatchMode):
         self.found.ran.add(name)
         opened = self._open[-1] if self._open and not self._inside else None
         if opened is not None and not opened.seen and isinstance(x, Tensor) and not self._tag(x):
-            # A norm inside a conv whose convolution the dispatcher did not see.
+            # A norm inside a conv that runs outside of the dispatcher.
             self._set_tag(x, self._fresh(opened.name))
         self._inside += 1
 
@@ -398,7 +408,7 @@ class _Tracer(TorchDispatchMode):
         if mixes_channels(module) or self._has_other_users(name):
             self.found.pin(tag)
         if mixes_channels(module) and getattr(module, "weight", None) is None:
-            # Other channels shift a zero one, and there is no scale to hold at zero.
+            # Its statistics shift a zero channel, and there is no scale to hold at zero.
             self.found.lose(f"the norm {name} without a scale", tag)
             return None
         sources: list[Sources] = []
@@ -445,7 +455,7 @@ class _Tracer(TorchDispatchMode):
         return call.out
 
     def _without_sums(self, tag: Tag | None) -> Tag | None:
-        """Units of linear layers are followed while they are alone, and not in residual streams."""
+        """The tag without sums of units of linear layers: these are not followed."""
         if tag is None:
             return None
         sums = (s and len(s) > 1 and any(n in self.linears for n, _ in s) for s in tag.sources)
@@ -453,7 +463,7 @@ class _Tracer(TorchDispatchMode):
         return Tag(tag.dim, tuple(alone))
 
     def _note_losses(self, call: Call, tags: list[Tag | None]) -> None:
-        """Note layers with a filter that goes into an operation and is not known to come out."""
+        """Record layers with a filter that goes into an operation and not out of it."""
         known = [tag.sources for tag in tags if tag is not None]
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
@@ -463,7 +473,7 @@ class _Tracer(TorchDispatchMode):
                     self.found.lost.setdefault(name, call.op)
 
     def _notice_use(self, args: tuple, kwargs: dict) -> None:
-        """Weights that are used outside their layer, and channels seen through a companion."""
+        """Record weights that are used outside of their layer. Pin channels of companions."""
         opened = {one.name for one in self._open}
         for tensor in tree_leaves((args, kwargs)):
             if not isinstance(tensor, Tensor):
@@ -477,7 +487,7 @@ class _Tracer(TorchDispatchMode):
                 self.found.used.add(self.parameters[id(tensor)])
 
     def _next_origin(self, call: Call) -> _Origin:
-        """Where the result comes from; notes what is read, and what gates others."""
+        """The origin of an operation's result. Records which layers are read, and which gate."""
         names = READS.get(call.op) or call.names
         each = [self._origin(call[name]) for name in names]
         origin = _together(each)
@@ -504,22 +514,21 @@ class _Tracer(TorchDispatchMode):
             self.found.gating |= _filters_of(self._fresh(name).sources)
 
     def _convolved(self, call: Call) -> Tag:
-        """The tag of a convolution's result, inside a conv."""
+        """The tag of the result of a convolution inside a conv."""
         opened = self._open[-1]
         module, x = self.modules[opened.name], self._tag(call["input"])
-        same = opened.given is None if x is None else opened.given is not None
-        same = same and (x is None or x == Tag(1, opened.given.sources))
+        same = x == (opened.input and Tag(1, opened.input.sources))
         plain = call["weight"] is module._parameters.get("weight")
         if opened.seen or not plain or not same:
             self.found.irregular.add(opened.name)
             self.found.lose(f"the layer {opened.name}", x)
         opened.seen = True
-        # What says where to read, of a deformable convolution.
+        # Offsets and masks of a deformable convolution.
         self.found.pin(*(self._tag(call[name]) for name in call.names if name != "input"))
         return self._fresh(opened.name)
 
     def _forget_written(self, call: Call, outputs: list[Tensor], origin: _Origin) -> None:
-        """What was written into, or shares memory with that, is not known any more."""
+        """Forget the tags of tensors that were written into, or share memory with one."""
         written = call.written()
         if not written or keeps_places(call.op):
             return
@@ -533,20 +542,16 @@ class _Tracer(TorchDispatchMode):
 
 
 def _with_input(function: Callable, name: str) -> Callable:
-    """A module hook that is given the module's name, its input, all its arguments and the rest."""
+    """A module hook that calls ``function(name, input, all arguments, *output)``."""
 
-    def hook(module: nn.Module, args: tuple, kwargs: dict, *rest: Any) -> None:
-        given = args[0] if args else None
+    def hook(module: nn.Module, args: tuple, kwargs: dict, *output: Any) -> None:
+        x = args[0] if args else None
         if not args and kwargs:
             first = next(iter(inspect.signature(module.forward).parameters))
-            given = kwargs.get(first, next(iter(kwargs.values())))
-        function(name, given, (args, kwargs), *rest)
+            x = kwargs.get(first, next(iter(kwargs.values())))
+        function(name, x, (args, kwargs), *output)
 
     return hook
-
-
-def _dims(x: Any) -> int:
-    return x.dim() if isinstance(x, Tensor) else 0
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -557,20 +562,20 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
     """Follow the channels of every conv and linear layer through a model.
 
     The model runs without gradients: on a training batch in training mode, then on an example image
-    in evaluation mode (which may use other parts). Without a batch, an example image is followed in
-    both modes. The model and the random state are as before afterwards.
+    in evaluation mode, which may use other parts. Without a batch, or where that fails, it runs on
+    the example image in both modes. The model and the random state are unchanged afterwards.
 
     Args:
         model: any module with conv or linear layers; wrappers are looked through.
         batch: runs the model on a training batch.
 
     Returns:
-        ChannelGraph: a channel whose way leads through an operation that is not known to keep
-        zeros at zero has unknown sources from there on.
+        ChannelGraph: the sources of a channel are unknown after an operation without a rule.
 
     Raises:
-        UserError: the model has no conv or linear layer, or could not be run on an example image.
-        RuntimeError: it could not be run on the batch, either.
+        UserError: the model has no conv or linear layer, holds modules compiled by ``torch.jit``,
+            or could not be run on an example image.
+        RuntimeError: it could be run neither on the batch nor on an example image.
     """
     model = unwrap(model)
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
@@ -590,7 +595,7 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
 
 
 def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> Example | None:
-    """Follow a batch and an example as :func:`trace` says; returns the example that worked."""
+    """Follow a batch and an example as :func:`trace` says. Returns the example that worked."""
     failures: list[Exception] = []
 
     def worked(run: Callable[[], Any], training: bool) -> bool:
@@ -619,7 +624,7 @@ def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> 
         if isinstance(first, UserError):
             raise first
         reason = f"{type(first).__name__}: {first}".splitlines()[0]
-        if batch is not None:  # a bug, as far as can be seen: its traceback says where
+        if batch is not None:  # probably a bug: the traceback says where
             raise RuntimeError(
                 f"RePr could not run {name} on a training batch ({reason})."
             ) from first
@@ -684,7 +689,13 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
 
 
 def _visible(found: _Found, linears: dict[str, nn.Module], read: set[Filter]) -> dict[str, str]:
-    """By linear layer whose units are not hidden, why; ``read`` are filters that a layer reads."""
+    """Why the units of a linear layer are not hidden, by the layers of which this is so.
+
+    Args:
+        found: what runs showed.
+        linears: the linear layers.
+        read: filters that a layer reads.
+    """
     visible = {}
     for name, layer in linears.items():
         if name in found.irregular:
@@ -697,7 +708,7 @@ def _visible(found: _Found, linears: dict[str, nn.Module], read: set[Filter]) ->
 
 
 def _not_run(tracer: _Tracer) -> list[str]:
-    """Parameters and norms that no run used. They may read any channel on another batch."""
+    """Parameters and norms that no run used. On another batch they may read any channel."""
     found, names = tracer.found, set(tracer.parameters.values())
     for layer, module in tracer.modules.items():
         own = {f"{layer}.{key}" if layer else key for key in module._parameters}
@@ -723,7 +734,7 @@ def _links(tracer: _Tracer) -> dict[str, list[NormLink]]:
 
 
 def _around_norms(found: _Found, several: Collection[str]) -> None:
-    """What shares a norm's channel is tied; what shares it with something unknown must stay."""
+    """Tie filters that share a channel of a norm. Fix those that share it with something else."""
     first: dict[tuple[str, int], Filter] = {}
     for (conv, norm, channel), index in found.links.items():
         one = first.setdefault((norm, channel), (conv, index))
@@ -734,9 +745,10 @@ def _around_norms(found: _Found, several: Collection[str]) -> None:
 
 
 def _readers(tracer: _Tracer) -> dict[str, Reader]:
-    """Layers that read channels; those that share one weight as one reader of what any reads.
+    """Layers and the sources of their input channels.
 
-    None of their channels is known where something else uses the weight.
+    Layers that share one weight are one reader. Its sources are merged, or all unknown where
+    something other than these layers uses the weight.
     """
     inputs = tracer.found.inputs
     readers: dict[str, Reader] = {}
@@ -760,6 +772,6 @@ def _readers(tracer: _Tracer) -> dict[str, Reader]:
 
 
 def _column_layout(module: nn.Module) -> tuple:
-    """What says which weights read which input channel."""
+    """What decides which weights multiply which input channel."""
     groups = getattr(module, "groups", 1)
     return isinstance(module, _ConvTransposeNd), groups

@@ -120,7 +120,7 @@ def test_an_average_that_moves_is_named_and_filters_stay(form, caplog):
     with caplog.at_level(logging.WARNING):
         hook = run(form)
     assert "Keeps.held looks like an average of the model's weights" in caplog.text
-    assert hook._take_out is False
+    assert hook.state_dict()["compact"] is False
 
 
 @pytest.mark.parametrize(("form", "passed"), [("teacher", False), ("module", True)])
