@@ -1,4 +1,4 @@
-"""Keeps memory that tensors freed on a CPU for the next step."""
+"""Keeps the memory that tensors free on a CPU for the next step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, for this process, from now on.
+    """Let the C library keep freed memory, for this process, from now on.
 
-    By default glibc hands large blocks back to the kernel as soon as they are free, and gets them
-    again, zeroed page by page, for the same tensors of the next training step. What is kept is at
-    most what the process had in use at its peak, apart from gaps between blocks.
+    By default glibc returns large blocks to the kernel as soon as they are free. The next training
+    step gets them again, zeroed page by page. The memory that is kept is at most the peak of the
+    process, apart from gaps between blocks.
 
     Returns:
-        Whether it could be set: not where there is another C library.
+        Whether it could be set: False with another C library.
     """
     try:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     except (OSError, TypeError):  # Windows
         return False
-    # One heap for all threads, since what is kept in one cannot be used from another.
+    # One heap for all threads, since memory kept in one heap cannot be used from another.
     options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: -1, _M_ARENA_MAX: 1}
     return bool(mallopt) and all(mallopt(option, value) for option, value in options.items())  # type: ignore[misc]

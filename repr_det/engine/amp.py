@@ -16,7 +16,7 @@ PRECISIONS = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def amp_precision(name: str, device: str) -> torch.dtype:
-    """The precision that ``SOLVER.AMP.PRECISION`` names on a device.
+    """The precision that a value of ``SOLVER.AMP.PRECISION`` means on a device.
 
     Raises:
         UserError: an unknown name, or float16 on a CPU.
@@ -35,10 +35,10 @@ def amp_precision(name: str, device: str) -> torch.dtype:
 
 
 class MixedPrecisionTrainer(SimpleTrainer):
-    """Detectron2's step under autocast, on a GPU or a CPU.
+    """Detectron2's training step under autocast, on a GPU or a CPU.
 
-    Detectron2's own AMPTrainer asserts CUDA. Losses are scaled in float16 only, where small
-    gradients would vanish.
+    Detectron2's own AMPTrainer needs CUDA. Losses are scaled only in float16, where small gradients
+    would underflow.
 
     Args:
         model: returns a dict of losses in training mode.
@@ -87,7 +87,7 @@ class MixedPrecisionTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`; a run without a loss scale starts with a fresh one."""
+        """Restore :meth:`state_dict`. Without a loss scale in it, start with a new one."""
         super().load_state_dict(state_dict)
         scale = state_dict.get("grad_scaler")
         if self.grad_scaler.is_enabled() and scale:

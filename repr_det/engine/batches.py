@@ -1,4 +1,4 @@
-"""Training batches for RePr's own use, which leave the run that they serve untouched."""
+"""Training batches for RePr's own use, which do not affect the batches of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from repr_det.engine.randomness import RandomStream
 
 _KNOWN_SAMPLERS = ("torch.utils.data.", "detectron2.data.")
-"""Where samplers come from whose copy shares nothing with them."""
+"""Modules with samplers of which a copy shares no state with the original."""
 
 
 class _UnknownLoaderError(Exception):
@@ -28,10 +28,10 @@ class _UnknownLoaderError(Exception):
 
 
 def _loader_of_its_own(loader: Any) -> Any:
-    """A loader over the same data, from its beginning, that shares no state with the given one.
+    """A loader over the same data, from the beginning, that shares no state with the given one.
 
     Raises:
-        _UnknownLoaderError: the loader, its dataset or its sampler is of a kind not listed here.
+        _UnknownLoaderError: the loader, its dataset or its sampler is not of a kind listed here.
     """
     if hasattr(type(loader), "reopened"):  # a loader of this package
         return loader.reopened()
@@ -50,7 +50,7 @@ def _loader_of_its_own(loader: Any) -> Any:
 
 
 def _data_loader_of_its_own(loader: DataLoader) -> DataLoader:
-    """A new one in this process: to iterate over the old one would reset persistent workers."""
+    """A new loader without workers. To iterate over the old one would reset its workers."""
     if isinstance(loader.dataset, IterableDataset):
         data = _loader_of_its_own(loader.dataset)
         order: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
@@ -64,7 +64,7 @@ def _data_loader_of_its_own(loader: DataLoader) -> DataLoader:
 
 
 def _dataset_of_its_own(dataset: Any) -> Any:
-    """The same map-style dataset; Detectron2's mapper remembers which images it could read."""
+    """The same map-style dataset. Detectron2's MapDataset has state: images that it could read."""
     if type(dataset) is not MapDataset:
         return dataset
     return MapDataset(_dataset_of_its_own(dataset._dataset), dataset._map_func)
@@ -74,7 +74,7 @@ def _sampler_of_its_own(sampler: Any) -> Any:
     """A copy of a sampler that reads the same dataset.
 
     Raises:
-        _UnknownLoaderError: it may hold an iterator that is running, or cannot be copied.
+        _UnknownLoaderError: it may hold a running iterator, or cannot be copied.
     """
     memo: dict[int, Any] = {}
     waiting = [sampler]
@@ -98,9 +98,9 @@ def _sampler_of_its_own(sampler: Any) -> Any:
 
 
 def own_batches(loader: Any, seed: int) -> Callable[[], Iterator[Any]] | None:
-    """What returns a fresh iterator of training batches, apart from the training iterator.
+    """A function that returns a new iterator of training batches.
 
-    Neither the order of the training data nor any random state outside changes, and the batches are
+    It changes neither the order of the training data nor any random state outside. The batches are
     the same at every call.
 
     Args:
@@ -108,8 +108,8 @@ def own_batches(loader: Any, seed: int) -> Callable[[], Iterator[Any]] | None:
         seed: of the random augmentations.
 
     Returns:
-        None where there is no loader, or where it is not known to bear a second iterator: a loader
-        of a class of one's own, an iterator, a dataset that is a stream, a sampler that is running.
+        The function. None without a loader, or where a second iterator might disturb the first: a
+        loader of an unknown class, an iterator, a stream, a sampler that is running.
     """
     try:
         _loader_of_its_own(loader)
@@ -134,7 +134,7 @@ def own_batches(loader: Any, seed: int) -> Callable[[], Iterator[Any]] | None:
 def training_loss(model: nn.Module, batch: Any) -> Tensor:
     """The sum of the losses that a Detectron2 model returns in training mode, a scalar.
 
-    What the model records on the way is thrown away.
+    Scalars that the model writes meanwhile are discarded.
     """
     with EventStorage():
         losses = model(batch)

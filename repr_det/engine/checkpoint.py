@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment cannot spoil."""
+"""Checkpoints that stay readable when a run is killed at any moment."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _NAME = re.compile(r"[^/\\\s][^/\\\n]*\.pth")
 
 
 class SafeCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, its files written aside and renamed when they are whole.
+    """Detectron2's checkpointer, with files that are written whole or not at all.
 
-    Files stay plain Detectron2 checkpoints. Loading never executes code from a ``.pth`` file.
-    A damaged newest file is reported and the one before it used.
+    Files are plain Detectron2 checkpoints. Loading never executes code from a ``.pth`` file. If the
+    newest file is damaged, this is reported and the one before it is used.
     """
 
     _whole = False
@@ -41,8 +41,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             kwargs: further data to save.
 
         Raises:
-            OSError: the file could not be written, the disk being full, say; what was there before
-                is as it was.
+            OSError: the file could not be written, for example because the disk is full. Earlier
+                files are unchanged.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -61,20 +61,20 @@ class SafeCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(target.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        """Say in ``last_checkpoint`` which file to resume from."""
+        """Write into ``last_checkpoint`` which file to resume from."""
         write_whole(
             Path(self.save_dir) / "last_checkpoint",
             lambda file: file.write(last_filename_basename.encode()),
         )
 
     def set_aside_last_checkpoint(self) -> None:
-        """Have nothing to resume from: ``last_checkpoint`` becomes ``last_checkpoint.earlier``."""
+        """Rename ``last_checkpoint`` to ``last_checkpoint.earlier``: a new run resumes nothing."""
         if self.save_dir and self.has_checkpoint():
             path = Path(self.save_dir) / "last_checkpoint"
             os.replace(path, path.with_suffix(".earlier"))
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        """Resume from the newest checkpoint that can be read, or load weights alone.
+        """Resume from the newest checkpoint that can be read, or load only weights.
 
         Args:
             path: weights to load where nothing is resumed; empty for none.
@@ -138,10 +138,10 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 
 def last_checkpoint(folder: str | Path) -> Path:
-    """The checkpoint that a run's folder names as its last.
+    """The checkpoint that ``last_checkpoint`` in a run's folder names.
 
     Raises:
-        UserError: ``last_checkpoint`` names no checkpoint: it is empty or another tool's.
+        UserError: it names no checkpoint. It is empty, or another tool wrote it.
     """
     tag = Path(folder) / "last_checkpoint"
     name = tag.read_bytes().decode(errors="replace").strip()
@@ -154,7 +154,7 @@ def last_checkpoint(folder: str | Path) -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a ``.pth`` file, on the CPU; no code in it is executed.
+    """The content of a ``.pth`` file, on the CPU. No code in it is executed.
 
     Raises:
         UserError: there is no such file, or it is damaged or no checkpoint.

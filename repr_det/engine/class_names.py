@@ -1,4 +1,4 @@
-"""What the classes of a run are called: recorded in checkpoints, compared wherever it is used."""
+"""The names of a run's classes: recorded in checkpoints, compared with those of other data."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from detectron2.engine import HookBase
 from repr_det.errors import UserError, shown
 
 STATE_KEY = "ClassNames"
-"""Under ``trainer.hooks`` of a checkpoint."""
+"""Where the names are in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
 
 
 class ClassNames(HookBase):
     """Keeps the names of the classes, in order, in a run's checkpoints.
 
     Args:
-        dataset: what is trained on, to be named.
-        names: of its classes; None where nobody knows them.
+        dataset: name of the training data, for errors.
+        names: names of its classes; None where they are not known.
     """
 
     def __init__(self, dataset: str, names: Sequence[str] | None) -> None:
@@ -33,7 +33,7 @@ class ClassNames(HookBase):
         return {} if self._names is None else {"names": list(self._names)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Compare with those of the run that is resumed.
+        """Compare the names with those in a checkpoint.
 
         Raises:
             UserError: they differ.
@@ -42,10 +42,10 @@ class ClassNames(HookBase):
 
 
 def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
-    """The names of the classes that a checkpoint was trained on; None where nobody recorded them.
+    """The names of the classes that a checkpoint was trained on; None where it has none.
 
     Args:
-        weights: of ``MODEL.WEIGHTS``. Whether it can be loaded is for others to say.
+        weights: a path or URL as in ``MODEL.WEIGHTS``. None, too, where it cannot be loaded.
     """
     if Path(weights).suffix != ".pth" or not Path(weights).is_file():
         return None
@@ -61,10 +61,12 @@ def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
 def check_names(recorded: Sequence[str] | None, found: Sequence[str] | None, dataset: str) -> None:
     """Refuse a dataset whose classes have other names than those that were trained on.
 
+    Nothing is compared where either is None.
+
     Args:
-        recorded: see :func:`recorded_names`.
-        found: what the dataset calls them. Where either is None, nothing is compared.
-        dataset: its name or file.
+        recorded: names that :func:`recorded_names` returned.
+        found: names in the dataset.
+        dataset: its name or file, for the error.
 
     Raises:
         UserError: names or their order differ.
@@ -77,7 +79,7 @@ def check_names(recorded: Sequence[str] | None, found: Sequence[str] | None, dat
 
 
 def difference(expected: Sequence[str], found: Sequence[str]) -> str:
-    """Where two lists of classes part first, in words."""
+    """The first difference of two lists of classes, in words."""
     for number, (wanted, there) in enumerate(zip(expected, found, strict=False)):
         if wanted != there:
             return f"class {number} is {shown(there)} instead of {shown(wanted)}"

@@ -33,7 +33,7 @@ def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Merge the config file and the ``KEY VALUE`` overrides into a config, in place.
 
     Raises:
-        UserError: no such config file, or overrides that the config does not know or cannot take.
+        UserError: no such config file, or overrides that the config does not accept.
     """
     if args.config_file:
         args.config_file = merge_config_file(cfg, args.config_file)
@@ -50,8 +50,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
             it.
 
     Raises:
-        UserError: no such file.
-        UserError: it is not YAML, or the config does not know it or cannot take it.
+        UserError: no such file, or it is not YAML, or the config does not accept it.
     """
     path = config_path(name)
     try:
@@ -70,7 +69,7 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     """Merge ``KEY VALUE`` pairs into a config, in place.
 
     Raises:
-        UserError: what the config does not know or cannot take.
+        UserError: an override that the config does not accept.
     """
     try:
         cfg.merge_from_list(list(overrides))
@@ -81,18 +80,18 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """The text of an error in one line; that of a KeyError would be in quotes."""
+    """The text of an error in one line, without the quotes of a KeyError."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).split()).rstrip(".")
 
 
 def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
-    """Train or evaluate as the command line says, in as many processes as it says.
+    """Train or evaluate as the command line says, in the number of processes that it says.
 
     Also joins processes that ``torchrun`` has started.
 
     Args:
-        args: what :mod:`repr_det.cli.train` parses.
+        args: arguments that :mod:`repr_det.cli.train` has parsed.
         configure: makes the whole config from the parsed arguments.
         trainer_for: picks the trainer for a config.
     """
@@ -138,8 +137,7 @@ def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
     """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
 
     Raises:
-        UserError: weights that do not exist or cannot be downloaded.
-        UserError: there are no weights, or they are not the whole model's.
+        UserError: there are no weights, they cannot be loaded, or are not the whole model's.
     """
     checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
@@ -165,8 +163,8 @@ def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -
 
     Args:
         program: the program's name.
-        work: does it, and returns another exit status than 0 if need be.
-        stopped: what to say to somebody who interrupts it.
+        work: does it, and may return another exit status.
+        stopped: what to print when it is interrupted.
     """
     try:
         return work() or 0
@@ -184,8 +182,8 @@ def told_in_one_sentence() -> Iterator[None]:
         yield
     except UserError as error:
         if not comm.is_main_process():
-            # The first process to end takes the others with it, so the main process must come
-            # first; one that is still there after this has made a mistake of its own.
+            # The first process to end ends the others, so the main process must be first. If this
+            # one is still running after a while, the mistake is its own.
             time.sleep(GRACE_S)
         tell("repr-det train", error)
         sys.exit(2)

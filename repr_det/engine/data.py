@@ -1,4 +1,4 @@
-"""Where datasets are, which part is trained on, which images are refused: for every task."""
+"""Folders of datasets, their held-out parts, and images that are refused, for every task."""
 
 from __future__ import annotations
 
@@ -13,21 +13,10 @@ from torch import Tensor
 from repr_det.errors import UserError
 
 SUFFIXES = (
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".jfif",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".pgm",
-    ".png",
-    ".ppm",
-    ".tif",
-    ".tiff",
-    ".webp",
-)
-"""Of files that are taken for images."""
+    ".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif",
+    ".tiff", ".webp",
+)  # fmt: skip
+"""Suffixes of image files."""
 
 
 def datasets_root() -> Path:
@@ -43,13 +32,13 @@ def held_out_name(train_name: str) -> str:
 def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tensor, Tensor]:
     """Which images are trained on and which are held out.
 
-    The same ones for every seed and run. A larger held-out part contains the smaller ones, and of
-    what it leaves a larger share contains the smaller ones.
+    They are the same for every seed and run. A larger held-out part contains the smaller ones. For
+    one held-out part, a larger share contains the smaller ones.
 
     Args:
-        size: images of the training set, N.
-        held_out: images in the held-out part, at least 0 and below N.
-        share: of the other images, those to train on, in (0, 1]; at least one image.
+        size: number of images of the training set, N.
+        held_out: number of images in the held-out part, at least 0 and below N.
+        share: share of the other images to train on, in (0, 1]; at least one image.
 
     Returns:
         Positions to train on and held-out positions, int64, increasing.
@@ -72,12 +61,12 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
 
 
 def is_hidden(path: Path) -> bool:
-    """Whether a file or folder is not meant as data: ``._photo.jpg``, ``.ipynb_checkpoints``."""
+    """Whether a file or folder is hidden, as ``._photo.jpg`` and ``.ipynb_checkpoints`` are."""
     return path.name.startswith(".") and path.name != ".."
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is taken for an image, by its name."""
+    """Whether the name of a file is that of an image."""
     return path.suffix.lower() in SUFFIXES and not is_hidden(path)
 
 
@@ -91,14 +80,14 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def check_depth(image: Image.Image, path: str) -> None:
-    """Refuse an image of more than 8 bits a channel: Pillow would cut all bright values to white.
+    """Refuse an image of more than 8 bits a channel: Pillow would clip all bright values to white.
 
     Args:
-        image: opened, and decoded or not.
-        path: of its file, to be named.
+        image: an image that is opened; it need not be decoded.
+        path: of its file, for the error.
 
     Raises:
-        UserError: too many bits.
+        UserError: it has more than 8 bits.
     """
     if image.mode.startswith(("I", "F")):
         raise UserError(
@@ -108,7 +97,7 @@ def check_depth(image: Image.Image, path: str) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line that is never empty."""
+    """The first line of an error's text, or its type where the text is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

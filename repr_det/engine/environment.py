@@ -1,4 +1,4 @@
-"""What a measurement was made on and with."""
+"""The machine and the versions that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _PACKAGES = ("torchvision", "numpy", "pycocotools", "repr_det")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The device's name and the versions of what computes, as JSON holds them.
+    """The name of a device and the versions of packages, for JSON.
 
     Args:
-        device: what torch calls it, ``"cpu"`` or ``"cuda"``.
+        device: torch's name of it, ``"cpu"`` or ``"cuda"``.
 
     Returns:
-        ``{"device": name, "versions": {"python": ..., "torch": ..., ...}}``; a package that runs
-        from its source folder is ``"not installed"``.
+        ``{"device": name, "versions": {"python": ..., "torch": ..., ...}}``. The version of a
+        package that runs from its source folder is ``"not installed"``.
     """
-    # torch's own word also says for which CUDA it was built, and Detectron2 has many packagers.
+    # torch.__version__ includes the CUDA version. Detectron2 is packaged under several names.
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -45,6 +45,6 @@ def _name_of(device: str) -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file() and (found := re.search(r"model name\s*: (.*)", info.read_text())):
         name = found[1].strip()
-    # Names do not tell generations apart; what they can do at once makes the difference.
+    # A name may be the same for several generations; the width of their vectors is not.
     widest = torch.backends.cpu.get_cpu_capability()
     return f"{name}, {widest}, {torch.get_num_threads()} thread(s)"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and the record of a run."""
+"""Writes files whole or not at all, and reads the record of a run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from repr_det.errors import UserError, shown
 
 
 def write_whole(target: Path, write: Any) -> None:
-    """Write a file aside and rename it, so that it is there whole or not at all."""
-    # Of a name of its own: another process may write the same file.
+    """Write a temporary file and rename it, so that the file is whole or not there at all."""
+    # With a name of its own, since another process may write the same file.
     aside = target.with_name(f".{target.name}.{os.getpid()}.writing")
     try:
         with open(aside, "wb") as file:
@@ -26,18 +26,18 @@ def write_whole(target: Path, write: Any) -> None:
 
 
 def write_text_whole(target: Path, text: str) -> None:
-    """Write a text file by :func:`write_whole`; a pipe, device or link is written to and stays."""
-    if target.is_symlink() or (target.exists() and not target.is_file()):  # /dev/stdout, say
+    """Write a text file by :func:`write_whole`. A pipe, device or link is written to directly."""
+    if target.is_symlink() or (target.exists() and not target.is_file()):  # such as /dev/stdout
         target.write_text(text, encoding="utf-8")
     else:
         write_whole(target, lambda file: file.write(text.encode()))
 
 
 def check_folder_of(option: str, path: Path | None) -> None:
-    """Refuse a file to be written where there is no folder for it, or a folder; None is no file.
+    """Refuse the path of a file to write where its folder does not exist. None passes.
 
     Raises:
-        UserError: no such folder, or the path is that of a folder.
+        UserError: its folder does not exist, or it is a folder itself.
     """
     if path is None:
         return
@@ -48,13 +48,13 @@ def check_folder_of(option: str, path: Path | None) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``metrics.json``; one that was cut off in writing is left out.
+    """The lines of a run's ``metrics.json``, without one that was only written in part.
 
     Args:
         path: of the file.
 
     Raises:
-        UserError: it is not UTF-8, or a line is no record of an iteration.
+        UserError: it is not UTF-8, or a line is not a record of an iteration.
     """
     try:
         lines = path.read_bytes().decode().splitlines()

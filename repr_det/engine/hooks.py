@@ -49,28 +49,28 @@ class SeedEveryStep(HookBase):
 
 
 class SharedStatistics(HookBase):
-    """Gives every process the first one's buffers before an evaluation and before a checkpoint.
+    """Copies the first process's buffers to all before an evaluation and before a checkpoint.
 
-    Norms count the batches of their own process, and a checkpoint holds those of the first one:
-    it would evaluate, and resume, to something else than what was reported.
+    Running statistics differ between processes, and a checkpoint holds the first one's. Without
+    this hook, it would evaluate and resume differently from the run that wrote it.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         self._periods = (cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD)
 
     def after_step(self) -> None:
-        """Share them where one of the later hooks evaluates or saves."""
+        """Copy them where a later hook evaluates or saves."""
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
             from_first_rank_in_place(self.trainer.model.buffers(), group_of(self.trainer.model))
 
 
 class RecordKeeper(HookBase):
-    """Keeps the record of a run whole over a resumption. Register it last.
+    """Makes the record of a resumed run the same as without the interruption. Register it last.
 
-    A checkpoint carries the scalars of the smoothing windows. On resumption, lines of
-    ``metrics.json`` that were written after the checkpoint are dropped, and what was due after the
-    checkpoint in the same iteration is done: an evaluation that is not recorded, and the writers.
+    Checkpoints hold the scalars of the smoothing windows. On resumption, lines of ``metrics.json``
+    that were written after the checkpoint are removed. Then the hooks that follow the checkpoint in
+    the same iteration run: the writers, and the evaluation, unless its result is recorded.
 
     Args:
         metrics: path of ``metrics.json``.
@@ -82,7 +82,7 @@ class RecordKeeper(HookBase):
         self._state: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """The scalars of the last window, and up to which iteration they were written."""
+        """The scalars of the last window, and the last iteration that was written."""
         storage = getattr(self.trainer, "storage", None)
         if storage is None:
             return {}
@@ -98,17 +98,17 @@ class RecordKeeper(HookBase):
         return {"scalars": scalars, "written": written, "begin": self._begin}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keep the state for the start of training, when there is a storage to restore.
+        """Keep the state until training starts, when there is a storage.
 
         Raises:
-            UserError: the file is no record of training.
+            UserError: ``metrics.json`` is not a record of training.
         """
         if self._metrics.is_file():
             read_records(self._metrics)
         self._state = state
 
     def before_train(self) -> None:
-        """Restore the storage and bring the record to where the checkpoint was written."""
+        """Restore the storage, and the record as it was when the checkpoint was written."""
         if not self._state or self.trainer.start_iter == 0:
             # An earlier run in the same folder may have left lines of its own.
             self._begin = self._metrics.stat().st_size if self._metrics.is_file() else 0
@@ -125,13 +125,13 @@ class RecordKeeper(HookBase):
         dropped = []
         if self._writers():
             dropped = _drop_lines_after(self._metrics, self._state["written"], self._begin)
-        # One process has the record; all must agree on what is left to be done.
+        # Only one process has the record, and all must do the same.
         dropped = comm.all_gather(dropped)[0]
         self._finish_iteration(storage, done, dropped)
         self._state = {}
 
     def _writers(self) -> list[EventWriter]:
-        """The writers that remember up to which iteration they have written."""
+        """The writers that keep the last iteration that they have written."""
         found = [h for h in self.trainer._hooks if isinstance(h, hooks.PeriodicWriter)]
         writers = [writer for hook in found for writer in hook._writers]
         return [w for w in writers if isinstance(getattr(w, "_last_write", None), int)]
@@ -139,7 +139,7 @@ class RecordKeeper(HookBase):
     def _finish_iteration(
         self, storage: EventStorage, iteration: int, dropped: list[dict[str, Any]]
     ) -> None:
-        """Do what came after the checkpointer in the iteration that wrote the checkpoint."""
+        """Run the hooks that come after the checkpointer, in the checkpoint's iteration."""
         self.trainer.iter = storage.iter = iteration
         for hook in self.trainer._hooks:
             if isinstance(hook, hooks.EvalHook):
@@ -171,15 +171,15 @@ class RecordKeeper(HookBase):
 
 
 def _drop_lines_after(path: Path, iteration: int, begin: int) -> list[dict[str, Any]]:
-    """Cut the lines of later iterations, and a half-written one, off the end of a file in place.
+    """Remove lines of later iterations, and an unfinished one, from the end of a file in place.
 
     Args:
         path: of ``metrics.json``.
         iteration: the last one that stays.
-        begin: where in the file this run's lines begin, in bytes.
+        begin: where this run's lines begin in the file, in bytes.
 
     Returns:
-        The lines that were dropped and could be read.
+        The removed lines that could be read.
     """
     if not path.is_file():
         return []
@@ -203,19 +203,19 @@ def _drop_lines_after(path: Path, iteration: int, begin: int) -> list[dict[str, 
 
 
 class LossNormalizer(HookBase):
-    """Saves the running loss normaliser of RetinaNet and FCOS, a number that no buffer holds."""
+    """Saves the running loss normaliser of RetinaNet and FCOS, which is not in a buffer."""
 
     def state_dict(self) -> dict[str, float]:
         """The normaliser by the name of its module; empty before the first step."""
         return {
             name: float(module.loss_normalizer)  # type: ignore[arg-type]
             for name, module in named_modules(self.trainer.model)
-            # Keypoint heads keep their kind of normaliser there, a text.
+            # In keypoint heads it is a string, the kind of normaliser.
             if not isinstance(getattr(module, "loss_normalizer", ""), str)
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Set the normaliser of each module; a model that made no step yet has none of its own."""
+        """Set the normaliser of each module that is in the state."""
         for name, module in named_modules(self.trainer.model):
             if name in state:
                 module.loss_normalizer = state[name]  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What a task says of a number that its evaluation writes."""
+"""Describes a number that the evaluation of a task writes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Metric:
         name: in ``metrics.json``, for example ``"bbox/AP"``.
         title: for readers.
         unit: ``"%"`` or empty.
-        undefined: what counts where the evaluation wrote NaN; None where there is no value then.
+        undefined: the value where the evaluation wrote NaN; None for no value.
     """
 
     name: str

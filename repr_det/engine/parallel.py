@@ -1,4 +1,4 @@
-"""DistributedDataParallel around a network whose parameters change their sizes."""
+"""Keeps DistributedDataParallel working when parameters change their sizes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 def reason_against_other_sizes(model: nn.Module) -> str:
     """Why parameters of a model may not change their sizes; empty where they may.
 
-    What :func:`renew_buckets` can renew is the outermost wrapper, without parts that hold tensors
-    of the parameters' sizes themselves.
+    :func:`renew_buckets` can renew only the outermost wrapper, and no other parts that hold tensors
+    of the parameters' sizes.
     """
     wrappers = [m for m in model.modules() if isinstance(m, DistributedDataParallel)]
     if any(wrapper is not model for wrapper in wrappers):
@@ -31,13 +31,13 @@ def reason_against_other_sizes(model: nn.Module) -> str:
 
 
 def renew_buckets(model: DistributedDataParallel) -> None:
-    """Give a wrapper, in place, buckets for gradients of the sizes that its parameters have now.
+    """Renew a wrapper's buckets for gradients, in place, for the present sizes of its parameters.
 
-    Every process does so at the same moment. The wrapper stays the same object with all of its
+    All processes must call this at the same time. The wrapper stays the same object with all of its
     settings, as when it is unpickled (``DistributedDataParallel.__setstate__``).
     """
     model._remove_autograd_hooks()
-    model.reducer = model.logger = None  # before there is another one
+    model.reducer = model.logger = None  # the old ones must be gone before new ones are made
     parameters, expect_sparse = model._build_params_for_reducer()
     names = model._build_debug_param_to_name_mapping(parameters)
     model._ddp_init_helper(parameters, expect_sparse, names, model.static_graph)

@@ -1,4 +1,4 @@
-"""Processes that train together: how they start, find each other and part."""
+"""Starts and ends the processes that train together."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ def launch(
     dist_url: str = "auto",
     args: tuple[Any, ...] = (),
 ) -> None:
-    """Run a function in each of several processes, as Detectron2's launch does, and then part.
+    """Run a function in several processes, as Detectron2's launch does, and end their group.
 
-    Where ``torchrun`` has started the processes, these are used instead.
+    Processes that ``torchrun`` has started are used instead.
 
     Args:
-        main: a function of a module, that other processes can import.
-        processes: how many on this machine; one runs it here, without a process group.
-        num_machines: how many machines take part.
-        machine_rank: which of them this is, from 0.
-        dist_url: where they meet; ``auto`` is a free port of this machine.
-        args: what ``main`` is given.
+        main: a function that other processes can import from its module.
+        processes: number of processes on this machine. A single one is this process, without a
+            process group.
+        num_machines: number of machines.
+        machine_rank: number of this machine, from 0.
+        dist_url: address of the first process; ``auto`` is a free port of this machine.
+        args: arguments of ``main``.
 
     Raises:
         ProcessExitedException: a process ended by itself; the others are ended then.
-        ProcessRaisedException: one raised an error.
+        ProcessRaisedException: a process raised an error.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _join_torchrun()
@@ -67,14 +68,14 @@ def _join_torchrun() -> None:
 
 
 def _leave_process_group() -> None:
-    """Take the process group down, with its threads, before the interpreter goes.
+    """Destroy the process group and its threads before the interpreter ends.
 
-    A thread of gloo may still hold a tensor of the last reduction; to let go of it after Python
-    has begun to finalize aborts a process whose work is done
+    A thread of gloo may still hold a tensor of the last reduction. To free it after Python has
+    begun to finalize aborts a process whose work is done
     (https://github.com/pytorch/pytorch/pull/179291). ``destroy_process_group`` ends the threads
-    of groups to which nothing else refers, and Detectron2 does.
+    of groups to which nothing else refers. Detectron2 refers to some, which are cleared here.
 
-    Only after work that went well: a group whose other processes are gone may not come down.
+    Call it only after success: it may hang where other processes of the group are gone.
     """
     dist.destroy_process_group()
     comm._LOCAL_PROCESS_GROUP = None

@@ -1,4 +1,4 @@
-"""Random states that are a function of seed and iteration, not of what ran before."""
+"""Random states that depend on seed and iteration only, not on what ran before."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 
 
 def mixed_seed(*parts: int) -> int:
-    """One seed out of several numbers, such as seed, iteration and rank; 32 bits."""
+    """One seed of 32 bits from several numbers, such as seed, iteration and rank."""
     return int(np.random.SeedSequence([part % 2**32 for part in parts]).generate_state(1)[0])
 
 
 class RandomStream:
-    """A random state of its own for Python, NumPy and torch's CPU, in force while it is entered.
+    """A separate random state for Python, NumPy and torch on the CPU; see :meth:`active`.
 
     Args:
-        seed: 32 bits.
+        seed: of 32 bits.
     """
 
     def __init__(self, seed: int) -> None:
@@ -51,7 +51,7 @@ class RandomStream:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Draw from this stream inside; outside, nothing has changed."""
+        """While inside, draw from this stream. The state outside does not change."""
         with self._restored():
             self._set(self._state)
             try:
@@ -61,8 +61,8 @@ class RandomStream:
 
 
 def use_deterministic_algorithms() -> None:
-    """Make torch's operations repeat to the bit, on a GPU too."""
-    # cuBLAS reads this when it is first used.
+    """Make torch's operations return the same bits each time, also on a GPU."""
+    # cuBLAS reads this variable when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""What a run records: which filters each drop took, and its scalars."""
+"""Records which filters each drop took, and the overlap of filters."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ FILE = "repr_history.json"
 """Name of the history's file in a run's folder."""
 
 _CELL = 16
-"""Pixels of a cell of :func:`picture`."""
+"""Width and height of a cell of :func:`picture`, in pixels."""
 
 _FULL_SHARE = np.array([0.0, 0.45, 0.7])
-"""RGB of a layer that was dropped as a whole; white is one that was left alone."""
+"""RGB of a layer that lost all of its filters. A layer that lost none is white."""
 
 
 class Drop(NamedTuple):
@@ -38,7 +38,7 @@ class Drop(NamedTuple):
     Attributes:
         cycle: counted from 0.
         iteration: the first one without the filters.
-        pruned: indices of the filters by layer name, layers without any left out.
+        pruned: indices of the filters by layer name, without layers that lost none.
     """
 
     cycle: int
@@ -50,7 +50,7 @@ class Overlap(NamedTuple):
     """Mean plain Ortho score at one moment: before a drop, or after a return.
 
     Attributes:
-        iteration: that of the change of phase.
+        iteration: of the phase change.
         layers: mean over the surviving filters by layer name.
     """
 
@@ -62,10 +62,10 @@ class History(NamedTuple):
     """What happened to a run's filters so far.
 
     Attributes:
-        layers: number of filters by layer name, of every layer that takes part.
+        layers: number of filters by layer name, for every layer that takes part.
         drops: in the order in which they happened.
-        overlaps: around them. Writers of scalars keep the latest of a period only, so an evaluation
-            soon after a drop takes its place in ``metrics.json``.
+        overlaps: before each drop and after each return. ``metrics.json`` may lack them, since its
+            writer keeps only the latest value of a period.
     """
 
     layers: dict[str, int]
@@ -74,10 +74,11 @@ class History(NamedTuple):
 
 
 class LateJSONWriter(JSONWriter):
-    """Detectron2's writer of scalars, which makes its file when it first has something to write.
+    """Detectron2's writer of scalars, but the file is made only when there is a line to write.
 
     Args:
         json_file: path of ``metrics.json``; new lines are appended.
+        window_size: iterations over which scalars are smoothed.
     """
 
     def __init__(self, json_file: str, window_size: int = 20) -> None:
@@ -94,15 +95,15 @@ class LateJSONWriter(JSONWriter):
 
 
 def of_state(state: dict[str, Any], overlaps: Sequence[Overlap] = ()) -> History:
-    """The history in a method's ``state_dict``, as every checkpoint holds it.
+    """The history in a method's ``state_dict``, which every checkpoint holds.
 
     Args:
         state: of :class:`repr_det.RePr`.
-        overlaps: which a state does not hold.
+        overlaps: the overlaps, which are not in the state.
     """
     return History(
         {
-            # A layer that a drop took from may be frozen by now.
+            # A layer that lost filters may be frozen now and take no part any more.
             **{
                 name: len(mask)
                 for entry in state["history"]
@@ -130,7 +131,7 @@ def write(folder: str | Path, history: History) -> None:
     """Write :data:`FILE` whole or not at all.
 
     Raises:
-        OSError: the disk is full, say.
+        OSError: it cannot be written, for example because the disk is full.
     """
     content = {
         "layers": history.layers,
@@ -159,18 +160,18 @@ def read(folder: str | Path) -> History | None:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path} is damaged ({type(error).__name__}): delete it, and what the checkpoints "
-            "hold is used."
+            f"{path} is damaged ({type(error).__name__}). Delete it; the checkpoints hold the same "
+            f"drops."
         ) from error
 
 
 class Recorder:
-    """Records what the filters of a run go through; see :class:`repr_det.RePrHook`.
+    """Records drops and the overlap of filters; see :class:`repr_det.RePrHook`.
 
     Args:
         method: of the run.
-        trainer: its storage takes scalars, histograms and the picture; the history is written to
-            ``OUTPUT_DIR`` of its config, if it has one, by the main process.
+        trainer: its storage receives scalars, histograms and the picture. The main process writes
+            the history to ``OUTPUT_DIR`` of its config, if it has one.
     """
 
     def __init__(self, method: RePr, trainer: TrainerBase) -> None:
@@ -183,7 +184,7 @@ class Recorder:
         return Path(folder) if folder and comm.is_main_process() else None
 
     def begin(self) -> None:
-        """Forget what came after the checkpoint of a resumed run, or is of another run."""
+        """Start the record: of a resumed run, with the overlaps from before its checkpoint."""
         start, folder = self._trainer.start_iter, self._folder
         self._overlaps = []
         if folder is not None and start > 0:
@@ -197,7 +198,7 @@ class Recorder:
         self._write()
 
     def change(self, change: PhaseChange) -> None:
-        """Record a drop or a return that has just happened."""
+        """Record a drop or a return, right after it."""
         if change.kind == "return":
             self.overlap(detailed=True)
         self._write()
@@ -235,12 +236,12 @@ class Recorder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write(folder, self._history())
-        except OSError as error:  # the checkpoints hold it, too
+        except OSError as error:  # the checkpoints hold the drops, too
             logger.warning(f"RePr: {FILE} could not be written ({error}).")
 
 
 def shares(history: History) -> NDArray[np.float64]:
-    """(layers, drops), the share of a layer's filters that a drop took, in [0, 1]."""
+    """The share of each layer's filters that each drop took, in [0, 1]: (layers, drops)."""
     return np.array(
         [
             [len(drop.pruned.get(name, ())) / filters for drop in history.drops]
@@ -259,7 +260,7 @@ def times_dropped(history: History) -> dict[str, NDArray[np.int64]]:
 
 
 def picture(history: History) -> NDArray[np.float64]:
-    """The shares as an image: layers down, drops across, the darker the more was dropped.
+    """The shares as an image: layers down, drops across, darker where more was dropped.
 
     Returns:
         (3, height, width), RGB in [0, 1].

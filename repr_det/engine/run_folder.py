@@ -1,6 +1,6 @@
-"""What Detectron2's ``default_setup`` does, in two steps: the process first, then the folder.
+"""Does what Detectron2's ``default_setup`` does in two steps: first the process, then the folder.
 
-Between them everything is built and checked, so a mistake leaves no file.
+Everything is built and checked between the two, so a mistake leaves no file.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LOGGERS = ("detectron2", "fvcore")
 
 
 def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
-    """Set up logging to standard output, the random seed, and memory on a CPU; writes no file.
+    """Set up logging to standard output, the random seed, and memory on a CPU. Write no file.
 
     Returns:
-        The log lines from now on, for :func:`open_run_folder`.
+        Collects the log lines from now on, for :func:`open_run_folder`.
 
     Raises:
         UserError: ``OUTPUT_DIR`` cannot be a folder.
@@ -53,12 +53,12 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
 
 
 def open_run_folder(cfg: CfgNode, lines: MemoryHandler, *, keep_config: bool = False) -> None:
-    """Make ``OUTPUT_DIR``, with the log so far and the config in it.
+    """Make ``OUTPUT_DIR``, and write the log so far and the config into it.
 
     Args:
         cfg: the config; the main process writes it to ``config.yaml``.
         lines: what :func:`set_up_process` returned.
-        keep_config: leave a ``config.yaml`` that is there already: that of the run evaluated.
+        keep_config: do not overwrite ``config.yaml``: it is that of the evaluated run.
 
     Raises:
         UserError: the folder cannot be written to.

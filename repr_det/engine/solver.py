@@ -31,11 +31,10 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.RMSPROP_ALPHA = 0.99
     # Take the optimizer's step in one kernel.
     cfg.SOLVER.FUSED = False
-    # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": the learning rate climbs in a straight
-    # line from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and back within CYCLE_ITERS iterations, over
-    # and over.
+    # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": in every CYCLE_ITERS iterations, the
+    # learning rate rises linearly from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and falls back.
     cfg.SOLVER.CYCLE_ITERS = 0
-    # How far the learning rate of "Triangular" climbs above BASE_LR.
+    # How far the learning rate of "Triangular" rises above BASE_LR.
     cfg.SOLVER.CYCLE_AMPLITUDE = 0.005
 
 
@@ -43,7 +42,7 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
 
     Raises:
-        UserError: an optimizer that is not in :data:`OPTIMIZERS`, or has no fused step.
+        UserError: the optimizer is not in :data:`OPTIMIZERS`, or has no fused step.
     """
     solver = cfg.SOLVER
     optimizer = (
@@ -88,7 +87,7 @@ def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
 
 
 class TriangularParamScheduler(ParamScheduler):
-    """A multiplier that climbs from 1 to a peak and falls back, once a period (Smith 2017).
+    """A multiplier that rises from 1 to a peak and falls back in every period (Smith 2017).
 
     Args:
         peak: the highest multiplier.
@@ -108,11 +107,11 @@ class TriangularParamScheduler(ParamScheduler):
 def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     """The learning-rate schedule that ``SOLVER.LR_SCHEDULER_NAME`` names.
 
-    Detectron2's own, and "Triangular", the cyclical rate of the paper's study, with Detectron2's
-    warm-up in front of it.
+    This is one of Detectron2's, or "Triangular", the cyclical rate of the paper's study, after
+    Detectron2's warm-up.
 
     Raises:
-        UserError: an unknown name, or a triangular schedule without a period.
+        UserError: the name is unknown, or a triangular schedule has no period.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME in _DETECTRON2S:

@@ -1,4 +1,4 @@
-"""A trained model by what a command line says of it: its config and its weights."""
+"""Loads a trained model that a command line names by a run, or by a config and weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from repr_det.errors import UserError
 def merge_trained(
     cfg: CfgNode, run: Path | None, config_file: str | None, overrides: Sequence[str]
 ) -> None:
-    """Merge into a config, in place, what describes a trained model.
+    """Merge the description of a trained model into a config, in place.
 
     Args:
         cfg: defaults with the keys of the model's task.
-        run: ``OUTPUT_DIR`` of a run, whose config is taken with the weights of its last checkpoint.
-            It may have been made on another machine, so ``MODEL.DEVICE`` stays as it is.
-        config_file: a config file or a bare name in ``configs/``, where there is no run.
-        overrides: KEY, VALUE, ...; they win over both.
+        run: ``OUTPUT_DIR`` of a run. Its config is used, with the weights of its last checkpoint.
+            It may come from another machine, so ``MODEL.DEVICE`` does not change.
+        config_file: a config file or a bare name in ``configs/``, where ``run`` is None.
+        overrides: KEY, VALUE, ...; they override both.
 
     Raises:
-        UserError: no such run or config file.
-        UserError: a config that cannot be read, or overrides that it does not know.
+        UserError: no such run or config file, a config that cannot be read, or overrides that it
+            does not accept.
     """
     device = cfg.MODEL.DEVICE
     if run is None:
@@ -56,8 +56,8 @@ def load_trained(cfg: CfgNode) -> nn.Module:
         The model on ``MODEL.DEVICE``, in evaluation mode.
 
     Raises:
-        UserError: weights that do not exist or cannot be downloaded.
-        UserError: no weights or damaged ones, weights of another architecture, no such device.
+        UserError: there are no weights, they cannot be loaded or are of another architecture, or
+            there is no such device.
     """
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(

@@ -34,18 +34,18 @@ logger = logging.getLogger(f"detectron2.{__name__}")
 
 
 class RePrTrainer(DefaultTrainer):
-    """What trains every task: Detectron2's trainer and hooks, RePr by ``cfg.REPR``.
+    """The trainer of every task: Detectron2's, with RePr as ``cfg.REPR`` says.
 
-    Differs from DefaultTrainer in what its constructor builds: mixed precision also on a CPU,
-    DistributedDataParallel also on a CPU, optimizers and schedules of this package, the RePr hook,
-    and checks before anything is trained. A task adds its loaders and its evaluator.
+    In addition to DefaultTrainer, it has mixed precision and DistributedDataParallel on a CPU,
+    optimizers and schedules of this package, the RePr hook, and checks before training. A task
+    adds its loaders and its evaluator.
 
     Args:
         cfg: a config from :func:`repr_det.engine.config.get_cfg` with the keys of the task,
             lengths in iterations.
 
     Raises:
-        UserError: the config cannot work, in one sentence.
+        UserError: the config cannot work.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -74,14 +74,14 @@ class RePrTrainer(DefaultTrainer):
         if cfg.MODEL.CHANNELS_LAST:
             model.to(memory_format=torch.channels_last)
         if cfg.MODEL.COMPILE:
-            # In place, so that names in checkpoints stay as they are.
+            # In place, so that names in checkpoints do not change.
             getattr(model, "backbone", getattr(model, "network", model)).compile()
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device_ids = [comm.get_local_rank()] if device == "cuda" else None
-        # Unused parameters: some never get a gradient (an FPN's levels that no head reads), others
-        # not on every image. Looking for them also keeps the buckets in which gradients are added,
-        # which are rebuilt otherwise after the first backward: a resumed run would do so again.
+        # Some parameters get no gradient (FPN levels that no head reads), or not on every image.
+        # To look for them also stops DDP from rebuilding its buckets after the first backward. A
+        # resumed run would rebuild them at another time and add gradients in another order.
         model = create_ddp_model(
             model, broadcast_buffers=False, device_ids=device_ids, find_unused_parameters=True
         )
@@ -102,7 +102,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def check(cls, cfg: CfgNode) -> None:
-        """Refuse a config whose data cannot be trained or evaluated on; a task overrides this.
+        """Refuse a config whose data cannot be used. A task overrides this.
 
         Raises:
             UserError: what is wrong.
@@ -110,7 +110,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def check_to_train(cls, cfg: CfgNode) -> None:
-        """:meth:`check`, and what else can be checked of the data before training.
+        """:meth:`check`, and further checks of the data before training.
 
         Raises:
             UserError: what is wrong.
@@ -119,7 +119,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:
-        """:meth:`check`, and what else can be checked of the data before evaluation.
+        """:meth:`check`, and further checks of the data before evaluation.
 
         Args:
             cfg: the config.
@@ -132,7 +132,7 @@ class RePrTrainer(DefaultTrainer):
 
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
-        """How many images a config trains on; reads the data."""
+        """The number of training images of a config; reads the data."""
         raise NotImplementedError
 
     @classmethod
@@ -151,7 +151,8 @@ class RePrTrainer(DefaultTrainer):
         if self._repr_hook is not None:
             built.insert(before, self._repr_hook)
         if comm.get_world_size() > 1:
-            built.insert(before, SharedStatistics(self.cfg))  # after PreciseBN, which sets them
+            # After PreciseBN, which changes the statistics.
+            built.insert(before, SharedStatistics(self.cfg))
         if self.cfg.DETERMINISTIC:
             built.insert(0, SeedEveryStep(self.cfg.SEED))
         built.append(LossNormalizer())
@@ -168,20 +169,20 @@ class RePrTrainer(DefaultTrainer):
         ]
 
     def train(self) -> Any:
-        """Train as Detectron2 does; a new run does not continue an earlier one in its folder."""
+        """Train. A new run first renames ``last_checkpoint`` of an earlier run in its folder."""
         if comm.is_main_process():
             Path(self.cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
             if self.start_iter == 0:
-                # What it names would be resumed, and reported, until this run has a checkpoint.
+                # Until this run has a checkpoint, the earlier run's would be resumed and reported.
                 self.checkpointer.set_aside_last_checkpoint()
-        # TorchScript compiles a function again after its first run, which changes the rounding
-        # (RetinaNet's focal loss is scripted): how far it is would depend on when a run resumed.
+        # TorchScript optimises a function after some runs, which changes the rounding. A resumed
+        # run would do so at another iteration (RetinaNet's focal loss is scripted).
         with torch.jit.optimized_execution(not self.cfg.DETERMINISTIC):
             return super().train()
 
     def after_train(self) -> None:
         """Detectron2's hooks after the last iteration."""
-        # A run that is resumed when all iterations are done has counted one too many.
+        # Where a finished run is resumed, Detectron2 counts one iteration too many.
         self.iter: int = min(self.iter, self.max_iter)
         super().after_train()
 
@@ -190,7 +191,7 @@ class RePrTrainer(DefaultTrainer):
         """Detectron2's model of a config, on ``MODEL.DEVICE``.
 
         Raises:
-            UserError: a name in the config that no code has registered.
+            UserError: the config names something that is not registered.
         """
         try:
             return super().build_model(cfg)
@@ -216,8 +217,7 @@ class RePrTrainer(DefaultTrainer):
         """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
 
         Raises:
-            UserError: weights that do not exist or cannot be downloaded.
-            UserError: a checkpoint that this run cannot go on from.
+            UserError: the weights cannot be loaded, or this run cannot resume from the checkpoint.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
         if not resuming:
@@ -234,10 +234,10 @@ class RePrTrainer(DefaultTrainer):
             self.data_loader.set_iteration(self.start_iter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore a checkpoint's state of the trainer.
+        """Restore the trainer's state from a checkpoint.
 
         Raises:
-            UserError: it was written in S2 and this run is without RePr.
+            UserError: the checkpoint was written in S2 and this run is without RePr.
         """
         state = state_dict.get("hooks", {}).get(STATE_KEY, {})
         if self._repr_hook is None and state.get("phase") == SUB:
@@ -250,10 +250,10 @@ class RePrTrainer(DefaultTrainer):
 
 
 def check_weights_given(weights: str) -> None:
-    """Refuse to go without weights, or with some that cannot be had; see :func:`check_weights`.
+    """Refuse an empty path of weights, and what :func:`check_weights` refuses.
 
     Raises:
-        UserError: none are given.
+        UserError: it is empty, or the weights cannot be loaded.
     """
     if not weights:
         raise UserError("MODEL.WEIGHTS is empty. Set the checkpoint of a trained model.")
@@ -261,10 +261,10 @@ def check_weights_given(weights: str) -> None:
 
 
 def check_weights(weights: str) -> None:
-    """Refuse starting weights that cannot be had.
+    """Refuse weights that do not exist. An empty path passes.
 
     Raises:
-        UserError: not on disk, or not to be downloaded.
+        UserError: they are not on disk, or cannot be downloaded.
     """
     if not weights:
         return
@@ -284,7 +284,7 @@ def check_weights(weights: str) -> None:
 
 
 def _scaled_to(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Detectron2's scaling of schedules to the number of workers, for this package's keys too."""
+    """Scale lengths to the number of workers as Detectron2 does, also in this package's keys."""
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg

@@ -1,9 +1,9 @@
-"""Statistics of returned channels in front of norms whose statistics never train."""
+"""Measures the statistics of returned channels where a norm's statistics do not train."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from repr_det.method.ranks import Group, sum_over_ranks
 class _Sums:
     """Sums over some channels of a norm's input, on this rank.
 
-    Every call of the norm sets the running statistics of these channels before they are applied,
-    so later layers already see the corrected channels.
+    Each call of the norm first sets the running statistics of these channels, so later layers
+    already get the corrected channels.
     """
 
     def __init__(self, link: NormLink, channels: Tensor) -> None:
@@ -36,7 +36,7 @@ class _Sums:
         self.set(self.sums)
 
     def set(self, sums: Tensor) -> None:
-        """Set the running statistics; they stay as they are where nothing was seen."""
+        """Set the running statistics; they stay the same where nothing was measured."""
         if not len(self.channels) or not sums[2, 0]:  # a box head without boxes
             return
         mean, square = sums[:2] / sums[2]
@@ -44,16 +44,6 @@ class _Sums:
             channels = self.channels.to(running_mean.device)
             running_mean[channels] = mean.to(running_mean.dtype)
             running_var[channels] = (square - mean.square()).clamp(min=0).to(running_var.dtype)
-
-
-@contextmanager
-def _measuring(found: Iterable[_Sums]) -> Iterator[None]:
-    handles = [sums.link.module.register_forward_pre_hook(sums, with_kwargs=True) for sums in found]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -64,25 +54,27 @@ def calibrate(
     loss: Callable[[nn.Module, Any], Tensor],
     group: Group = None,
 ) -> None:
-    """Set running mean and variance of some channels to what real batches show.
+    """Set the running mean and variance of some channels to those of real batches.
 
-    Each rank runs its own batches, and a norm that comes after another one sees what the other one
-    makes of the statistics of this rank so far. The sums of all ranks are added once, after all
-    batches, so ranks may have other numbers of batches and may use other norms for them. Channels
-    that no rank saw keep their statistics.
+    Each rank runs its own batches. While they run, a norm uses the statistics of its own rank so
+    far. The sums of all ranks are added once, after all batches, so ranks may differ in their
+    number of batches and in which norms run. Channels that no rank measured keep their statistics.
 
     Args:
-        model: run by ``loss(model, batch)``; all else about it stays as it was.
+        model: run by ``loss(model, batch)``; everything else of it is unchanged.
         links: norms, each with the channels to set (int64); the same ones on every rank.
         batches: the batches to measure.
         loss: runs the model on a batch.
         group: the ranks.
     """
     found = [_Sums(link, channels) for link, channels in links]
-    with unchanged(model), eager(), _measuring(found):
+    with unchanged(model), eager(), ExitStack() as hooks:
+        for one in found:
+            module = one.link.module
+            hooks.enter_context(module.register_forward_pre_hook(one, with_kwargs=True))
         for batch in batches:
             loss(model, batch)
-    # `unchanged` has put the old buffers back, the measured channels with them.
+    # `unchanged` has restored all buffers, so the statistics are set again.
     total = sum_over_ranks({i: one.sums for i, one in enumerate(found)}, group)
     for i, one in enumerate(found):
         one.set(total[i])

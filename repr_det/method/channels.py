@@ -547,19 +547,20 @@ def _sum(call: Call) -> Tag | None:
 
 @rule("aten::mul", "aten::mul_", "aten::div", "aten::div_")
 def _product(call: Call) -> Tag | None:
-    a, b = call.tag("self"), call.tag("other")
-    factors = [("self", a, "other"), ("other", b, "self")]
-    for mine, tag, other in factors[:1] if call.op.startswith("aten::div") else factors:
-        if tag is None:
+    """A factor that has at least as many dimensions as the other one: its channels stay zero."""
+    is_division = call.op.startswith("aten::div")
+    for name, other in (("self", "other"), ("other", "self")):
+        tag = call.tag(name)
+        if tag is None or (is_division and name == "other"):
             continue
         shape = call.shapes(other)
         if not shape:
-            return tag  # a number
-        before = len(call.shape(mine)) - len(shape[0])
-        if before >= 0:
-            call.pin(b if tag is a else a)
-            if tag.dim >= before and shape[0][tag.dim - before] > 1:
-                call.pin(tag)  # a factor for each channel
+            return tag  # times a number
+        added = len(call.shape(name)) - len(shape[0])  # dimensions in front that are broadcast
+        if added >= 0:
+            call.pin(call.tag(other))
+            if tag.dim >= added and shape[0][tag.dim - added] > 1:
+                call.pin(tag)  # the other one has a value for each channel
             return tag
     return None
 

@@ -1,4 +1,4 @@
-"""The choice: scores -> pruned filters."""
+"""Chooses the filters to prune from their scores."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_shares(prune_ratio: float, max_layer_ratio: float) -> None:
     """Refuse shares out of range.
 
     Raises:
-        UserError: one of them is.
+        UserError: a share is out of range.
     """
     if not 0 < prune_ratio < 1:
         raise UserError(f"RePr: prune_ratio is {prune_ratio}. Set a share above 0 and below 1.")
@@ -30,7 +30,7 @@ def check_shares(prune_ratio: float, max_layer_ratio: float) -> None:
 
 def layer_limits(layers: Sequence[FilterLayer], max_layer_ratio: float) -> list[int]:
     """How many filters each layer may lose: its share, and never all of them."""
-    # The small shift keeps a share such as 0.7 of 10 at 7, which floating point makes 6.99...
+    # Without 1e-9, 0.7 of 10 would be 6, since floating point makes it 6.99...
     return [
         min(math.floor(max_layer_ratio * layer.num_filters + 1e-9), layer.num_filters - 1)
         for layer in layers
@@ -43,10 +43,10 @@ def number_to_prune(layers: Sequence[FilterLayer], ratio: float) -> int:
 
 
 def check_reachable(layers: Sequence[FilterLayer], ratio: float, max_layer_ratio: float) -> None:
-    """Refuse a share of all filters that is less than one, or more than the layers may lose.
+    """Refuse a share of all filters that is less than one filter, or more than layers may lose.
 
     Raises:
-        UserError: it is.
+        UserError: it is one of these.
     """
     wanted = number_to_prune(layers, ratio)
     total = sum(layer.num_filters for layer in layers)
@@ -66,10 +66,10 @@ def check_reachable(layers: Sequence[FilterLayer], ratio: float, max_layer_ratio
 def agreed_scores(
     scores: Scores, layers: Sequence[FilterLayer], criterion: str, group: Group = None
 ) -> Scores:
-    """Scores averaged over ranks, the same bits on all of them, on the CPU.
+    """The mean of scores over ranks, on the CPU, with the same bits on all ranks.
 
     Args:
-        scores: what this rank's criterion returned.
+        scores: what the criterion returned on this rank.
         layers: the filter layers.
         criterion: its name.
         group: the ranks.
@@ -93,7 +93,7 @@ def agreed_scores(
     if not distributed(group):
         return {name: score.cpu() for name, score in scores.items()}
     device = layers[0].weight.device
-    # Copies: a criterion may keep what it returns.
+    # Copies, since a criterion may keep what it returned.
     form = {"copy": True, "memory_format": torch.contiguous_format}
     own = {name: score.to(device, torch.float64, **form) for name, score in scores.items()}
     mean = {name: mean_over_ranks(score, group) for name, score in own.items()}
@@ -111,13 +111,13 @@ def choose(
         layers: the filter layers.
         scores: by layer name, shape (J,).
         ratio: share of all filters to prune, in (0, 1).
-        max_layer_ratio: share of one layer that may go.
+        max_layer_ratio: largest share of one layer to prune.
 
     Returns:
         bool of shape (J,) by layer name, on the CPU.
 
     Raises:
-        FloatingPointError: a score that is not a number.
+        FloatingPointError: a score is NaN.
     """
     together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
     sizes = [layer.num_filters for layer in layers]
@@ -130,7 +130,7 @@ def choose(
             f"checkpoint."
         )
     order = torch.sort(together, descending=True, stable=True).indices
-    # How many of a filter's own layer come before it; those within the layer's limit may go.
+    # How many filters of the same layer come before each; up to the layer's limit may be pruned.
     by_layer = torch.sort(owner[order], stable=True).indices
     before = torch.empty_like(order)
     before[by_layer] = torch.cat([torch.arange(size) for size in sizes])

@@ -1,7 +1,7 @@
-"""Which: scores that rank filters, the larger the sooner pruned.
+"""Scores that rank filters: the larger, the sooner pruned.
 
-Every criterion has one signature, ``criterion(layers, data) -> {layer name: scores (J,)}``, so a
-function of one's own can stand in for any of them. Those that look at training batches are in
+Every criterion has the signature ``criterion(layers, data) -> {layer name: scores (J,)}``, and a
+user's own function may be used instead. Criteria that use training batches are in
 ``data_criteria``.
 """
 
@@ -25,12 +25,12 @@ class Data(NamedTuple):
     """What a criterion may use in addition to the weights.
 
     Attributes:
-        model: the model, wrappers taken off.
+        model: the model without wrappers.
         batches: returns a fresh iterator of batches, or None.
         loss: ``loss(model, batch)`` returns a scalar, or None.
-        generator: CPU source of random numbers, a function of seed and cycle.
-        progress: wraps what a slow criterion iterates over, to show its progress.
-        group: the processes that compute scores together, each on its own batches.
+        generator: CPU source of random numbers that depends on seed and cycle only.
+        progress: wraps the filters that a slow criterion iterates over, to show its progress.
+        group: the ranks. Each computes scores on its own batches.
     """
 
     model: nn.Module
@@ -60,8 +60,8 @@ def _units(layer: FilterLayer) -> tuple[Tensor, Tensor]:
     """Unit filters of a layer, and which are of zero norm.
 
     Returns:
-        shape (groups, J / groups, d), zero filters as they are, and bool without the last
-        dimension.
+        Filters of shape (groups, J / groups, d), where zero filters stay zero, and bool of shape
+        (groups, J / groups).
     """
     rows = layer.matrix()
     # float32 may mean less on a GPU (TF32), and is twice as fast as float64 on a CPU.
@@ -74,10 +74,10 @@ def overlap_sums(units: Tensor) -> Tensor:
     """Row sums of ``P = |W W^T - I|`` (paper, equation 1): |cosine| to all others, summed.
 
     Args:
-        units: shape (groups, J, d), rows of length one, or zero for a filter that is not there.
+        units: shape (groups, J, d), rows of length one or zero. A zero row overlaps with none.
 
     Returns:
-        float64 of shape (groups, J); the diagonal is left out, rounding and all.
+        float64 of shape (groups, J), without the diagonal.
     """
     overlap = (units @ units.mT).abs_()
     overlap.diagonal(dim1=1, dim2=2).zero_()

@@ -1,13 +1,12 @@
-"""Criteria that look at training batches: features, gradients, curvature, and the loss itself.
+"""Criteria that use training batches: features, gradients, curvature, and the loss itself.
 
-Each runs the model in the mode that it is in (training, when the controller ranks) on the first
-:data:`BATCHES` batches. A filter's feature map is taken after the norm that follows the conv
-and after a ReLU, which is where most networks have one: channels of the norm's output, negative
-values counted as zero. Without a norm it is the conv module's own output. Where several norms read
-a filter (dense blocks) their mean is taken.
+Each runs the model on the first :data:`BATCHES` batches, in the mode that it is in: training mode,
+when the controller ranks. A filter's feature map is the channel of the norm that follows the conv,
+after a ReLU, which most networks have there: negative values count as zero. Without a norm it is
+the output of the conv module. Where several norms read a filter (dense blocks), it is their mean.
 
-Every rank looks at batches of its own, as many as it has. Its sums and counts are added to those of
-the other ranks once, at the end. No reduction happens while the model runs.
+Every rank uses its own batches, as many as it has. Its sums and counts are added to those of the
+other ranks once, at the end. No reduction happens while the model runs.
 
 Feature maps and gradients differ in scale from layer to layer. Molchanov et al. (Pruning
 Convolutional Neural Networks for Resource Efficient Inference, ICLR 2017, section 2.2) divide a
@@ -19,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,17 +34,17 @@ if TYPE_CHECKING:
     from repr_det.method.criteria import Data, Scores
 
 BATCHES = 8
-"""How many batches a criterion looks at."""
+"""How many batches a criterion uses."""
 
 DIFFERENTIATES = {"gradients", "taylor", "hessian"}
 """Names of the criteria that differentiate the loss."""
 
 HESSIAN_PROBES = 4
-"""Random vectors a batch that estimate the diagonal of the Hessian."""
+"""Random vectors for each batch that estimate the diagonal of the Hessian."""
 
 
 def activations(layers: Sequence[FilterLayer], data: Data) -> Scores:
-    """Minus the mean of a filter's feature map: filters that seldom respond go first.
+    """Minus the mean of a filter's feature map: filters that seldom respond are pruned first.
 
     The "activation" criterion of Molchanov et al. (ICLR 2017), divided by the layer's l2 norm as
     they do.
@@ -56,15 +55,16 @@ def activations(layers: Sequence[FilterLayer], data: Data) -> Scores:
 def apoz(layers: Sequence[FilterLayer], data: Data) -> Scores:
     """Average percentage of zeros in a filter's feature map, as a share (Hu et al., 2016).
 
-    A share is comparable between layers as it is.
+    Shares can be compared between layers without a division.
     """
     return _feature_means(layers, data, lambda feature: feature <= 0)
 
 
 def gradients(layers: Sequence[FilterLayer], data: Data) -> Scores:
-    """Minus the mean |gradient| of the loss by a filter's weights: what hardly learns goes first.
+    """Minus the mean |gradient| of the loss with respect to a filter's weights.
 
-    Named but not defined in the paper; this is our reading. Divided by the layer's l2 norm.
+    Filters that hardly learn are pruned first. The paper names this criterion and does not define
+    it; the definition is ours. Divided by the layer's l2 norm.
     """
     totals, batches = _zeros(layers), 0
     for batch in _batches(data):
@@ -76,11 +76,11 @@ def gradients(layers: Sequence[FilterLayer], data: Data) -> Scores:
 
 
 def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
-    """Minus the first-order estimate of what removing a filter does to the loss.
+    """Minus the first-order estimate of how the loss changes if a filter is removed.
 
     ``|mean over positions of (dC/dz * z)|`` of the feature map z of one image, averaged over images
-    and divided by the layer's l2 norm (Molchanov et al., ICLR 2017, equations 6 to 9). Behind a
-    ReLU and right before it the product is the same.
+    and divided by the layer's l2 norm (Molchanov et al., ICLR 2017, equations 6 to 9). The product
+    is the same before and after a ReLU.
     """
     totals, counts, batches = _zeros(layers), _zeros(layers), 0
     for batch in _batches(data):
@@ -88,14 +88,14 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
         gates: list[tuple[_Site, Tensor, int]] = []
 
         def multiply(site: _Site, out: Tensor, gates: list = gates) -> Tensor:
-            # The derivative by a factor of one an image and channel is the sum of dC/dz * z.
+            # A factor of one for each image and channel has the derivative sum(dC/dz * z).
             dims = (0, site.dim % out.dim())
             shape = [n if d in dims else 1 for d, n in enumerate(out.shape)]
             gate = out.new_ones(shape).requires_grad_()
             gates.append((site, gate, out.numel() // max(gate.numel(), 1)))
             return out * gate
 
-        # Hooked all along: with checkpointing, features are computed again on the way back.
+        # Backward is inside, too: checkpointing computes features again there.
         with torch.enable_grad(), _hooked(layers, multiply):
             loss = data.loss(data.model, batch)
             wanted = list(gates)
@@ -114,8 +114,8 @@ def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
 
     Optimal Brain Damage (LeCun, Denker and Solla, NeurIPS 1989, equation 5), summed over a filter.
     The diagonal is estimated without bias from products of H with random vectors (Hutchinson,
-    1990): with signs z and v = z w, the mean of ``v_i (H v)_i`` is ``H_ii w_i^2``. Saliency is in
-    units of the loss, so layers are compared as they are.
+    1990): with signs z and v = z w, the mean of ``v_i (H v)_i`` is ``H_ii w_i^2``. Saliencies are
+    in units of the loss, so they can be compared between layers without a division.
 
     Raises:
         RuntimeError: the loss has no second derivatives; see :func:`check_derivatives`.
@@ -134,19 +134,19 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
     """Refuse a model whose loss a criterion of :data:`DIFFERENTIATES` cannot differentiate.
 
     Raises:
-        UserError: the model recomputes features by reentrant checkpointing, into which
-            ``torch.autograd.grad`` does not reach; or, for :func:`hessian`, an operation of the
-            model has no second derivative (RoIAlign has none).
+        UserError: the model uses reentrant checkpointing, which ``torch.autograd.grad`` does not
+            support. Or, for :func:`hessian`, an operation such as RoIAlign has no second
+            derivative.
     """
     batch = next(_batches(data), None)
     if batch is None:  # this rank has none
         return
     with torch.enable_grad():
         loss = data.loss(data.model, batch)
-    if "CheckpointFunctionBackward" in _names_behind(loss):
+    if "CheckpointFunctionBackward" in _operations_of(loss):
         raise UserError(
-            f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing: "
-            f"call torch.utils.checkpoint with use_reentrant=False, or choose another criterion."
+            f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing. "
+            f"Call torch.utils.checkpoint with use_reentrant=False, or set another criterion."
         )
     if criterion != "hessian":
         return
@@ -155,12 +155,12 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
     except RuntimeError as error:
         raise UserError(
             f"RePr: criterion 'hessian' needs second derivatives, which this model's loss does not "
-            f"have ({str(error).splitlines()[0]}); choose another criterion, for example taylor."
+            f"have ({str(error).splitlines()[0]}). Set another criterion, for example taylor."
         ) from error
 
 
-def _names_behind(loss: Tensor) -> set[str]:
-    """Names of the operations that a loss comes from, as autograd calls them."""
+def _operations_of(loss: Tensor) -> set[str]:
+    """Autograd's names of the operations that a loss is computed with."""
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -171,19 +171,19 @@ def _names_behind(loss: Tensor) -> set[str]:
 
 
 def oracle(layers: Sequence[FilterLayer], data: Data) -> Scores:
-    """Minus what the loss rises by when one filter alone is zeroed: the paper's greedy oracle.
+    """Minus the rise of the loss when only one filter is zeroed: the paper's greedy oracle.
 
-    The paper counts the accuracy lost on held-out training images; the loss is what every task has.
-    It costs one forward pass for each filter and batch; ``data.progress`` shows it. The loss is
-    compared between layers as it is.
+    The paper counts the accuracy lost on held-out training images. Here it is the loss, which every
+    task has and which can be compared between layers. It costs one forward pass for each filter
+    and batch; ``data.progress`` shows it.
     """
     batches = list(_batches(data))
-    zero_at_all = _total_loss(data, batches)
+    of_whole = _total_loss(data, batches)
     scores = _zeros(layers)
     filters = [(layer, i) for layer in layers for i in range(layer.num_filters)]
     for layer, i in data.progress(filters):
         with _zeroed(layer, i):
-            scores[layer.name][i] = zero_at_all - _total_loss(data, batches)
+            scores[layer.name][i] = of_whole - _total_loss(data, batches)
     scores, _, _ = _over_ranks(data, len(batches), scores)
     return scores
 
@@ -214,7 +214,9 @@ def _over_ranks(
     found = sum_over_ranks(own, data.group)
     seen = round(float(found[2, ""]))
     if not seen:
-        raise UserError("RePr: batches() gave no batch to rank filters on.")
+        raise UserError(
+            "RePr: batches() yields nothing. Pass batches= that yields training batches."
+        )
     return {n: found[0, n] for n in totals}, {n: found[1, n] for n in counts}, seen
 
 
@@ -239,7 +241,7 @@ def _per_layer_norm(scores: Scores) -> Scores:
 
 
 class _Site:
-    """A module whose output holds feature maps of filters, maybe of several layers.
+    """A module whose output holds the feature maps of filters, of one or several layers.
 
     Attributes:
         module: a norm, or a conv or linear layer that no norm follows.
@@ -252,11 +254,11 @@ class _Site:
         self._parts: list[tuple[str, Tensor, Tensor]] = []
 
     def holds(self, name: str, filters: Tensor, channels: Tensor) -> None:
-        """Some channels are these filters of a layer."""
+        """Record that these channels are these filters of a layer."""
         self._parts.append((name, filters, channels))
 
     def add(self, totals: Scores, by_channel: Tensor) -> None:
-        """Add values of shape (channels,) to the filters that they belong to."""
+        """Add values of shape (channels,) to the totals of the filters of these channels."""
         for name, filters, channels in self._parts:
             values = by_channel[channels.to(by_channel.device)].double()
             totals[name].index_add_(0, filters.to(values.device), values)
@@ -276,20 +278,16 @@ def _sites(layers: Sequence[FilterLayer]) -> list[_Site]:
     return list(sites.values())
 
 
-@contextmanager
 def _hooked(
     layers: Sequence[FilterLayer], hook: Callable[[_Site, Tensor], Tensor | None]
-) -> Iterator[None]:
-    """Call ``hook`` with every output of every site; what it returns takes the output's place."""
-    handles = [
-        site.module.register_forward_hook(lambda module, args, out, site=site: hook(site, out))
-        for site in _sites(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+) -> ExitStack:
+    """While inside, call ``hook`` with each output of each site. What it returns replaces it."""
+    hooks = ExitStack()
+    for site in _sites(layers):
+        hooks.enter_context(
+            site.module.register_forward_hook(lambda module, args, out, site=site: hook(site, out))
+        )
+    return hooks
 
 
 def _feature_means(
@@ -315,7 +313,7 @@ def _feature_means(
 def _weight_gradients(
     layers: Sequence[FilterLayer], data: Data, batch: Any, create_graph: bool = False
 ) -> list[Tensor]:
-    """The loss's gradient by each layer's weight; zero where the loss does not depend on it."""
+    """The loss's gradient with respect to each layer's weight; zero where it does not depend."""
     weights = [layer.weight for layer in layers]
     with torch.enable_grad():
         loss = data.loss(data.model, batch)

@@ -11,14 +11,19 @@ import torch
 from torch import nn
 
 _IMAGE_SIZES = (64, 32, 28, 224, 16, 8, 48, 96, 128, 256, 299, 384, 448, 512)
-"""Image sizes to try, for models that take only one."""
+"""Image sizes to try, since a model may take only one size."""
 
 _LARGEST_EXAMPLE = 2**21
-"""Elements of an example input, at most: a cube of 64 voxels, a square of 512 pixels."""
+"""Most elements of an example input. It allows a cube of 64 voxels or a square of 512 pixels."""
 
 
 class Example(NamedTuple):
-    """A way to run an unknown model; ``kind`` is all about it but the size."""
+    """A way to run an unknown model.
+
+    Attributes:
+        run: runs it.
+        kind: what the model is called with, and the number of channels; not the size.
+    """
 
     run: Callable[[], Any]
     kind: tuple[str, int]
@@ -30,13 +35,13 @@ def examples(model: nn.Module, first: nn.Module, seen: torch.Size | None) -> Ite
     Args:
         model: the model.
         first: its first conv, or its first linear layer where it has no conv.
-        seen: shape of what that conv read when the model ran on a batch.
+        seen: shape of that conv's input when the model ran on a batch; None if it did not.
     """
     device, dtype = first.weight.device, first.weight.dtype
     is_linear = isinstance(first, nn.Linear)
     spatial = 2 if is_linear else first.weight.dim() - 2
     is_detector = isinstance(getattr(model, "backbone", None), nn.Module)
-    # The first layer in the order of modules need not be the one that reads the image.
+    # The first layer in the order of modules may not be the one that reads the image.
     read = first.in_features if is_linear else first.in_channels
     widths = list(dict.fromkeys([3, read, 1]))
     shapes = [(size,) * spatial for size in _IMAGE_SIZES]
@@ -49,7 +54,7 @@ def examples(model: nn.Module, first: nn.Module, seen: torch.Size | None) -> Ite
     for shape, width in itertools.product(shapes, widths):
         if 2 * width * math.prod(shape) > _LARGEST_EXAMPLE:
             continue
-        # One number seen as an image: a graph keeps the run, and what it holds, while it lives.
+        # Expanded from one number, since a graph keeps the example in memory.
         blank = torch.zeros((), device=device, dtype=dtype).expand(2, width, *shape)
         size = {"height": shape[0], "width": shape[-1]} if shape else {}
         runs = [

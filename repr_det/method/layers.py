@@ -1,4 +1,4 @@
-"""What belongs to a filter: rows of weights, channels of norms, columns of readers."""
+"""Parts of tensors that belong to a filter: rows of weights, channels of norms, read columns."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class NormLink:
-    """Channels of one norm that each belong to one filter of a layer.
+    """Channels of one norm, each of which belongs to one filter of a layer.
 
     Attributes:
         name: dotted name of the norm.
@@ -78,27 +78,27 @@ class NormLink:
 
     @property
     def beta(self) -> Tensor | None:
-        """The norm's shift, likewise."""
+        """The norm's shift: a parameter, a buffer where it is frozen, None where it has none."""
         return getattr(self.module, "bias", None)
 
     @property
     def trains(self) -> bool:
-        """Whether gamma and beta train; in FrozenBatchNorm2d they are constants."""
+        """Whether gamma and beta train. In FrozenBatchNorm2d they are constants."""
         return isinstance(self.gamma, nn.Parameter) and self.gamma.requires_grad
 
     @property
     def constant_statistics(self) -> bool:
-        """Whether training uses the running statistics as they are and never corrects them."""
+        """Whether training uses the running statistics and never updates them."""
         if not any(True for _ in self.running_statistics()):
             return False
         learns = [m.training for m in self.module.modules() if isinstance(m, _NormBase)]
         return not all(learns) or not learns
 
     def begin_average(self) -> None:
-        """Let a cumulative average (``momentum=None``) begin with the next batch.
+        """Start a cumulative average (``momentum=None``) again with the next batch.
 
-        It counts the batches of all channels together: after many, new values would not change
-        those of a channel that is new.
+        It has one count of batches for all channels. After many batches, the statistics of a new
+        channel would hardly change.
         """
         for module in self.module.modules():
             cumulative = isinstance(module, _NormBase) and module.momentum is None
@@ -115,10 +115,10 @@ class NormLink:
 
 @dataclass(frozen=True, eq=False)
 class FilterLayer:
-    """A layer that takes part: its filters are the output channels of a conv or a linear layer.
+    """A layer that takes part: a conv or a linear layer whose output channels are filters.
 
     Attributes:
-        name: dotted name, wrappers left out.
+        name: dotted name, without wrappers.
         module: the conv or linear layer.
         norms: the norm channels that follow its filters.
     """
@@ -139,7 +139,7 @@ class FilterLayer:
 
     @property
     def per_filter(self) -> dict[str, nn.Parameter]:
-        """Further parameters with one value for each filter, by name: gains of weights."""
+        """Other parameters with one value for each filter, by name, such as gains of weights."""
         return {
             name: parameter
             for name, parameter in self.module._parameters.items()
@@ -156,7 +156,7 @@ class FilterLayer:
 
     @property
     def groups(self) -> int:
-        """Groups of the convolution; filters are compared inside one."""
+        """Groups of the convolution. Filters are compared only inside their group."""
         return getattr(self.module, "groups", 1)
 
     @property
@@ -172,8 +172,8 @@ class FilterLayer:
     def matrix(self, tensor: Tensor | None = None) -> Tensor:
         """Filters as rows, shape (J, d), of the weight or of a tensor of its shape.
 
-        For a transposed conv, whose weight holds the output channels of one group in its second
-        dimension, the rows are gathered into a copy.
+        The rows of a transposed conv are a copy: its weight holds the output channels of a group in
+        its second dimension.
         """
         tensor = (self.weight if tensor is None else tensor).detach()
         if not self.transposed:
@@ -203,7 +203,7 @@ class FilterLayer:
         ]
 
     def filter_slots(self, chosen: Tensor) -> list[Slot]:
-        """Everything that belongs to the chosen filters: weight rows, bias, gains, norms."""
+        """All parts that belong to the chosen filters: weight rows, bias, gains, norms."""
         return self.weight_slots(chosen) + self.affine_slots(chosen)
 
     def affine_slots(self, chosen: Tensor) -> list[Slot]:
@@ -219,18 +219,13 @@ class FilterLayer:
 
 
 def row_lengths(rows: Tensor) -> Tensor:
-    """Euclidean lengths of the last dimension, which is kept: float64 of shape (..., 1)."""
-    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).double()
-    small = lengths < 1e-15  # squares underflow in float32
-    # A GPU computes both sooner than it could be asked which is needed.
-    if rows.is_cuda or small.any():
-        exact = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
-        lengths = torch.where(small, exact, lengths)
-    return lengths
+    """Euclidean lengths along the last dimension: float64 of shape (..., 1)."""
+    # Squares of small weights underflow in float32.
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=torch.float64)
 
 
 def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of length one, zero ones as they are, and their lengths.
+    """Rows scaled to length one, and their lengths. Zero rows stay zero.
 
     Args:
         rows: shape (..., J, d), float32 or float64.
@@ -244,7 +239,7 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _indices(chosen: Tensor, tensor: Tensor) -> Tensor:
-    """Where ``chosen`` is True, on the device of a tensor; found without waiting for that."""
+    """Where ``chosen`` is True, on the device of a tensor. Does not wait for a GPU."""
     return chosen.cpu().nonzero().flatten().to(tensor.device)
 
 
@@ -253,7 +248,7 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
 
     Args:
         module: a conv (plain, grouped, transposed, deformable) or a linear layer.
-        dead: which of its input channels (features, for a linear layer) are dead.
+        dead: its input channels (features, for a linear layer) that are zero.
     """
     weight = module.weight
     groups = getattr(module, "groups", 1)

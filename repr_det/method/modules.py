@@ -1,11 +1,11 @@
-"""What a module is, what wraps a model, and how to run a model and leave it unchanged."""
+"""Kinds of modules, wrappers of a model, and running a model without changing it."""
 
 from __future__ import annotations
 
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import is_dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +23,7 @@ _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model in DataParallel, DistributedDataParallel, AveragedModel or ``torch.compile``."""
+    """The model without DataParallel, DistributedDataParallel, AveragedModel, ``torch.compile``."""
     while True:
         if isinstance(model, _WRAPPERS):
             model = model.module
@@ -34,7 +34,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Like ``model.named_modules()``, each module once, wrappers looked through.
+    """Like ``model.named_modules()``, without wrappers.
 
     No name contains ``module.`` of a parallel wrapper or ``_orig_mod.`` of ``torch.compile``.
     """
@@ -55,8 +55,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_conv(module: nn.Module) -> bool:
     """Whether a module is a convolution.
 
-    Besides torch's own classes, anything that carries their attributes and a weight with
-    spatial dimensions: the deformable convolutions of torchvision and Detectron2.
+    These are torch's own classes, and modules with their attributes and a weight with spatial
+    dimensions: the deformable convolutions of torchvision and Detectron2.
     """
     if isinstance(module, _ConvNd):
         return True
@@ -70,7 +70,7 @@ def is_conv(module: nn.Module) -> bool:
 
 
 def num_filters(layer: nn.Module) -> int:
-    """Output channels of a conv, output units of a linear layer."""
+    """Number of output channels of a conv, or of output units of a linear layer."""
     name = "out_features" if isinstance(layer, nn.Linear) else "out_channels"
     return getattr(layer, name)
 
@@ -78,10 +78,9 @@ def num_filters(layer: nn.Module) -> int:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module normalises channels.
 
-    torch's own classes, and by their tensors the ones that are no subclass of them: a module
-    with one-dimensional ``weight`` and ``bias`` of one length (FrozenBatchNorm2d, Detectron2's
-    channel-first LayerNorm and its norm per feature level); without a bias only where its name or
-    an epsilon says that it normalises (RMSNorm).
+    These are torch's own classes, and modules with a one-dimensional ``weight`` and a ``bias`` of
+    the same length: FrozenBatchNorm2d, Detectron2's channel-first LayerNorm and its norm per
+    feature level. Without a bias, the name or an epsilon must say that it normalises (RMSNorm).
     """
     if isinstance(module, (_NormBase, nn.GroupNorm, nn.LayerNorm)):
         return True
@@ -106,7 +105,7 @@ def mixes_channels(norm: nn.Module) -> bool:
 
 
 def norm_channels(norm: nn.Module) -> int | None:
-    """Number of channels a norm expects, or None where it does not say."""
+    """Number of channels that a norm expects, or None where that is not known."""
     weight = getattr(norm, "weight", None)
     if isinstance(weight, Tensor):
         return len(weight) if weight.dim() == 1 else None
@@ -115,11 +114,11 @@ def norm_channels(norm: nn.Module) -> int | None:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo on leaving what running a model changes.
+    """Undo on leaving everything that running a model changes.
 
-    All that its modules hold: parameters and buffers (the same tensors, with the values and shapes
-    that they had), other attributes with the contents of lists, dicts, sets and tensors among them,
-    modes and hooks. What a run adds is removed. Random states are as before, too.
+    Restores all attributes of its modules: parameters and buffers (the same tensors, with the
+    values and shapes that they had), the contents of lists, dicts, sets and tensors, modes and
+    hooks. Removes what a run adds. Restores random states, too.
     """
     wrappers = [(m, m.training) for m in model.modules() if unwrap(m) is not m]
     seen: dict[int, Callable[[], Any]] = {}
@@ -139,14 +138,14 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 
 def _remembered(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[], Any]:
-    """What puts the contents of a value back and returns it; modules are left alone.
+    """A function that restores the contents of a value and returns it. Modules are not restored.
 
     Args:
         value: anything.
-        seen: what was remembered before, by id.
+        seen: the functions made so far, by id of their value.
     """
     if id(value) not in seen:
-        seen[id(value)] = lambda: value  # for what contains itself, and for all that has no parts
+        seen[id(value)] = lambda: value  # in case the value contains itself
         seen[id(value)] = _with_contents(value, seen)
     return seen[id(value)]
 
@@ -200,7 +199,7 @@ def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """While inside, reading a parametrised weight changes nothing: spectral norm iterates else."""
+    """While inside, to read a parametrised weight changes nothing. Spectral norm would iterate."""
     parts = [
         part
         for module in model.modules()
@@ -218,6 +217,5 @@ def still(model: nn.Module) -> Iterator[None]:
 
 
 def eager() -> Any:
-    """While inside, compiled parts run uncompiled: compiled ones skip hooks set after they were."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return set_stance("force_eager") if set_stance else nullcontext()
+    """While inside, compiled parts run uncompiled: they would skip hooks that were added later."""
+    return torch.compiler.set_stance("force_eager")

@@ -1,8 +1,8 @@
-"""What the processes of one run agree on.
+"""Communication between the processes of one run.
 
-A run's processes are those of the process group of the model's DistributedDataParallel, or all of
-them where it has none. No function here may be called inside a model's forward pass, or a number of
-times that depends on the data: all ranks must make the same calls in the same order.
+These are the processes of the process group of the model's DistributedDataParallel, or all
+processes where it has none. All ranks must make the same calls in the same order. So no function
+here may be called inside a model's forward pass, or a number of times that depends on the data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Group = Any
 
 
 def group_of(model: nn.Module) -> Group:
-    """The process group that a model is trained in, wrappers around it looked through."""
+    """The process group that a model is trained in; it may be inside of other wrappers."""
     wrapped = (m for m in model.modules() if isinstance(m, DistributedDataParallel))
     return next((m.process_group for m in wrapped), None)
 
@@ -47,7 +47,7 @@ def sum_over_ranks(tensors: Mapping[Any, Tensor], group: Group = None) -> dict[A
     """Sums of float64 tensors over all ranks, by one reduction.
 
     Args:
-        tensors: of the same shapes, in the same order, on every rank.
+        tensors: with the same shapes in the same order on every rank.
         group: the ranks.
     """
     if not (tensors and distributed(group)):

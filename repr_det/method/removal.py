@@ -1,14 +1,14 @@
-"""Which pruned filters can be taken out physically, so that what is left is a smaller network.
+"""Decides which pruned filters can be removed physically, so that a smaller network is left.
 
-A filter can go if everything that sees its channel works alike with one channel fewer: its norm and
-the layers that read it, which lose their part of it, and operations that treat channels one by one.
-Where channels are brought together (a sum, a shared layer, a batch of several inputs), they go
-together or not at all. All of this was seen by following the channels through real runs
-(:mod:`repr_det.method.tracing`); nothing depends on names or types of architectures.
+A filter can be removed if everything that uses its channel works the same with one channel fewer.
+Its norm and the layers that read it lose their part of it. Other operations must treat channels one
+by one. Where channels are combined (a sum, a shared layer, a concatenated batch), they are removed
+together or not at all. Tracing of real runs shows all of this (:mod:`repr_det.method.tracing`).
+Nothing depends on names or types of architectures.
 
-Torch-Pruning (1.6.1) was not taken for this. It treats operations that it does not know as entry by
-entry, so a flip of the channels silently pairs the wrong ones. And it replaces parameters by new
-ones, so nothing could come back to the optimizer that trains them.
+Torch-Pruning (1.6.1) is not used, for two reasons. It treats operations that it does not know as
+elementwise, so a flip of the channels silently pairs the wrong ones. And it replaces Parameters, so
+the optimizer would keep the old ones and nothing could come back.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from repr_det.method.modules import norm_channels
 
 
 class Removal(NamedTuple):
-    """What goes.
+    """What is removed, True where it is.
 
     Attributes:
-        filters: by conv or linear layer, bool of shape (J,).
-        inputs: by conv or linear layer, its input channels, bool of shape (c_in,).
-        norms: by norm, bool of shape (channels,).
+        filters: filters by conv or linear layer, bool of shape (J,).
+        inputs: input channels by conv or linear layer, bool of shape (c_in,).
+        norms: channels by norm, bool of shape (channels,).
     """
 
     filters: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Removal(NamedTuple):
 
 
 class Removable:
-    """The filters of a network in groups that can only go together.
+    """The filters of a network, in groups that are removed together or not at all.
 
     Args:
         graph: how channels go through the network.
@@ -46,8 +46,8 @@ class Removable:
     def __init__(self, graph: ChannelGraph) -> None:
         self._graph = graph
         self._groups = graph.groups
-        # By reader, the group of each input channel; -1 where it is not known. Filters of one
-        # channel are in one group already, so any stands for all.
+        # The group of each input channel by reader; -1 where it is unknown. All filters of one
+        # channel are in one group.
         self._inputs: dict[str, Tensor] = {}
         for name, reader in graph.readers.items():
             self._inputs[name] = torch.full(reader.unknown.shape, -1, dtype=torch.int32)
@@ -66,15 +66,15 @@ class Removable:
             self._fixed[numbers[graph.fixed[name]]] = True
 
     def choose(self, pruned: dict[str, Tensor], multiple: int = 1) -> Removal:
-        """The pruned filters that go.
+        """The pruned filters to remove.
 
         Args:
             pruned: bool of shape (J,) by layer name.
-            multiple: number of filters of a layer that loses some becomes a multiple of this.
+            multiple: a layer that loses filters keeps a multiple of this number of filters.
 
         Returns:
-            only layers that lose something. Of a grouped conv every group loses equally much, of
-            filters and of inputs; the last ones stay where that or ``multiple`` keeps some.
+            Layers and norms that lose something. Each group of a grouped conv loses the same number
+            of filters and inputs. Where that or ``multiple`` keeps some, the last ones stay.
         """
         going = self._going(pruned)
         while self._keep_some(going, multiple):
@@ -91,7 +91,7 @@ class Removable:
         return Removal(_some(filters), _some(inputs), norms)
 
     def _going(self, pruned: dict[str, Tensor]) -> Tensor:
-        """Which groups are pruned whole and may go; one more entry for what index -1 stands for."""
+        """Which groups are wholly pruned and not fixed. One more entry is for index -1: False."""
         count = torch.zeros_like(self._size)
         for name, mask in pruned.items():
             gone = self._groups[name][mask.cpu()]
@@ -99,7 +99,7 @@ class Removable:
         return torch.cat([(count == self._size) & ~self._fixed, torch.tensor([False])])
 
     def _keep_some(self, going: Tensor, multiple: int) -> bool:
-        """Keep what would break up a grouped conv or a multiple, in place; whether any was."""
+        """Keep what grouped convs and ``multiple`` need, in place. Returns whether it kept any."""
         before = int(going.sum())
         for name, layer in self._graph.layers.items():
             members, groups = self._groups[name], getattr(layer, "groups", 1)
@@ -116,7 +116,7 @@ class Removable:
 
 
 def _equalize(going: Tensor, members: Tensor) -> None:
-    """Let as many members of each row go as go of the row that loses least, in place."""
+    """Keep members in place until every row loses as many as the row that loses fewest."""
     gone = going[members]
     excess = gone & (gone.cumsum(1) > gone.sum(1).min())
     going[members[excess]] = False

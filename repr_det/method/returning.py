@@ -1,4 +1,4 @@
-"""What filters are before a drop, and what they become when they return."""
+"""The values of filters before a drop, and those that they return with."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def values_of(
 ) -> dict[str, Values]:
     """Everything that belongs to the pruned filters, by name of the layers that have some.
 
-    Running statistics of norms that train are read only where filters return as they were. Each
-    rank has its own, so the first rank's are taken.
+    Running statistics that train are included only where filters return as they were. They differ
+    between ranks, so the first rank's are taken.
 
     Args:
         layers: the filter layers of one model, before the drop.
@@ -75,7 +75,7 @@ def restore(
     Args:
         layers: the filter layers of one model.
         returned: bool of shape (J,) by layer name.
-        before: of :func:`values_of` for these layers.
+        before: what :func:`values_of` returned for these layers.
     """
     for layer in layers:
         if layer.name in before:
@@ -115,10 +115,10 @@ def new_rows(
     Args:
         layers: the filter layers; their surviving filters have their current values.
         returned: bool of shape (J,) by layer name.
-        before: of :func:`values_of`.
-        reinit: ``norm`` and ``scale`` are used.
+        before: what :func:`values_of` returned.
+        reinit: its ``norm`` and ``scale`` are used.
         generator: CPU source of the random numbers.
-        group: the ranks; the first one's rows are taken.
+        group: the ranks. All get the first rank's rows.
     """
     returning = [layer for layer in layers if layer.name in before]
     # Threads finish in any order, so each layer has its own seed.
@@ -148,7 +148,7 @@ def new_rows(
 def write_affine(layer: FilterLayer, returned: Tensor, before: Values, reinit: Reinit) -> None:
     """Set bias, gains, gamma and beta of returned filters (bool of shape (J,)) by ``reinit``.
 
-    What does not train could not be learned again, so it returns as it was.
+    What does not train returns as it was, since it could not be learned again.
     """
     if layer.bias is not None:
         choice = reinit.beta if layer.bias.requires_grad else "previous"
@@ -182,12 +182,13 @@ def _write_choice(tensor: Tensor, new: Tensor, kept: Tensor, choice: str, previo
 def reset_statistics(
     layers: Sequence[FilterLayer], returned: dict[str, Tensor], before: dict[str, Values]
 ) -> list[tuple[NormLink, Tensor]]:
-    """Set running statistics of returned channels to those of a new norm where they train.
+    """Set running statistics of returned channels: mean 0 and variance 1 where they train.
 
-    Where they are constant, they are set to what they were before the drop.
+    Constant statistics are set to what they were before the drop.
 
     Returns:
-        The norms with constant statistics and their returned channels, which are to be measured.
+        The norms with constant statistics, each with its returned channels. The caller measures
+        these.
     """
     constant = []
     for layer in layers:
@@ -212,7 +213,7 @@ def reset_statistics(
 def hand_over(
     source: Sequence[FilterLayer], target: Sequence[FilterLayer], returned: dict[str, Tensor]
 ) -> None:
-    """Copy returned filters with their norm's statistics from one model into another."""
+    """Copy returned filters and the statistics of their norms from one model into another."""
     for mine, theirs in zip(source, target, strict=True):
         chosen = returned[mine.name]
         for a, b in zip(mine.filter_slots(chosen), theirs.filter_slots(chosen), strict=True):

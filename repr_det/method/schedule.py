@@ -1,4 +1,4 @@
-"""When: from an iteration to its phase."""
+"""The schedule: from an iteration to its phase."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SUB = "sub"
 
 
 class Phase(NamedTuple):
-    """What an iteration trains.
+    """The phase of an iteration.
 
     Attributes:
         name: ``"full"`` (S1, and the tail after the last cycle) or ``"sub"`` (S2).
@@ -64,7 +64,7 @@ class RePrSchedule:
         return Phase(FULL if offset < self.s1 else SUB, cycle)
 
     def since_return(self, iteration: int) -> int | None:
-        """How many iterations before this one filters came back last; None if they never did."""
+        """Iterations since the last return; None before the first one."""
         returns = min(iteration // (self.s1 + self.s2), self.cycles)
         return iteration - returns * (self.s1 + self.s2) if returns else None
 
@@ -74,15 +74,15 @@ class RePrSchedule:
         return [(c * period + self.s1, (c + 1) * period) for c in range(self.cycles)]
 
     def check_fits(self, max_iter: int, warmup: int = 0) -> None:
-        """Refuse a training length that would end pruned, or while the learning rate warms up.
+        """Refuse a training length that would end in S2, or while the learning rate warms up.
 
         Args:
-            max_iter: the length.
+            max_iter: the length in iterations.
             warmup: iterations of a warm-up after each return.
 
         Raises:
-            UserError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``, or is so only
-                without the warm-up.
+            UserError: ``cycles * (s1 + s2)`` is not smaller than ``max_iter``, or
+                ``cycles * (s1 + s2) + warmup`` is larger.
         """
         if self.end >= max_iter:
             raise UserError(

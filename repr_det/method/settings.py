@@ -13,7 +13,7 @@ def check_whole(name: str, value: Any) -> None:
     """Refuse a value that is not a whole number.
 
     Raises:
-        UserError: it is not.
+        UserError: it is not a whole number.
     """
     if not isinstance(value, Integral):
         raise UserError(f"RePr: {name} is {value!r}. Set a whole number.")
@@ -23,12 +23,12 @@ def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, A
     """Refuse to resume with other settings.
 
     Args:
-        of: what is set, as an error begins.
-        mine: of this run.
-        theirs: of the checkpoint; others than mine do not matter.
+        of: what the settings belong to, for the error.
+        mine: settings of this run.
+        theirs: settings of the checkpoint. Only those that are in ``mine`` are compared.
 
     Raises:
-        UserError: one of mine is another one there, or missing.
+        UserError: a setting differs, or the checkpoint lacks it.
     """
     different = [key for key in mine if theirs.get(key) != mine[key]]
     if different:

@@ -1,4 +1,4 @@
-"""Which modules hold which tensors, and which layers share theirs."""
+"""Which modules hold which tensors, and which layers share tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def is_layer(module: nn.Module) -> bool:
 def names_and_holders(
     modules: dict[str, nn.Module],
 ) -> tuple[dict[int, str], dict[int, list[str]]]:
-    """Names of parameters by id, and the layers that hold a parameter or buffer, by id."""
+    """The name of each parameter, and the layers that hold each parameter or buffer, by id."""
     names: dict[int, str] = {}
     holders: dict[int, list[str]] = {}
     for name, module in modules.items():
@@ -32,7 +32,7 @@ def names_and_holders(
 def shared_layers(
     modules: dict[str, nn.Module], holders: dict[int, list[str]]
 ) -> dict[str, set[str]]:
-    """By layer, all modules that hold a tensor of it, where there is more than itself."""
+    """By layer that shares a tensor, all modules that hold one of its tensors."""
     by_tensor: dict[int, set[str]] = {}
     for name, module in modules.items():
         for tensor in (*module._parameters.values(), *module._buffers.values()):

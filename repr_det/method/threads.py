@@ -1,4 +1,4 @@
-"""Work on many layers, spread over the cores of a CPU."""
+"""Works on many layers at once, on the cores of a CPU."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ import torch
 
 
 def over_layers(work: Callable[[Any], Any], layers: Sequence[Any]) -> list[Any]:
-    """``[work(layer) for layer in layers]``, on a CPU several layers at a time.
+    """``[work(layer) for layer in layers]``, without gradients and autocast.
 
-    Without gradients and autocast.
-
-    The matrices of a layer are too small for torch to make good use of several threads in one
-    operation. Each operation then runs on one thread, so results are the same for any number of
-    cores.
+    On a CPU, several layers are worked on at a time, each by one thread: the matrices of a layer
+    are too small for several threads. So results are the same for any number of cores.
 
     Args:
         work: must not depend on the order of the layers.
-        layers: what has its weight in a ``module``: filter layers, or what reads them.
+        layers: filter layers or readers.
     """
     threads = torch.get_num_threads()
     devices = {layer.module.weight.device.type for layer in layers}
@@ -31,11 +28,11 @@ def over_layers(work: Callable[[Any], Any], layers: Sequence[Any]) -> list[Any]:
             for device in devices:
                 settings.enter_context(torch.autocast(device, enabled=False))
             return [work(layer) for layer in layers]
-    # The largest first, or one core would be left alone with it at the end.
+    # The largest layer first: at the end it would occupy one core while the others wait.
     order = sorted(range(len(layers)), key=lambda i: -layers[i].module.weight.numel())
     torch.set_num_threads(1)
     try:
-        # A new thread is without autocast, but with gradients.
+        # New threads have no autocast, but gradients.
         with ThreadPoolExecutor(threads, "layers", torch.set_grad_enabled, (False,)) as pool:
             futures = {i: pool.submit(work, layers[i]) for i in order}
             return [futures[i].result() for i in range(len(layers))]

@@ -12,7 +12,7 @@ import copy
 import gc
 import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -271,7 +271,7 @@ class _Tracer(TorchDispatchMode):
     @contextmanager
     def _watching(self) -> Iterator[None]:
         """Attach the module hooks, and follow operations."""
-        handles = []
+        hooks = ExitStack()
         for name, module in self.modules.items():
             if name in self.convs:
                 enter, leave = self._enter_conv, self._leave_conv
@@ -285,17 +285,13 @@ class _Tracer(TorchDispatchMode):
                 continue
             if enter is not None:
                 hook = _with_input(enter, name)
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             hook = _with_input(leave, name)
             # On a linear layer before the user's hooks, which may change its output.
             first = name in self.linears
-            handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
-        try:
-            with self:
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+            hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
+        with hooks, self:
+            yield
 
     def _has_other_users(self, name: str) -> bool:
         return name in self.found.irregular or name in self.shared

@@ -1,4 +1,4 @@
-"""What looking at a module does not show, tried out on an input of its own."""
+"""Finds out what a module does by running it on a small input."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from repr_det.method.modules import eager, is_norm, unchanged
 
 
 def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
-    """Whether a dimension of a norm's input is the one that counts its channels."""
+    """Whether a dimension of a norm's input counts its channels."""
     width = x.shape[dim]
     if list(x.shape).count(width) == 1:
         return True
-    # Another dimension is as long by chance. Where only this one is, the norm must still run.
+    # Another dimension has the same length by chance. Try one where only this dimension has it.
     shape = [2 if width != 2 else 3] * x.dim()
     shape[dim] = width
     training = [(module, module.training) for module in norm.modules()]
@@ -35,9 +35,13 @@ def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
 
 
 def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
-    """Whether a conv's filters are zero where all that belongs to them is, tried out on noise.
+    """Whether a conv's output is zero where all that belongs to a filter is zero, tried on noise.
 
-    The weight may be computed from all filters, or something may be added to the result.
+    It is not where the weight is computed from all filters, or something is added to the output.
+
+    Args:
+        conv: the conv.
+        shape: of its input.
     """
     layer = FilterLayer("", conv)
     chosen = torch.arange(layer.num_filters) % 2 == 0
@@ -51,7 +55,7 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
     except Exception:  # a conv of an unknown kind may raise anything
         return False
     if any(map(is_norm, conv.modules())):
-        results = convolutions.results  # what the norm adds is a part of the filter
+        results = convolutions.results  # before the norm, whose shift belongs to the filter
     places = chosen.nonzero().flatten().to(weight.device)
     dim = -(weight.dim() - 1)
     return not any(result.index_select(dim, places).any() for result in results)

@@ -19,7 +19,7 @@ class RateWarmup:
     Args:
         optimizer: whose rates are lowered, those of all of its groups.
         schedule: when filters come back.
-        length: iterations until the rate is what it would be without; 0 never lowers it.
+        length: iterations until the rate is the usual one again; 0 never lowers it.
 
     Raises:
         UserError: a length that is not a whole number from 0 to ``schedule.s1``, or an optimizer
@@ -47,13 +47,13 @@ class RateWarmup:
             optimizer.register_step_post_hook(self._restore)
 
     def set_iteration(self, iteration: int) -> None:
-        """Be ready for the step of this iteration, counted from 0."""
-        self._restore(self._optimizer)  # a step that raised did not
+        """Set the rate's factor for the step of this iteration, counted from 0."""
+        self._restore(self._optimizer)  # in case the last step raised an error
         since = self._schedule.since_return(iteration)
         self._factor = 1.0 if since is None else min(1.0, (since + 1) / (self.length + 1))
 
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
-        # A step may be hooked more than once (gradient clipping as Detectron2 does it).
+        # Hooks may run more than once a step, as with Detectron2's gradient clipping.
         if self._factor < 1 and not self._rates:
             self._rates = [group["lr"] for group in optimizer.param_groups]
             for group in optimizer.param_groups:
@@ -63,5 +63,5 @@ class RateWarmup:
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate
         self._rates = []
-        # It applies to one step only.
+        # The factor is for one step only.
         self._factor = 1.0
