@@ -78,11 +78,10 @@ class LateJSONWriter(JSONWriter):
 
     Args:
         json_file: path of ``metrics.json``; new lines are appended.
-        window_size: iterations over which scalars are smoothed.
     """
 
-    def __init__(self, json_file: str, window_size: int = 20) -> None:
-        self._json_file, self._window_size, self._last_write = json_file, window_size, -1
+    def __init__(self, json_file: str) -> None:
+        self._json_file, self._window_size, self._last_write = json_file, 20, -1
 
     @cached_property
     def _file_handle(self) -> IO[str]:

@@ -104,6 +104,8 @@ class Call:
     Attributes:
         op: name of the operation without its overload, such as ``aten::mean``.
         out: the result, after :meth:`run`.
+        given: tags of the arguments before the operation, by name of each argument that is a tensor
+            or a list of tensors.
         pinned: tags whose channels must not be removed.
         tied: pairs of lists of channels that are removed together.
     """
@@ -119,16 +121,14 @@ class Call:
         self.tied: list[tuple[Channels, Channels]] = []
         self._arguments: dict[str, Any] = {}
         for place, argument in enumerate(func._schema.arguments):
-            default = argument.default_value if argument.has_default_value() else None
-            given = kwargs.get(argument.name, default)
+            given = kwargs.get(argument.name, argument.default_value)
             self._arguments[argument.name] = args[place] if place < len(args) else given
         # Recorded before the operation, which may write into its arguments.
-        self._tags: dict[str, list[Tag | None]] = {}
+        self.given: dict[str, list[Tag | None]] = {}
         self._shapes: dict[str, list[torch.Size]] = {}
         for name, value in self._arguments.items():
-            tensors = _tensors(value)
-            if tensors:
-                self._tags[name] = [tag_of(tensor) for tensor in tensors]
+            if tensors := _tensors(value):
+                self.given[name] = [tag_of(tensor) for tensor in tensors]
                 self._shapes[name] = [tensor.shape for tensor in tensors]
         self._asked: set[str] = set()
 
@@ -139,11 +139,7 @@ class Call:
     def tags(self, name: str) -> list[Tag | None]:
         """The tags of an argument that is a list of tensors. The rule is responsible for them."""
         self._asked.add(name)
-        return self._tags.get(name, [])
-
-    def seen(self, name: str) -> list[Tag | None]:
-        """Like :meth:`tags`, for who is not a rule: nobody becomes responsible for them."""
-        return self._tags.get(name, [])
+        return self.given.get(name, [])
 
     def tag(self, name: str) -> Tag | None:
         """The tag that an argument had before the operation. The rule is responsible for it."""
@@ -158,11 +154,6 @@ class Call:
         """The shape of an argument before the operation."""
         return self._shapes[name][0]
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the arguments that are tensors or lists of tensors."""
-        return list(self._tags)
-
     def written(self) -> list[Tensor]:
         """Tensors that the operation writes into."""
         return [
@@ -172,9 +163,9 @@ class Call:
             for tensor in _tensors(self._arguments[argument.name])
         ]
 
-    def axis(self, dim: int, name: str = "self") -> int:
-        """A dimension of an argument, counted from the front."""
-        return dim % max(1, len(self.shape(name)))
+    def axis(self, dim: int) -> int:
+        """A dimension of the argument "self", counted from the front."""
+        return dim % max(1, len(self.shape("self")))
 
     def pin(self, *tags: Tag | None) -> None:
         """Forbid that these channels are removed. Nothing happens for None."""
@@ -190,9 +181,9 @@ class Call:
         """Run the operation and its rule; returns a tag or None for each tensor in the result."""
         self.out = self._run()
         outputs = _tensors(self.out)
-        known = any(tag is not None for tags in self._tags.values() for tag in tags)
+        known = any(tag is not None for tags in self.given.values() for tag in tags)
         found = RULES[self.op](self) if self.op in RULES and (known or self.op in _ZEROS) else None
-        for name, tags in self._tags.items():
+        for name, tags in self.given.items():
             if (found is None or name not in self._asked) and self.op not in SHAPE_ONLY:
                 self.pin(*tags)
         listed = found if isinstance(found, list) else [found]

@@ -85,39 +85,49 @@ class PhaseChange(NamedTuple):
     layers: list[LayerReport]
 
 
+class _Network(NamedTuple):
+    """The model or a copy of it; ``optimizer`` is None for a copy."""
+
+    layers: list[FilterLayer]
+    readers: list[Reader]
+    optimizer: Optimizer | None
+
+
 class RePr:
     """Trains any model with convolutions by RePr (paper, Algorithm 1).
 
-    Call :meth:`step` before every training step; everything else of the loop stays as it is.
+    Call :meth:`step` before every training step; the rest of the training loop does not change.
 
     Args:
         model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
         optimizer: trains the model; :mod:`repr_det.method.optimizers` says which are accepted. What
             it trains is looked up at each drop. A layer takes no part if a part of it, its norm or
             a module that reads it requires gradients and is not in this optimizer.
-        schedule: when, in iterations.
-        prune_ratio: share of all filters that a drop takes, in (0, 1). The paper's p is 0.3.
-        criterion: a name in ``CRITERIA`` or a function of its signature.
-        include: patterns of layers that take part; see ``select_layers`` for the default.
-        exclude: patterns of layers that do not.
-        max_layer_ratio: share of one layer that a drop may take, in (0, 1]; a layer always keeps a
-            filter.
+        schedule: when filters are dropped and returned, in iterations.
+        prune_ratio: share of all filters that a drop prunes, in (0, 1). The paper's p is 0.3.
+        criterion: a name in :data:`repr_det.method.criteria.CRITERIA` or a function of the same
+            signature.
+        include: patterns of layers that take part. The default is described at
+            :func:`repr_det.method.selection.select_layers`.
+        exclude: patterns of layers that do not take part.
+        max_layer_ratio: largest share of one layer that a drop prunes, in (0, 1]. A layer always
+            keeps a filter.
         seed: of the new filters and of the random criterion.
-        batches: returns a fresh iterator of training batches, from a loader of its own.
-        loss: ``loss(model, batch)`` returns a scalar. With ``batches`` it serves data-driven
-            criteria and the statistics of returned channels in front of frozen norms.
-        copies: models kept in step (EMA of the weights): dropped and returned filters are handed
-            over to them.
+        batches: returns a new iterator of training batches, from a loader of its own.
+        loss: ``loss(model, batch)`` returns a scalar. Data-driven criteria use ``batches`` and
+            ``loss``, and so does the measurement of statistics that do not train.
+        copies: further models that follow the weights, such as an EMA. The same filters are dropped
+            and returned in them.
         reinit: what returned filters start with.
-        warmup: iterations over which the learning rate climbs back in a straight line after each
-            return, at most S1; 0 leaves it alone.
+        warmup: iterations over which the learning rate rises linearly to its usual value after each
+            return, at most S1; 0 for none.
         progress: shows the progress of a slow criterion (``oracle``). It takes a sequence of
             filters and returns an iterable of them, as ``tqdm`` does.
-        linear: whether hidden units of linear layers take part, too; see ``select_layers``.
+        linear: whether hidden units of linear layers take part without being named by a pattern.
 
     Raises:
-        UserError: an argument out of range, patterns that match nothing, an optimizer that is
-            not accepted, a model that could not be run on an example.
+        UserError: an argument is out of range, patterns match nothing, the optimizer is not
+            accepted, or the model could not be run on an example.
     """
 
     def __init__(
@@ -147,7 +157,7 @@ class RePr:
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
-        self._num_groups = len(optimizer.param_groups)  # those that were checked
+        self._num_checked_groups = len(optimizer.param_groups)
         self.prune_ratio = prune_ratio
         self.max_layer_ratio = max_layer_ratio
         self.seed = int(seed)
@@ -173,7 +183,7 @@ class RePr:
         self._pruned: dict[str, Tensor] = self._none_pruned()
         # The pruned filters' values before the drop, by name of the layers that lost some.
         self._old_filters: dict[str, Values] = {}
-        # The same for each copy, only where filters return as they were.
+        # The same for each copy, where filters return as they were. Else a copy gets the model's.
         self._old_filters_in_copies: list[dict[str, Values]] = []
         # The weights that read pruned filters, from before the drop, with their optimizer state:
         # for the model, then for each copy.
@@ -201,23 +211,32 @@ class RePr:
         return ChannelGraph.from_state(state, self.model, found.example if found else None)
 
     def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
-        """Set everything that depends on how channels go through the model."""
+        """Set everything that depends on the channel graph; ``names`` as in _set_layers()."""
         self.graph = graph
         self.removable = Removable(graph)
         self._readers = list(graph.readers.values())
-        self._take_stock(names)
+        self._set_layers(names)
 
-    def _take_stock(self, names: Collection[str] | None = None) -> None:
-        """Find the layers that take part: those of a checkpoint, or those that train now.
+    def _set_layers(self, names: Collection[str] | None = None) -> None:
+        """Set the layers that take part: those of a checkpoint, or those that train now.
 
-        Layers may be frozen, unfrozen or passed to the optimizer at any time.
+        This is done again at each drop, since layers may be frozen, unfrozen or passed to the
+        optimizer at any time.
 
         Args:
-            names: of the layers of a checkpoint; None for those that train now.
+            names: names of the layers in a checkpoint; None for those that train now.
         """
         self.layers: list[FilterLayer] = self._find_layers(names)
+        # By reader, the factor with which weights that read a returned filter come back.
         self._factors = self._factors_on_readers()
-        self._in_copies = [in_copy(copy, self.layers, self._readers) for copy in self.copies]
+        self._copy_networks = [
+            _Network(*in_copy(copy, self.layers, self._readers), None) for copy in self.copies
+        ]
+
+    @property
+    def _networks(self) -> list[_Network]:
+        """The model, then its copies."""
+        return [_Network(self.layers, self._readers, self.optimizer), *self._copy_networks]
 
     def _run_on_a_batch(self) -> None:
         for batch in self.batches():
@@ -228,7 +247,7 @@ class RePr:
         )
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
-        """Refuse batches and a loss that cannot be used; warn where they are missing."""
+        """Refuse batches and a loss that fail, and warn where they are missing."""
         must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
@@ -246,7 +265,7 @@ class RePr:
             )
 
     def _check_loss(self) -> None:
-        """Run one batch, which would otherwise fail at the first phase change, hours later."""
+        """Run one batch now. Otherwise an error would come hours later, at a phase change."""
         try:
             with unchanged(self.model), torch.no_grad(), eager():
                 self.model.train()
@@ -294,10 +313,9 @@ class RePr:
         return found
 
     def _factors_on_readers(self) -> dict[str, float]:
-        """The factor on the weights that read a returned filter, by reader name."""
         trained = self._trained()
         outgoing = 1.0 if self.reinit.as_it_was else float(self.reinit.outgoing)
-        # A frozen reader could not learn again what the factor takes away.
+        # A frozen reader could not learn again what a factor below 1 takes away.
         return {
             reader.name: outgoing if id(reader.module.weight) in trained else 1.0
             for reader in self._readers
@@ -459,11 +477,11 @@ class RePr:
             return self._criterion(self.layers, self._data(cycle))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
-        self._take_stock()
+        self._set_layers()
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
-        if len(self.optimizer.param_groups) != self._num_groups:
+        if len(self.optimizer.param_groups) != self._num_checked_groups:
             check_optimizer(self.optimizer)
-            self._num_groups = len(self.optimizer.param_groups)
+            self._num_checked_groups = len(self.optimizer.param_groups)
         self._pruned = self._none_pruned()
         self._check_finite("rank")
         scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
@@ -471,48 +489,33 @@ class RePr:
         self._old_filters = values_of(self.layers, pruned, self.reinit, self.group)
         if self.reinit.as_it_was:
             self._old_filters_in_copies = [
-                values_of(layers, pruned, self.reinit, self.group) for layers, _ in self._in_copies
+                values_of(copy.layers, pruned, self.reinit, self.group)
+                for copy in self._copy_networks
             ]
-        self._old_columns = [self._set_to_zero(pruned, *one) for one in self._everywhere()]
+        self._old_columns = []
+        for layers, readers, optimizer in self._networks:
+            keep_moments = not self.reinit.as_it_was  # else a return resets them
+            columns = set_aside(readers, pruned, optimizer, self._factors, keep_moments)
+            self._old_columns.append(columns)
+            for layer in layers:
+                zero_filters(layer, pruned[layer.name], optimizer)
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
         self._hold(self.layers, pruned)
         return PhaseChange("drop", cycle, self._report(scores))
 
-    def _set_to_zero(
-        self,
-        pruned: dict[str, Tensor],
-        layers: Sequence[FilterLayer],
-        readers: Sequence[Reader],
-        optimizer: Optimizer | None,
-    ) -> dict[str, Any]:
-        """Set pruned filters and the weights that read them to zero.
-
-        Returns:
-            What :func:`set_aside` returns: the copied weights that read them.
-        """
-        aside = set_aside(
-            readers, pruned, optimizer, self._factors, keep_moments=not self.reinit.as_it_was
-        )
-        for layer in layers:
-            zero_filters(layer, pruned[layer.name], optimizer)
-        return aside
-
     def _return(self) -> PhaseChange:
         self._check_finite("bring back")
         self._warn_of_moved()
         self._release()
         returned = self._pruned
-        everywhere = self._everywhere()
-        for (_, readers, optimizer), aside in zip(everywhere, self._old_columns, strict=True):
-            put_back(readers, returned, optimizer, aside, self._factors)
+        for network, columns in zip(self._networks, self._old_columns, strict=True):
+            put_back(network.readers, returned, network.optimizer, columns, self._factors)
         if self.reinit.as_it_was:
-            restore(self.layers, returned, self._old_filters)
-            for (layers, _), before in zip(
-                self._in_copies, self._old_filters_in_copies, strict=True
-            ):
-                restore(layers, returned, before)
+            old_filters = [self._old_filters, *self._old_filters_in_copies]
+            for network, old in zip(self._networks, old_filters, strict=True):
+                restore(network.layers, returned, old)
         else:
             self._renew(returned)
         for layer in self.layers:
@@ -543,13 +546,6 @@ class RePr:
                 f".data.",
                 stacklevel=4,
             )
-
-    def _everywhere(self) -> list[tuple[list[FilterLayer], list[Reader], Optimizer | None]]:
-        """The model and its copies: layers, readers, and the optimizer that trains them."""
-        return [
-            (self.layers, self._readers, self.optimizer),
-            *((layers, readers, None) for layers, readers in self._in_copies),
-        ]
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
         """Keep pruned filters at zero through backward and steps, until :meth:`_release`."""
@@ -598,8 +594,8 @@ class RePr:
         if constant and None not in (self.batches, self.loss):
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
             calibrate(self.model, constant, batches, self.loss, self.group)
-        for layers, _ in self._in_copies:
-            hand_over(self.layers, layers, returned)
+        for copy in self._copy_networks:
+            hand_over(self.layers, copy.layers, returned)
 
     # --- state
 
@@ -657,10 +653,10 @@ class RePr:
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         self._build_as_written(state)
-        if state["phase"] == SUB and len(state["aside"]) != 1 + len(self._in_copies):
+        if state["phase"] == SUB and len(state["aside"]) != len(self._networks):
             raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
-                f"now there are {len(self._in_copies)}. Pass the same copies."
+                f"now there are {len(self._copy_networks)}. Pass the same copies."
             )
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
@@ -682,7 +678,7 @@ class RePr:
                 graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
                 self._build(graph, state["layers"].keys())
         else:
-            self._take_stock(state["layers"].keys())
+            self._set_layers(state["layers"].keys())
         found = {layer.name: layer.num_filters for layer in self.layers}
         if state["layers"] != found:
             self._build(mine)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -463,7 +464,7 @@ class _Tracer(TorchDispatchMode):
         known = [tag.sources for tag in tags if tag is not None]
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
-        for given in (tag.sources for name in call.names for tag in call.seen(name) if tag):
+        for given in (tag.sources for tags in call.given.values() for tag in tags if tag):
             if not any(sources is given for sources in known):
                 for name, _ in _filters_of(given).difference(*map(_filters_of, known)):
                     self.found.lost.setdefault(name, call.op)
@@ -484,7 +485,7 @@ class _Tracer(TorchDispatchMode):
 
     def _next_origin(self, call: Call) -> _Origin:
         """The origin of an operation's result. Records which layers are read, and which gate."""
-        names = READS.get(call.op) or call.names
+        names = READS.get(call.op) or list(call.given)
         each = [self._origin(call[name]) for name in names]
         origin = _together(each)
         if call.op in CONTRACTIONS:
@@ -520,7 +521,8 @@ class _Tracer(TorchDispatchMode):
             self.found.lose(f"the layer {opened.name}", x)
         opened.seen = True
         # Offsets and masks of a deformable convolution.
-        self.found.pin(*(self._tag(call[name]) for name in call.names if name != "input"))
+        others = (tags for name, tags in call.given.items() if name != "input")
+        self.found.pin(*itertools.chain.from_iterable(others))
         return self._fresh(opened.name)
 
     def _forget_written(self, call: Call, outputs: list[Tensor], origin: _Origin) -> None:
