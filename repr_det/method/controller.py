@@ -195,16 +195,20 @@ class RePr:
 
     # --- what takes part
 
+    @property
+    def _has_data(self) -> bool:
+        return self.batches is not None and self.loss is not None
+
     def _traced(self) -> ChannelGraph:
-        """How channels go through the model, as the first rank found it."""
-        has_data = None not in (self.batches, self.loss)
+        """The channel graph of the model, the first rank's on all ranks.
+
+        Ranks have different batches, which may use different parts of the model.
+        """
         found, failure = None, None
         try:
-            found = trace(self.model, self._run_on_a_batch if has_data else None)
+            found = trace(self.model, self._run_on_a_batch if self._has_data else None)
         except (UserError, RuntimeError) as error:
-            # Raised below. Here, the other ranks would wait for this one.
-            failure = error
-        # Ranks see different batches, which may lead through different parts of the model.
+            failure = error  # raised below, where no other rank waits for this one any more
         state = object_of_first_rank(found.state_dict() if found else None, self.group)
         if state is None:
             raise failure or UserError("RePr could not run the model in the first process.")
@@ -251,7 +255,7 @@ class RePr:
         must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
-        if None not in (self.batches, self.loss) and (must_measure or needs_data):
+        if self._has_data and (must_measure or needs_data):
             self._check_loss()
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with unchanged(self.model), eager():
@@ -278,6 +282,7 @@ class RePr:
             ) from error
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
+        """The layers of these names, or by default those selected by the arguments."""
         layers = [
             FilterLayer(name, layer, tuple(self.graph.norms.get(name, ())))
             for name, layer in self.graph.layers.items()
@@ -327,6 +332,7 @@ class RePr:
         return {id(p) for group in groups for p in group["params"] if p.requires_grad}
 
     def _none_pruned(self) -> dict[str, Tensor]:
+        """Masks by layer name, all False."""
         return {
             layer.name: torch.zeros(layer.num_filters, dtype=torch.bool) for layer in self.layers
         }
@@ -342,12 +348,12 @@ class RePr:
 
     @property
     def phase(self) -> str:
-        """The phase that the weights are in now: ``"full"`` or ``"sub"``."""
+        """The phase of the weights now: ``"full"`` or ``"sub"``."""
         return self._phase
 
     @property
     def cycle(self) -> int:
-        """The cycle that the weights are in now."""
+        """The cycle of the weights now."""
         return self._cycle
 
     @property
@@ -357,7 +363,7 @@ class RePr:
 
     @property
     def num_pruned(self) -> int:
-        """How many filters are pruned now."""
+        """Number of filters that are pruned now."""
         return sum(int(mask.sum()) for mask in self._pruned.values())
 
     @property
@@ -366,55 +372,59 @@ class RePr:
         return list(self._history)
 
     def overlap(self) -> dict[str, float]:
-        """Mean plain Ortho score over surviving filters, by layer name."""
+        """Mean of :meth:`filter_overlap` over surviving filters, by layer name."""
         return mean_overlap(self.filter_overlap())
 
     def filter_overlap(self) -> Scores:
-        """Plain Ortho score of each filter among the surviving ones, NaN if pruned, by layer."""
+        """:func:`repr_det.method.criteria.ortho_paper` among surviving filters.
+
+        Returns:
+            float64 of shape (num_filters,) by layer name, NaN for pruned filters.
+        """
         if self._smaller is None:
             return filter_overlap(self.layers, self._pruned)
-        layers, gone = self._smaller
-        found = filter_overlap(layers, self._still_there(gone))
+        layers, removed = self._smaller
+        found = filter_overlap(layers, self._pruned_in_smaller(removed))
         full = {}
         for name, scores in found.items():
-            full[name] = scores.new_full((len(gone[name]),), float("nan"))
-            full[name][~gone[name].to(scores.device)] = scores
+            full[name] = scores.new_full((len(removed[name]),), float("nan"))
+            full[name][~removed[name].to(scores.device)] = scores
         return full
 
     def mask_gradients(self) -> None:
         """Set the gradients of pruned filters to zero now.
 
         This already happens in backward and in the optimizer's step. Call it only in loops that
-        write ``.grad`` by hand and look at it before the step, for example to clip it.
+        write ``.grad`` by hand and use it before the step, for example to clip it.
         """
         if self._mask is not None:
             self._mask.apply()
 
-    def stand_in(self, layers: Sequence[FilterLayer], gone: dict[str, Tensor]) -> None:
-        """Continue with a network from which pruned filters were removed.
+    def stand_in(self, layers: Sequence[FilterLayer], removed: dict[str, Tensor]) -> None:
+        """Work on smaller layers from now on: the caller has removed pruned filters physically.
 
-        Until :meth:`full_size`, which must come before the next phase change.
+        Call :meth:`full_size` before the next phase change.
 
         Args:
-            layers: the layers as they are now, of the same names.
-            gone: the removed filters, bool of shape (J,) by layer name. The other pruned filters
-                are held as zeros.
+            layers: the smaller layers, with the same names.
+            removed: the removed filters, bool of shape (J,) by layer name. Pruned filters that are
+                not removed are held at zero.
         """
         self._release()
-        self._smaller = (layers, gone)
-        self._hold(layers, self._still_there(gone))
+        self._smaller = (layers, removed)
+        self._hold(layers, self._pruned_in_smaller(removed))
 
     def full_size(self) -> None:
-        """End :meth:`stand_in`, once the caller has put the layers back as they were."""
+        """End :meth:`stand_in`. Call it when the layers have their full size again."""
         self._smaller = None
         self._release()
         self._hold(self.layers, self._pruned)
 
-    def _still_there(self, gone: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Which filters of the layers that stand in are pruned."""
-        return {name: mask[~gone[name]] for name, mask in self._pruned.items()}
+    def _pruned_in_smaller(self, removed: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The pruned filters among those that were not removed, by layer name."""
+        return {name: mask[~removed[name]] for name, mask in self._pruned.items()}
 
-    # --- what happens when
+    # --- phase changes
 
     def due(self, iteration: int) -> bool:
         """Whether :meth:`step` would change something before this iteration."""
@@ -428,11 +438,11 @@ class RePr:
         norm's running statistics are learned or constant.
 
         Returns:
-            The phase changes that happened; empty at almost every step.
+            The phase changes that happened. At almost every step there are none.
 
         Raises:
             FloatingPointError: weights or scores that are not finite at a phase change.
-            RuntimeError: a phase change while :meth:`stand_in` is in force.
+            RuntimeError: a phase change is due between :meth:`stand_in` and :meth:`full_size`.
         """
         self._warmup.set_iteration(iteration)
         phase = self.schedule.phase(iteration)
@@ -443,7 +453,7 @@ class RePr:
             raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
         with torch.no_grad(), still(self.model):
-            # Both happen only where iterations were skipped.
+            # A return and a drop at once happen only if the caller skipped iterations.
             if self._phase == SUB:
                 changes.append(self._return())
             if phase.name == SUB:
@@ -536,7 +546,7 @@ class RePr:
                 )
 
     def _warn_of_moved(self) -> None:
-        """Warn where pruned filters did not stay zero: not every cause can be foreseen."""
+        """Warn where pruned filters did not stay zero, since not every cause can be refused."""
         names = [layer.name for layer in self.layers if moved(layer, self._pruned[layer.name])]
         if names:
             warnings.warn(
@@ -576,7 +586,7 @@ class RePr:
     # --- coming back
 
     def _renew(self, returned: dict[str, Tensor]) -> None:
-        """Set returned filters to new ones, and hand them over to the copies."""
+        """Set returned filters to new ones, also in the copies."""
         generator = self._generator(self._cycle, _RETURN)
         rows = new_rows(
             self.layers, returned, self._old_filters, self.reinit, generator, self.group
@@ -591,7 +601,7 @@ class RePr:
                 write_affine(layer, pruned, old, self.reinit)
         # Running statistics that train start again. Constant ones are measured.
         constant = reset_statistics(self.layers, returned, self._old_filters)
-        if constant and None not in (self.batches, self.loss):
+        if constant and self._has_data:
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
             calibrate(self.model, constant, batches, self.loss, self.group)
         for copy in self._copy_networks:
@@ -638,13 +648,13 @@ class RePr:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Load those of the model and the optimizer separately.
+        """Continue from a state. Load the states of the model and the optimizer separately.
 
         Raises:
             UserError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
-        # While no filter is pruned, a state of version 1 holds the same.
+        # A state of version 1 is the same while no filter is pruned.
         same = state.get("version") == 1 and state["phase"] == FULL
         if state.get("version") != _STATE_VERSION and not same:
             raise UserError(
@@ -670,10 +680,10 @@ class RePr:
             self._hold(self.layers, self._pruned)
 
     def _build_as_written(self, state: dict[str, Any]) -> None:
-        """Use the checkpoint's channel graph: another batch may use other parts of the model."""
+        """Use the checkpoint's channel graph. The batch traced now may use other parts."""
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
-            # A graph of another model names layers that this one lacks. This is refused below.
+            # KeyError: this model lacks layers of the graph. It is refused below.
             with suppress(KeyError):
                 graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
                 self._build(graph, state["layers"].keys())
@@ -695,7 +705,7 @@ class RePr:
 
 
 def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
-    """Whether the weights that were set aside are those that read the pruned filters."""
+    """Whether the weights in the state are those that read the pruned filters."""
     pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
     return all(
         len(column_slots(reader.module, reader.dead(pruned))) == len(entries.get(reader.name, []))
