@@ -68,7 +68,7 @@ class RePrHook(HookBase):
     the trainer's config, if it has one, lists the filters of each drop and the overlap around it.
 
     Args:
-        schedule: when, in iterations.
+        schedule: when filters are dropped and returned, in iterations.
         compact: whether the pruned filters are removed from the network physically during S2:
             ``"on"``, ``"off"``, or ``"auto"``, which measures at the first drop whether that is
             faster. The measurement may come out differently from run to run, and the last digits
@@ -81,9 +81,9 @@ class RePrHook(HookBase):
             own, where the trainer's loader is not torch's, Detectron2's or this package's.
 
     Raises:
-        UserError: on registration, what :class:`repr_det.RePr` refuses; a schedule that would
-            end the run pruned; AMP on a trainer that cannot run it; a run that was resumed already;
-            an unknown value of ``compact``.
+        UserError: an unknown value of ``compact``. On registration: what :class:`repr_det.RePr`
+            refuses, a schedule that would end in S2, AMP on a trainer that cannot run it, or a
+            run that was already resumed.
     """
 
     def __init__(self, schedule: RePrSchedule, *, compact: str = "auto", **arguments: Any) -> None:
@@ -91,7 +91,7 @@ class RePrHook(HookBase):
             raise UserError(
                 f"RePr: compact (REPR.COMPACT) is {compact!r}. Set one of {', '.join(MODES)}."
             )
-        for name in ("seed", "warmup"):
+        for name in ("seed", "warmup"):  # used here before RePr checks them
             check_whole(name, arguments.get(name, 0))
         self.schedule = schedule
         self._mode = compact
@@ -105,7 +105,7 @@ class RePrHook(HookBase):
         self._resized = False
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
-        self._has_state = False  # of a checkpoint
+        self._has_state = False  # whether a state was loaded
         self._eval_period = 0
         self._after_writers = False  # whether the writers come before this hook
         self._num_pruned = 0  # counted once a phase: counting costs more than the rest of a step
@@ -181,6 +181,7 @@ class RePrHook(HookBase):
     def _build(self, trainer: TrainerBase) -> None:
         """Build the method for the trainer's model, its recorder and what makes it smaller."""
         self._group = group_of(trainer.model)
+        # Each rank has its own batches.
         seed = self._arguments.get("seed", 0) + rank_in(self._group)
         defaults: dict[str, Any] = {"loss": training_loss, "progress": filter_progress}
         defaults["batches"] = own_batches(getattr(trainer, "data_loader", None), seed)
@@ -327,9 +328,12 @@ class RePrHook(HookBase):
         """Log and record a change of phase."""
         self._num_pruned = self.method.num_pruned
         logger.info(_one_line(change))
-        for line in _layer_lines(change):
-            logger.info(line)
         if change.kind == "drop":
+            for layer in change.layers:
+                logger.info(
+                    f"  {layer.name}: {layer.filters} filters, {layer.pruned} pruned, "
+                    f"mean score {layer.mean_score:.4f}"
+                )
             self._warn_of_averages()
         self._recorder.change(change)
 
@@ -370,6 +374,7 @@ class RePrHook(HookBase):
     # --- the physically smaller network
 
     def _grow(self) -> None:
+        """Bring the network to full size; nothing happens where it is."""
         self._resized |= self._compact.active
         self._compact.grow()
 
@@ -398,21 +403,8 @@ class RePrHook(HookBase):
     def _measure(self) -> bool:
         """Whether the smaller network is faster on every rank. All ranks return the same."""
         stays = "pruned filters stay in the network as zeros (REPR.COMPACT auto)."
-        if torch.are_deterministic_algorithms_enabled():
-            logger.info(f"RePr: a deterministic run measures no times, so {stays}")
-            return False
-        if self._arguments.get("copies"):
-            logger.info(
-                f"RePr: copies are passed, and what is averaged through a state dict would not "
-                f"change in a smaller network, so {stays}"
-            )
-            return False
-        if reason := reason_against_other_sizes(self.trainer.model):
-            logger.info(f"RePr: {reason}, which cannot be renewed, so {stays}")
-            return False
-        total = self.schedule.s2 * self.schedule.cycles
-        if total < MEASURING_PAYS_FROM:
-            logger.info(f"RePr: {total} iterations in S2 are too few to measure times, so {stays}")
+        if reason := self._reason_not_to_measure():
+            logger.info(f"RePr: {reason}, so {stays}")
             return False
         self._resized = True
         try:
@@ -422,12 +414,24 @@ class RePrHook(HookBase):
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = Speed(0.0, 0.0, 0.0)
         speeds = objects_of_all_ranks(mine, self._group)
-        slowest = Speed(*map(min, zip(*speeds, strict=True)))  # for the log only
         logger.info(
-            f"RePr: measured, the smaller network of S2 is {slowest.ratio:.2f} times as fast, "
-            f"{slowest.lowest:.2f} in the worst comparison."
+            f"RePr: measured, the smaller network of S2 is {min(s.ratio for s in speeds):.2f} "
+            f"times as fast, {min(s.lowest for s in speeds):.2f} in the worst comparison."
         )
         return all(pays(one, self.schedule.s2) for one in speeds)
+
+    def _reason_not_to_measure(self) -> str:
+        """Why ``"auto"`` means off without a measurement; empty where it does not."""
+        if torch.are_deterministic_algorithms_enabled():
+            return "a deterministic run measures no times"
+        if self._arguments.get("copies"):
+            return "a copy that is updated through its state dict would miss the smaller network"
+        if reason := reason_against_other_sizes(self.trainer.model):
+            return f"{reason}, which cannot be renewed"
+        total = self.schedule.s2 * self.schedule.cycles
+        if total < MEASURING_PAYS_FROM:
+            return f"{total} iterations in S2 are too few to measure times"
+        return ""
 
 
 def pays(speed: Speed, s2: int) -> bool:
@@ -563,13 +567,3 @@ def _one_line(change: PhaseChange) -> str:
         f"{len(change.layers)} layers, the largest share {most.pruned}/{most.filters} in "
         f"{most.name}."
     )
-
-
-def _layer_lines(change: PhaseChange) -> Sequence[str]:
-    if change.kind != "drop":
-        return []
-    return [
-        f"  {layer.name}: {layer.filters} filters, {layer.pruned} pruned, "
-        f"mean score {layer.mean_score:.4f}"
-        for layer in change.layers
-    ]
