@@ -19,7 +19,7 @@ from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.config import config_path
 from repr_det.engine.processes import launch
 from repr_det.engine.run_folder import open_run_folder, set_up_process
-from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
+from repr_det.engine.trainer import RePrTrainer, check_weights, has_run
 from repr_det.errors import UserError, sentence
 
 GRACE_S = 60.0
@@ -143,7 +143,7 @@ def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
     if resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         return
-    check_weights_given(cfg.MODEL.WEIGHTS)
+    check_weights(cfg.MODEL.WEIGHTS, required=True)
     checkpointer.load_whole(cfg.MODEL.WEIGHTS)
 
 

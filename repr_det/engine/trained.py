@@ -11,7 +11,7 @@ from torch import nn
 
 from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.command_line import merge_config_file, merge_overrides
-from repr_det.engine.trainer import RePrTrainer, check_weights_given, has_run
+from repr_det.engine.trainer import RePrTrainer, check_weights, has_run
 from repr_det.errors import UserError
 
 
@@ -63,7 +63,7 @@ def load_trained(cfg: CfgNode) -> nn.Module:
         raise UserError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU. Set MODEL.DEVICE to cpu."
         )
-    check_weights_given(cfg.MODEL.WEIGHTS)
+    check_weights(cfg.MODEL.WEIGHTS, required=True)
     model = RePrTrainer.build_model(cfg)
     SafeCheckpointer(model).load_whole(cfg.MODEL.WEIGHTS)
     return model.eval()

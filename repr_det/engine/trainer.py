@@ -249,24 +249,19 @@ class RePrTrainer(DefaultTrainer):
         super().load_state_dict(state_dict)
 
 
-def check_weights_given(weights: str) -> None:
-    """Refuse an empty path of weights, and what :func:`check_weights` refuses.
+def check_weights(weights: str, *, required: bool = False) -> None:
+    """Refuse weights that do not exist.
 
-    Raises:
-        UserError: it is empty, or the weights cannot be loaded.
-    """
-    if not weights:
-        raise UserError("MODEL.WEIGHTS is empty. Set the checkpoint of a trained model.")
-    check_weights(weights)
-
-
-def check_weights(weights: str) -> None:
-    """Refuse weights that do not exist. An empty path passes.
+    Args:
+        weights: a path or URL as in ``MODEL.WEIGHTS``.
+        required: whether to refuse an empty path, too.
 
     Raises:
         UserError: they are not on disk, or cannot be downloaded.
     """
     if not weights:
+        if required:
+            raise UserError("MODEL.WEIGHTS is empty. Set the checkpoint of a trained model.")
         return
     try:
         path = PathManager.get_local_path(weights.partition("?")[0])

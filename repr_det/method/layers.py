@@ -72,19 +72,20 @@ class NormLink:
         return self.channels[chosen.cpu()[self.filters]]
 
     @property
-    def gamma(self) -> Tensor | None:
-        """The norm's scale: a parameter, a buffer where it is frozen, None where it has none."""
-        return getattr(self.module, "weight", None)
+    def affine(self) -> dict[str, Tensor]:
+        """``gamma`` and ``beta``, the norm's scale and shift, where it has them.
 
-    @property
-    def beta(self) -> Tensor | None:
-        """The norm's shift: a parameter, a buffer where it is frozen, None where it has none."""
-        return getattr(self.module, "bias", None)
+        They are parameters, or buffers where the norm is frozen.
+        """
+        names = (("gamma", "weight"), ("beta", "bias"))
+        both = {key: getattr(self.module, name, None) for key, name in names}
+        return {key: tensor for key, tensor in both.items() if tensor is not None}
 
     @property
     def trains(self) -> bool:
         """Whether gamma and beta train. In FrozenBatchNorm2d they are constants."""
-        return isinstance(self.gamma, nn.Parameter) and self.gamma.requires_grad
+        gamma = self.affine.get("gamma")
+        return isinstance(gamma, nn.Parameter) and gamma.requires_grad
 
     @property
     def constant_statistics(self) -> bool:
@@ -211,10 +212,8 @@ class FilterLayer:
         own = [*([] if self.bias is None else [self.bias]), *self.per_filter.values()]
         slots = [Slot(tensor, None, 0, _indices(chosen, tensor)) for tensor in own]
         for link in self.norms:
-            tensors = [tensor for tensor in (link.gamma, link.beta) if tensor is not None]
-            if tensors:
-                channels = link.channels_of(chosen).to(tensors[0].device)
-                slots += [Slot(tensor, None, 0, channels) for tensor in tensors]
+            channels = link.channels_of(chosen)
+            slots += [Slot(t, None, 0, channels.to(t.device)) for t in link.affine.values()]
         return slots
 
 

@@ -47,11 +47,7 @@ def _values(layer: FilterLayer, chosen: Tensor, all_statistics: bool) -> Values:
     norms = []
     for link in layer.norms:
         channels = link.channels_of(chosen)
-        affine = {
-            key: tensor.detach()[channels]
-            for key, tensor in (("gamma", link.gamma), ("beta", link.beta))
-            if tensor is not None
-        }
+        affine = {key: tensor.detach()[channels] for key, tensor in link.affine.items()}
         statistics = [
             [mean[channels], var[channels]]
             for mean, var in link.running_statistics()
@@ -90,9 +86,8 @@ def _write(layer: FilterLayer, chosen: Tensor, values: Values) -> None:
         _write_entries(layer.per_filter[key], chosen, old)
     for link, old in zip(layer.norms, values["norms"], strict=True):
         channels = link.channels_of(chosen)
-        for key, tensor in (("gamma", link.gamma), ("beta", link.beta)):
-            if tensor is not None:
-                _write_entries(tensor, channels, old[key])
+        for key, tensor in link.affine.items():
+            _write_entries(tensor, channels, old[key])
         for pair, old_pair in zip(link.running_statistics(), old["statistics"], strict=True):
             for tensor, entries in zip(pair, old_pair, strict=True):
                 _write_entries(tensor, channels, entries)
@@ -159,12 +154,9 @@ def write_affine(layer: FilterLayer, returned: Tensor, before: Values, reinit: R
         _write_choice(gain, returned, ~returned, choice, old)
     for link, old in zip(layer.norms, before["norms"], strict=True):
         new, kept = link.channels_of(returned), link.channels_of(~returned)
-        for key, tensor, choice in (
-            ("gamma", link.gamma, reinit.gamma), ("beta", link.beta, reinit.beta)
-        ):  # fmt: skip
-            if tensor is not None:
-                choice = choice if link.trains else "previous"
-                _write_choice(tensor, new, kept, choice, old[key])
+        for key, tensor in link.affine.items():
+            choice = getattr(reinit, key) if link.trains else "previous"
+            _write_choice(tensor, new, kept, choice, old[key])
 
 
 def _write_choice(tensor: Tensor, new: Tensor, kept: Tensor, choice: str, previous: Tensor) -> None:

@@ -157,7 +157,7 @@ def trained_elsewhere(
         if elsewhere(layer.bias, *layer.per_filter.values()):
             found[layer.name] = layer.name
         for link in layer.norms:
-            if elsewhere(link.gamma, link.beta):
+            if elsewhere(*link.affine.values()):
                 found[layer.name] = link.name
     for reader in readers:
         if elsewhere(reader.module.weight):
@@ -242,6 +242,6 @@ def _parts(layer: FilterLayer) -> Iterator[tuple]:
         if tensor is not None:
             yield (id(tensor),)
     for link in layer.norms:
-        for part in (link.name, *(id(t) for t in (link.gamma, link.beta) if t is not None)):
+        for part in (link.name, *(id(t) for t in link.affine.values())):
             for channel in link.channels.tolist():
                 yield part, channel

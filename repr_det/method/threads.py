@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,21 +19,17 @@ def over_layers(work: Callable[[Any], Any], layers: Sequence[Any]) -> list[Any]:
         work: must not depend on the order of the layers.
         layers: filter layers or readers.
     """
+
+    def on_one(layer: Any) -> Any:
+        with torch.no_grad(), torch.autocast(layer.module.weight.device.type, enabled=False):
+            return work(layer)
+
     threads = torch.get_num_threads()
-    devices = {layer.module.weight.device.type for layer in layers}
-    if threads == 1 or "cuda" in devices:
-        with ExitStack() as settings:
-            settings.enter_context(torch.no_grad())
-            for device in devices:
-                settings.enter_context(torch.autocast(device, enabled=False))
-            return [work(layer) for layer in layers]
-    # The largest layer first: at the end it would occupy one core while the others wait.
-    order = sorted(range(len(layers)), key=lambda i: -layers[i].module.weight.numel())
+    if threads == 1 or any(layer.module.weight.is_cuda for layer in layers):
+        return [on_one(layer) for layer in layers]
     torch.set_num_threads(1)
     try:
-        # New threads have no autocast, but gradients.
-        with ThreadPoolExecutor(threads, "layers", torch.set_grad_enabled, (False,)) as pool:
-            futures = {i: pool.submit(work, layers[i]) for i in order}
-            return [futures[i].result() for i in range(len(layers))]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(on_one, layers))
     finally:
         torch.set_num_threads(threads)

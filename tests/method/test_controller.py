@@ -681,7 +681,7 @@ def test_second_moments_in_a_norm_of_several_layers_are_those_of_the_own_survivo
         for layer in method.layers
         for link in layer.norms
         for survivors in [link.channels_of(~gone[layer.name])]
-        for moments in [trainer.state[link.gamma]["exp_avg_sq"]]
+        for moments in [trainer.state[link.affine["gamma"]]["exp_avg_sq"]]
     ]
     method.step(S1 + S2)
     assert len(expected) > len({link.name for link, *_ in expected}) > 1

@@ -30,11 +30,10 @@ def test_results_come_in_the_order_of_the_layers_without_gradients(threads):
     assert torch.get_num_threads() == threads
 
 
-def test_all_threads_work_and_the_largest_layer_is_begun_first():
-    begun, both = [], threading.Barrier(2, timeout=60)
+def test_all_threads_work():
+    both = threading.Barrier(2, timeout=60)
 
     def work(layer):
-        begun.append(layer.name)
         both.wait()  # would fail if one thread did it all
         return torch.get_num_threads()
 
@@ -44,7 +43,6 @@ def test_all_threads_work_and_the_largest_layer_is_begun_first():
         assert over_layers(work, LAYERS) == [1] * 4
     finally:
         torch.set_num_threads(torch_threads)
-    assert set(begun[:2]) == {"32", "16"}
 
 
 def test_autocast_of_the_caller_does_not_reach_the_work(threads):
