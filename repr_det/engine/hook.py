@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -523,22 +523,27 @@ def weights_alike(
     shapes = [p.shape for p in unwrap(model).parameters()]
     own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
     found = {}
+    for name, value in _attributes(holders):
+        state = value.state_dict() if isinstance(value, nn.Module) else value
+        if not isinstance(state, Mapping):
+            continue
+        tensors = [t for t in state.values() if isinstance(t, Tensor)]
+        # In the same order, buffers in between: ``in`` consumes an iterator up to a match.
+        others = iter([t.shape for t in tensors])
+        alike = all(shape in others for shape in shapes)
+        if alike and own.isdisjoint(t.data_ptr() for t in tensors):
+            found[name] = [(t.data_ptr(), t._version) for t in tensors]
+    return found
+
+
+def _attributes(holders: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    """``Class.attribute`` and its value, for objects and for the objects that they hold."""
     for holder in holders:
         inner = [v for v in vars(holder).values() if not isinstance(v, (nn.Module, type))]
         named = [(v, f"{type(holder).__name__}.") for v in inner if hasattr(v, "__dict__")]
         for one, prefix in ((holder, ""), *named):
             for key, value in list(vars(one).items()):
-                state = value.state_dict() if isinstance(value, nn.Module) else value
-                if not isinstance(state, Mapping):
-                    continue
-                tensors = [t for t in state.values() if isinstance(t, Tensor)]
-                # In the same order, buffers in between: ``in`` consumes an iterator up to a match.
-                others = iter([t.shape for t in tensors])
-                alike = all(shape in others for shape in shapes)
-                if alike and own.isdisjoint(t.data_ptr() for t in tensors):
-                    name = f"{prefix}{type(one).__name__}.{key}"
-                    found[name] = [(t.data_ptr(), t._version) for t in tensors]
-    return found
+                yield f"{prefix}{type(one).__name__}.{key}", value
 
 
 def _cost_line(shrunk: Shrunk) -> str:

@@ -164,11 +164,7 @@ class RePr:
         self.reinit = reinit or Reinit()
         self._warmup = RateWarmup(optimizer, schedule, warmup)
         self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-        self._criterion_name = (
-            criterion
-            if isinstance(criterion, str)
-            else getattr(criterion, "__name__", type(criterion).__name__)
-        )
+        self._criterion_name = _name_of(criterion)
         self._include, self._exclude = list(include or ()), list(exclude or ())
         self._linear = bool(linear)
         self.model, self.group = unwrap(model), group_of(model)
@@ -712,6 +708,12 @@ def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
         for entries in state["aside"]
         for reader in readers
     )
+
+
+def _name_of(criterion: str | Criterion) -> str:
+    if isinstance(criterion, str):
+        return criterion
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def _finite_mean(scores: Tensor) -> float:

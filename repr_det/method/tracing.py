@@ -60,6 +60,11 @@ from repr_det.method.sharing import irregular_layers, names_and_holders, shared_
 from repr_det.method.trials import counts_channels, is_silent
 
 
+def _tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested containers."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
 def _filters_of(channels: Channels) -> set[Filter]:
     """All filters that channels are known to be computed from."""
     return {one for sources in channels for one in sources or ()}
@@ -82,9 +87,8 @@ class _Origin(NamedTuple):
 
 
 def _together(origins: Iterable[_Origin]) -> _Origin:
+    """The origin of a tensor that is computed from tensors of these origins."""
     origins = list(origins)
-    if not origins:
-        return _Origin()
     names = (frozenset().union(*(o[i] for o in origins)) for i in range(3))
     return _Origin(*names, any(o.weighted for o in origins))
 
@@ -257,15 +261,14 @@ class _Tracer(TorchDispatchMode):
         self.found.pin(*self._tags.values(), *self._companions.values())
 
     def _origin(self, values: Any) -> _Origin:
-        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor)]
         return _together(
-            self._origins.get(t, _Origin(weighted=id(t) in self.parameters)) for t in tensors
+            self._origins.get(tensor, _Origin(weighted=id(tensor) in self.parameters))
+            for tensor in _tensors_in(values)
         )
 
     def _set_origin(self, values: Any, origin: _Origin) -> None:
-        for tensor in tree_leaves(values):
-            if isinstance(tensor, Tensor):
-                self._origins[tensor] = origin
+        for tensor in _tensors_in(values):
+            self._origins[tensor] = origin
 
     # --- layers
 
@@ -349,9 +352,8 @@ class _Tracer(TorchDispatchMode):
         self._set_origin(out, _Origin(frozenset([name])))
         if name not in self.linears:
             self._lose_all(name, out)
-            for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._set_tag(tensor, None)
+            for tensor in _tensors_in(out):
+                self._set_tag(tensor, None)
             return
         self._inside -= 1
         if not self._inside:
@@ -442,7 +444,7 @@ class _Tracer(TorchDispatchMode):
             if call.tied:
                 tags = [self._without_sums(tag) for tag in tags]
             self._note_losses(call, tags)
-        outputs = [t for t in tree_leaves(call.out) if isinstance(t, Tensor)]
+        outputs = _tensors_in(call.out)
         self._forget_written(call, outputs, origin)
         self._set_origin(outputs, origin)
         for tensor, tag in zip(outputs, tags, strict=False):
@@ -472,9 +474,7 @@ class _Tracer(TorchDispatchMode):
     def _notice_use(self, args: tuple, kwargs: dict) -> None:
         """Record weights that are used outside of their layer. Pin channels of companions."""
         opened = {one.name for one in self._open}
-        for tensor in tree_leaves((args, kwargs)):
-            if not isinstance(tensor, Tensor):
-                continue
+        for tensor in _tensors_in((args, kwargs)):
             if (companion := self._companions.get(tensor)) is not None:
                 self.found.pin(companion)
             holders = self.holders.get(id(tensor), ())
