@@ -489,12 +489,13 @@ class _Tracer(TorchDispatchMode):
         each = [self._origin(call[name]) for name in names]
         origin = _together(each)
         if call.op in CONTRACTIONS:
-            if origin.weighted:
+            if origin.weighted:  # a product with a weight outside of layers
                 self.found.read |= origin.layers
                 return _Origin(frozenset([_FUNCTIONAL]))
             return origin._replace(convs=frozenset(), shifted=frozenset())
         if call.op in GATES:
-            self._note_gates(origin.convs, call.tag("self"))
+            (tag,) = call.given["self"]
+            self._note_gates(origin.convs, tag)
             return origin._replace(shifted=origin.convs)
         from_layers = [one for one in each if one.layers]
         if call.op in SHIFTS and len(from_layers) == 1:
@@ -504,6 +505,7 @@ class _Tracer(TorchDispatchMode):
         return origin
 
     def _note_gates(self, convs: Collection[str], tag: Tag | None) -> None:
+        """Record the filters of a tag as gates, or without a tag all filters of these convs."""
         if tag is not None and None not in tag.sources:
             self.found.gating |= _filters_of(tag.sources)
             return
