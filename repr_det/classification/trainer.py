@@ -44,6 +44,8 @@ class ClassificationTrainer(RePrTrainer):
             :func:`repr_det.classification.epochs.resolve_epochs`.
     """
 
+    LENGTHS = (*RePrTrainer.LENGTHS, "DSD.DENSE_ITERS", "DSD.SPARSE_ITERS")
+
     def __init__(self, cfg: CfgNode) -> None:
         self.check_to_train(cfg)
         super().__init__(self.in_iterations(cfg))

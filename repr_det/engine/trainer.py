@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,14 @@ class RePrTrainer(DefaultTrainer):
         UserError: the config cannot work.
     """
 
+    LENGTHS: tuple[str, ...] = ("SOLVER.CYCLE_ITERS", "REPR.S1", "REPR.S2", "REPR.WARMUP")
+    """This package's keys that are lengths in iterations. A task adds its own."""
+
     def __init__(self, cfg: CfgNode) -> None:
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = _scaled_to(cfg, comm.get_world_size())
+        cfg = _scaled_to(cfg, comm.get_world_size(), self.LENGTHS)
         device = torch.device(cfg.MODEL.DEVICE).type
         precision = None
         if cfg.SOLVER.AMP.ENABLED:
@@ -278,20 +282,17 @@ def check_weights(weights: str, *, required: bool = False) -> None:
         )
 
 
-def _scaled_to(cfg: CfgNode, num_workers: int) -> CfgNode:
-    """Scale lengths to the number of workers as Detectron2 does, also in this package's keys."""
+def _scaled_to(cfg: CfgNode, num_workers: int, lengths: Sequence[str]) -> CfgNode:
+    """Scale to the number of workers as Detectron2 does, also these lengths in iterations."""
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
     scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
-    lengths = [(scaled.SOLVER, "CYCLE_ITERS")]
-    lengths += [(scaled.REPR, name) for name in ("S1", "S2", "WARMUP")]
-    if "DSD" in scaled:  # a key of classification alone
-        lengths += [(scaled.DSD, name) for name in ("DENSE_ITERS", "SPARSE_ITERS")]
-    for node, name in lengths:
-        node[name] = round(node[name] / scale)
+    for length in lengths:
+        section, key = length.split(".")
+        scaled[section][key] = round(scaled[section][key] / scale)
     scaled.SOLVER.CYCLE_AMPLITUDE *= scale
     if frozen:
         scaled.freeze()

@@ -7,8 +7,9 @@ from operator import attrgetter
 import pytest
 
 from repr_det.classification import add_classification_config
+from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.engine.config import get_cfg
-from repr_det.engine.trainer import _scaled_to
+from repr_det.engine.trainer import RePrTrainer, _scaled_to
 
 LENGTHS = ("SOLVER.MAX_ITER", "SOLVER.CYCLE_ITERS", "REPR.S1", "REPR.S2", "REPR.WARMUP")
 DSD_LENGTHS = ("DSD.DENSE_ITERS", "DSD.SPARSE_ITERS")
@@ -28,13 +29,16 @@ def cfg_for_8_workers(keys, *additions):
 
 @pytest.mark.parametrize("workers", [2, 16])
 @pytest.mark.parametrize(
-    ("keys", "additions"),
-    [(LENGTHS, ()), (LENGTHS + DSD_LENGTHS, (add_classification_config,))],
-    ids=["detection", "classification"],
+    ("trainer", "keys", "additions"),
+    [
+        (RePrTrainer, LENGTHS, ()),
+        (ClassificationTrainer, LENGTHS + DSD_LENGTHS, (add_classification_config,)),
+    ],
+    ids=["every task", "classification"],
 )
-def test_lengths_and_rates_are_scaled_together(workers, keys, additions):
+def test_lengths_and_rates_are_scaled_together(workers, trainer, keys, additions):
     cfg = cfg_for_8_workers(keys, *additions)
-    scaled = _scaled_to(cfg, workers)
+    scaled = _scaled_to(cfg, workers, trainer.LENGTHS)
     assert scaled.is_frozen()
     lengths = attrgetter(*keys)
     assert lengths(scaled) == tuple(length * 8 / workers for length in lengths(cfg))
@@ -43,4 +47,4 @@ def test_lengths_and_rates_are_scaled_together(workers, keys, additions):
 
 def test_nothing_is_scaled_where_workers_are_as_many_as_meant():
     cfg = cfg_for_8_workers(LENGTHS)
-    assert _scaled_to(cfg, 8) is cfg
+    assert _scaled_to(cfg, 8, RePrTrainer.LENGTHS) is cfg
