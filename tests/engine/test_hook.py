@@ -199,8 +199,10 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_where_little_takes_part_the_log_names_the_switch(caplog, linear):
+def test_where_little_takes_part_the_log_names_the_switch(caplog, monkeypatch, linear):
     caplog.set_level(logging.INFO)
+    # Off once an earlier test has set up Detectron2's log.
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     model = Wide()
     trainer = SimpleTrainer(model, [torch.randn(4, 3, 8, 8)], torch.optim.SGD(model.parameters()))
     trainer.register_hooks([RePrHook(SCHEDULE, linear=linear), Stop()])
