@@ -34,7 +34,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from repr_det.errors import UserError
@@ -42,7 +43,7 @@ from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged
 from repr_det.method.optimizers import state_tensors
-from repr_det.method.ranks import object_of_first_rank
+from repr_det.method.ranks import object_of_first_rank, objects_of_all_ranks
 from repr_det.method.removal import Removal
 
 MODES = ("auto", "on", "off")
@@ -138,6 +139,15 @@ def _memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+_DIFFERS = (
+    "the smaller network differs from the masked one, as where code reads a number of channels"
+)
+
+
+def _failed(error: Exception) -> str:
+    return f"the smaller network could not be run ({type(error).__name__}: {error})"
+
+
 class Compact:
     """Takes pruned filters out of a network physically and puts them back.
 
@@ -169,27 +179,41 @@ class Compact:
                 network cannot be run or differs from the masked one; the network is as it was then.
         """
         removal = self._choose()
-        try:
-            runs = self._runs()
-            masked = [self._outputs(run) for run in runs]
-            before = _cost(self._model, runs[0])
-            self._remove(removal)
-            # On each batch, rounding may change what a detector samples: one that agrees is enough.
-            differ = all(
-                _differ(whole, self._outputs(run)) for whole, run in zip(masked, runs, strict=True)
-            )
-            after = _cost(self._model, runs[0])
-        except Exception as error:  # what running an unknown model raises
+        runs: list[Callable[[], Any]] = []
+        problem = ""
+        # Rounding may change what a detector samples, or grow in a deep network. In float64 it is
+        # too small for that, but slow.
+        for arithmetic in (nullcontext, _Float64):
+            shrunk, error = None, None
+            try:
+                runs = runs or self._runs()
+                shrunk = self._remove_and_compare(removal, runs, arithmetic)
+            except Exception as raised:  # what running an unknown model raises
+                error = raised
+            mine = "" if shrunk else _DIFFERS if error is None else _failed(error)
+            problems = [found for found in objects_of_all_ranks(mine, self._method.group) if found]
+            if not problems and shrunk:
+                return shrunk
             self.grow()
-            raise RuntimeError(
-                f"the smaller network could not be run ({type(error).__name__}: {error})"
-            ) from error
-        if differ:
-            self.grow()
-            raise RuntimeError(
-                "the smaller network differs from the masked one, as where code reads a number of "
-                "channels"
-            )
+            problem = problem or problems[0]
+            if problem != _DIFFERS:
+                break
+        raise RuntimeError(problem) from error
+
+    def _remove_and_compare(
+        self, removal: Removal, runs: Sequence[Callable[[], Any]], arithmetic: Callable[[], Any]
+    ) -> Shrunk | None:
+        """Take out what goes; None where the smaller network differs from the masked one."""
+        masked = [self._outputs(run, arithmetic) for run in runs]
+        before = _cost(self._model, runs[0])
+        self._remove(removal)
+        # One batch that agrees is enough, since another may be sampled differently.
+        if all(
+            _differ(whole, self._outputs(run, arithmetic))
+            for whole, run in zip(masked, runs, strict=True)
+        ):
+            return None
+        after = _cost(self._model, runs[0])
         gone = (removal.filters[name] for name in self._method.pruned if name in removal.filters)
         removed = sum(int(mask.sum()) for mask in gone)
         return Shrunk(before, after, removed, self._method.num_pruned - removed)
@@ -246,11 +270,11 @@ class Compact:
             raise ValueError("there are no batches")
         return [partial(self._loss, self._model, batch) for batch in batches]
 
-    def _outputs(self, run: Callable[[], Any]) -> list[Tensor]:
+    def _outputs(self, run: Callable[[], Any], arithmetic: Callable[[], Any]) -> list[Tensor]:
         """What a run returns, in the precision of the weights; in that of the run if need be."""
         for precision in (nullcontext, self._precision):
             try:
-                with unchanged(self._model), torch.no_grad(), eager(), precision():
+                with unchanged(self._model), torch.no_grad(), eager(), precision(), arithmetic():
                     found = tree_leaves(run())
                 return [x for x in found if isinstance(x, Tensor) and x.is_floating_point()]
             except Exception:  # a model may need its autocast
@@ -561,6 +585,28 @@ def _cost(model: nn.Module, run: Callable[[], Any]) -> Cost:
     except Exception:  # a number for a log line
         return Cost(parameters, None)
     return Cost(parameters, counter.get_total_flops() // 2)
+
+
+class _Float64(TorchFunctionMode):
+    """Computes in float64, whatever the precision of weights and inputs is.
+
+    What is written into a tensor of another precision stays in that precision.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        writes = name in ("__setitem__", "__set__") or (name[-1] == "_" and name[-2:] != "__")
+        if writes and isinstance(args[0], Tensor) and args[0].dtype != torch.float64:
+            return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_as_float64, (tuple(args), kwargs or {}))
+        return tree_map(_as_float64, func(*args, **kwargs))
+
+
+def _as_float64(value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.double() if is_float else value
 
 
 def _differ(masked: Sequence[Tensor], smaller: Sequence[Tensor]) -> bool:

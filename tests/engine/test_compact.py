@@ -406,6 +406,32 @@ def test_filters_stay_where_the_smaller_network_differs(how, dtype):
     assert not run.compact.active and [p.shape for p in run.model.parameters()] == shapes
 
 
+class MagnifiesRounding(nn.Module):
+    """Far apart in float32 for two networks that are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, 64, 3), nn.SiLU(), nn.Conv2d(64, 64, 3), nn.SiLU())
+        )
+        self.head = nn.Linear(64, 5)
+
+    def forward(self, images):
+        x = self.head(self.features(images).mean((2, 3)))
+        return x + (1e6 * x).sin().detach()
+
+
+def test_rounding_does_not_keep_filters_in_the_network():
+    torch.manual_seed(0)
+    run = Run(MagnifiesRounding(), "sgd", True).until(S1)
+    run.method.step(S1)
+    run.optimizer.zero_grad()
+    outputs = [run.model(batch(90, torch.float32)[0])]
+    assert run.compact.shrink().removed > 0
+    outputs.append(run.model(batch(90, torch.float32)[0]))
+    assert (outputs[0] - outputs[1]).norm() > 1e-3 * outputs[0].norm()  # or nothing is tested
+
+
 def test_removal_goes_on_where_nothing_can_be_counted(monkeypatch):
     def fail(self):
         raise NotImplementedError("no formula for this operation")
