@@ -74,6 +74,12 @@ def test_results_in_a_text_are_on_the_results_page(path):
     assert found and found <= set(RESULT.findall(page))
 
 
+def test_the_warning_about_loaded_weights_quotes_recorded_results():
+    code, page = (ROOT / "repr_det/engine/hook.py").read_text(), ROOT / "docs/results.md"
+    (found,) = re.findall(r"AP \((\d+\.\d\d) instead of (\d+\.\d\d)\)", code)
+    assert set(found) <= set(RESULT.findall(page.read_text()))
+
+
 def test_a_row_of_the_readme_is_of_one_table():
     text, page = (ROOT / "README.md").read_text(), (ROOT / "docs/results.md").read_text()
     rows = [line.split("|")[3:6] for line in text.splitlines() if " ± " in line]
