@@ -325,7 +325,8 @@ def _send(build: Callable[[], Built], end: Connection) -> None:
         end.send({"result": "not built", "reason": str(error).splitlines()[0][:200]})
     except Exception as error:  # foreign models may raise anything
         text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        end.send({"result": "exception", "reason": text})
+        kind = "too large" if "can't allocate memory" in text else "exception"
+        end.send({"result": kind, "reason": text})
 
 
 def check_apart(build: Callable[[], Built]) -> dict[str, Any]:
