@@ -42,8 +42,8 @@ long as about 25 iterations."""
 WORTHWHILE = 1.03
 """Factor by which the smaller network must be faster for ``compact="auto"`` to use it."""
 
-LONG_ENOUGH = 20_000
-"""Iterations. A shorter run from loaded weights gets a warning: such runs lost accuracy."""
+SHORT_RUN = 20_000
+"""A run of fewer iterations from loaded weights gets a warning: such runs lost accuracy."""
 
 SMALL_SHARE = 0.1
 """Share of the trainable weights below which the log says how little takes part."""
@@ -56,19 +56,21 @@ class RePrHook(HookBase):
     """Trains with RePr in any trainer that has ``.model`` and ``.optimizer``.
 
     Register it before ``resume_or_load``. Registration checks the trainer and refuses what cannot
-    work. The hook acts before a step. So a checkpoint that is written after any step resumes
-    exactly there.
+    work. The hook changes the model only before a step, so a checkpoint that is written after a
+    step never holds half a change.
 
     It writes these scalars: ``repr/phase`` (0 full, 1 sub), ``repr/cycle`` and ``repr/num_pruned``
     at every step; ``repr/overlap`` and ``repr/overlap/<layer>`` before each drop, after each
     return, at every evaluation and at the end. The overlap is the mean over surviving filters of
     :func:`repr_det.method.criteria.filter_overlap`. For TensorBoard, drops and returns add
-    histograms ``repr/filter_overlap/<layer>``. Drops add the image ``repr/dropped``: the share of
-    each layer (down) that each drop (across) took. ``repr_history.json`` in the ``OUTPUT_DIR`` of
-    the trainer's config, if it has one, lists the filters of each drop and the overlap around it.
+    histograms ``repr/filter_overlap/<layer>``. Drops add the image ``repr/dropped``: rows are
+    layers, columns are drops, values are the share of the layer that was dropped.
+    ``repr_history.json`` in the ``OUTPUT_DIR`` of the trainer's config, if it has one, lists the
+    filters of each drop, and the overlap before and after it.
 
     Args:
-        schedule: when filters are dropped and returned, in iterations.
+        schedule: when filters are dropped and returned, in iterations. In each cycle, S1 trains all
+            filters, and S2 trains without those that are dropped.
         compact: whether the pruned filters are removed from the network physically during S2:
             ``"on"``, ``"off"``, or ``"auto"``, which measures at the first drop whether that is
             faster. The measurement may come out differently from run to run, and the last digits
@@ -111,7 +113,8 @@ class RePrHook(HookBase):
         self._num_pruned = 0  # counted once a phase: counting costs more than the rest of a step
         # Sums of weights on registration. Where one differs later, weights were loaded.
         self._sums_at_registration: dict[str, float] = {}
-        # What might be an average of the weights, at the start. Only an average changes later.
+        # Objects that are shaped as the weights, and their versions at the start. One that changes
+        # later is taken for an average of the weights.
         self._maybe_averages_at_start: dict[str, Any] = {}
 
     @classmethod
@@ -156,6 +159,7 @@ class RePrHook(HookBase):
 
     def _check(self, trainer: TrainerBase) -> None:
         """Refuse a trainer that this hook cannot work with."""
+        # DefaultTrainer keeps the one that runs steps in ``_trainer``.
         if isinstance(getattr(trainer, "_trainer", trainer), AMPTrainer) and not (
             torch.cuda.is_available()
         ):
@@ -241,7 +245,7 @@ class RePrHook(HookBase):
 
     def _warn_of_loaded_weights(self) -> None:
         """Warn of a short run from loaded weights: new filters, the default, lose accuracy."""
-        short = self.trainer.max_iter - self.trainer.start_iter < LONG_ENOUGH
+        short = self.trainer.max_iter - self.trainer.start_iter < SHORT_RUN
         if self.trainer.start_iter > 0 or not short or self.method.reinit.as_it_was:
             return
         sums = _sums(self.method.layers)
@@ -253,7 +257,7 @@ class RePrHook(HookBase):
         if loaded:
             logger.warning(
                 f"RePr: {len(loaded)} of {len(sums)} layers that take part start from loaded "
-                f"weights, and the run has fewer than {LONG_ENOUGH:,} iterations. In a first look "
+                f"weights, and the run has fewer than {SHORT_RUN:,} iterations. In a first look "
                 f"(one seed, 252 images, 600 iterations) new orthogonal filters lost more than "
                 f"half of a pretrained detector's AP (10.22 instead of 23.46). Set "
                 f"REPR.REINIT.DIRECTION to previous, in code reinit=Reinit(direction='previous'), "
@@ -273,7 +277,7 @@ class RePrHook(HookBase):
     def _warn_of_averages(self) -> None:
         """Warn where another hook averages the model's weights: drops do not reach the average.
 
-        A frozen teacher looks alike, but has not changed since training began.
+        A frozen teacher has the same shapes, but has not changed since training began.
         """
         before, now = self._maybe_averages_at_start, self._maybe_averages()
         mine = [name for name in now if now[name] != before.get(name)]
@@ -282,7 +286,7 @@ class RePrHook(HookBase):
         if not averages:
             return
         stays = ""
-        if self._mode == "auto":
+        if self._mode == "auto":  # "on" is the user's decision
             self._removal_decision = False
             stays = " Pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         logger.warning(
@@ -309,7 +313,7 @@ class RePrHook(HookBase):
         else:
             self.method.step(iteration)  # the learning rate may be warming up
         # Also where a run is resumed in S2: its checkpoint holds the full-size network.
-        if self.method.phase == SUB and not self._compact.active and self._removal_pays():
+        if self.method.phase == SUB and not self._compact.active and self._decide_removal():
             self._shrink()
         if self._resized:
             if isinstance(self.trainer.model, DistributedDataParallel):
@@ -340,8 +344,8 @@ class RePrHook(HookBase):
     def after_step(self) -> None:
         """Record the overlap where an evaluation is due, and at the end.
 
-        Writers that come before this hook are done with this iteration. Then the overlap is
-        recorded under the next one.
+        If writers come before this hook, they have already written this iteration. The overlap is
+        then recorded under the next one.
         """
         done = self.trainer.iter + 1
         due = self._eval_period and done % self._eval_period == 0
@@ -365,7 +369,7 @@ class RePrHook(HookBase):
         Raises:
             UserError: it does not fit; see :meth:`repr_det.RePr.load_state_dict`.
         """
-        self._grow()
+        self._grow()  # the state is of the network of full size
         self.method.load_state_dict(state)
         if self._mode == "auto":
             self._removal_decision = state.get("compact")
@@ -378,7 +382,7 @@ class RePrHook(HookBase):
         self._resized |= self._compact.active
         self._compact.grow()
 
-    def _removal_pays(self) -> bool:
+    def _decide_removal(self) -> bool:
         """Whether to remove pruned filters physically; ``"auto"`` measures when first asked."""
         if self._removal_decision is None:
             self._removal_decision = self._measure()
@@ -391,7 +395,7 @@ class RePrHook(HookBase):
         try:
             with _own_random_numbers():
                 shrunk = self._compact.shrink()
-        except RuntimeError as error:
+        except RuntimeError as error:  # all that shrink() raises
             problem = str(error)
         if problems := [found for found in objects_of_all_ranks(problem, self._group) if found]:
             self._compact.grow()
@@ -406,7 +410,7 @@ class RePrHook(HookBase):
         if reason := self._reason_not_to_measure():
             logger.info(f"RePr: {reason}, so {stays}")
             return False
-        self._resized = True
+        self._resized = True  # to measure, it is made smaller and full again
         try:
             with _own_random_numbers():
                 mine = self._compact.speedup()
@@ -414,18 +418,19 @@ class RePrHook(HookBase):
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
             mine = Speed(0.0, 0.0, 0.0)
         speeds = objects_of_all_ranks(mine, self._group)
-        logger.info(
-            f"RePr: measured, the smaller network of S2 is {min(s.ratio for s in speeds):.2f} "
-            f"times as fast, {min(s.lowest for s in speeds):.2f} in the worst comparison."
-        )
+        if all(speed.ratio for speed in speeds):
+            logger.info(
+                f"RePr: measured, the smaller network of S2 is {min(s.ratio for s in speeds):.2f} "
+                f"times as fast, {min(s.lowest for s in speeds):.2f} in the worst comparison."
+            )
         return all(pays(one, self.schedule.s2) for one in speeds)
 
     def _reason_not_to_measure(self) -> str:
-        """Why ``"auto"`` means off without a measurement; empty where it does not."""
+        """A reason to keep pruned filters without measuring, or an empty string."""
         if torch.are_deterministic_algorithms_enabled():
             return "a deterministic run measures no times"
         if self._arguments.get("copies"):
-            return "a copy that is updated through its state dict would miss the smaller network"
+            return "a copy that reads the model's state dict would find tensors of other sizes"
         if reason := reason_against_other_sizes(self.trainer.model):
             return f"{reason}, which cannot be renewed"
         total = self.schedule.s2 * self.schedule.cycles
@@ -437,10 +442,11 @@ class RePrHook(HookBase):
 def pays(speed: Speed, s2: int) -> bool:
     """Whether to train the smaller network for ``s2`` iterations, from what was measured.
 
-    The measurement compares one run of the masked network with one of the smaller network several
-    times. The smaller one must be faster in every comparison, so that chance seldom decides, and by
-    :data:`WORTHWHILE` in the median. What it saves must exceed the cost of its first run, which is
-    large where ``torch.compile`` compiles again. Both are counted in runs of the masked network.
+    The measurement times pairs of a forward and a backward pass: of the network with pruned filters
+    as zeros, and of the smaller network. The smaller one must be faster in every pair, so that
+    chance seldom decides, and by :data:`WORTHWHILE` in the median. What it saves must exceed the
+    cost of its first pass (``price``), which is large where ``torch.compile`` compiles again. Both
+    are counted in passes of the network with zeros.
     """
     if speed.lowest <= 1.0 or speed.ratio < WORTHWHILE:
         return False
@@ -448,7 +454,7 @@ def pays(speed: Speed, s2: int) -> bool:
 
 
 def _own_random_numbers() -> AbstractContextManager[None]:
-    """While inside, random draws leave the run's own unchanged: the same with and without."""
+    """Draws inside do not advance the run's own random numbers."""
     return RandomStream(0).active()
 
 
@@ -510,7 +516,8 @@ def weights_alike(
 ) -> dict[str, Any]:
     """Attributes of objects that hold tensors shaped as the parameters of a model.
 
-    These are modules and dictionaries of tensors, of the objects or of objects that they hold.
+    Looked at are modules and dictionaries of tensors that are attributes of an object, or of an
+    object that it holds.
 
     Args:
         holders: the objects.
@@ -528,7 +535,8 @@ def weights_alike(
         if not isinstance(state, Mapping):
             continue
         tensors = [t for t in state.values() if isinstance(t, Tensor)]
-        # In the same order, buffers in between: ``in`` consumes an iterator up to a match.
+        # The shapes must come in this order; buffers may be between them. ``in`` consumes an
+        # iterator up to a match.
         others = iter([t.shape for t in tensors])
         alike = all(shape in others for shape in shapes)
         if alike and own.isdisjoint(t.data_ptr() for t in tensors):

@@ -36,7 +36,7 @@ Then write a function that takes a :class:`Call`. This one is of a mean over som
 A rule runs after the operation, and only if an argument has a tag. It uses
 
 - ``call.tag(name)``, the tag that an argument had before the operation. A rule that asks for a tag
-  is responsible for its channels. Tags of arguments that it does not ask for are pinned;
+  and returns one is responsible for its channels. Tags that it does not ask for are pinned;
 - ``call[name]``, the value of an argument or its default, ``call.shape(name)``, the shape of a
   tensor before the operation, and ``call.out``, the result;
 - ``call.axis(dim)``, a dimension counted from the front: -1 of a 4-d tensor is 3. ``Tag.dim`` is
@@ -45,7 +45,8 @@ A rule runs after the operation, and only if an argument has a tag. It uses
   operations that keep zeros but treat the other channels differently if there are fewer. Dropout
   keeps zeros, but draws other random numbers then;
 - ``call.tie(a, b)``, for operations that combine two lists of channels one by one, such as a sum:
-  the channels are removed together or not at all. It returns the sources of the results;
+  the channels are removed together or not at all. It returns the sources of the results.
+  Both may be parts of one tag, such as ``tag.sources[::2]``, and more than two are tied in turn;
 - ``merged(a, b)``, the same sources without tying them. Pin both lists where you use it.
 
 A rule returns the tag of the result. None means that nothing is known: the channels of all
@@ -58,6 +59,8 @@ pooling mixes the last two, so a tag whose ``dim`` is one of these must not come
 Last, add an example of the operation to ``EXAMPLES`` in ``tests/method/test_channels.py``, and
 remove it from ``UNKNOWN`` there if it is in it. The test puts the channels in every dimension, and
 compares the rule with what the operation really does when channels change, are zero or are removed.
+Check that a shape in ``SHAPES`` leaves the result two channels or more, or their order is not
+tested.
 """
 
 from __future__ import annotations

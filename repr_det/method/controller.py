@@ -58,7 +58,7 @@ _DROP, _RETURN = 0, 1
 """Part of the seed of a phase change's random numbers."""
 
 _LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal", "linear": False}
-"""Settings that older checkpoints do not mention, and what they were then."""
+"""Values of settings that older checkpoints lack."""
 
 
 class LayerReport(NamedTuple):
@@ -68,7 +68,8 @@ class LayerReport(NamedTuple):
         name: dotted name of the layer.
         filters: number of filters.
         pruned: how many of them were dropped or came back.
-        mean_score: mean over all filters whose score is finite; None on a return.
+        mean_score: mean over its filters, without scores of infinity, which a criterion may give
+            to a filter that must go or stay; None on a return.
     """
 
     name: str
@@ -86,7 +87,13 @@ class PhaseChange(NamedTuple):
 
 
 class _Network(NamedTuple):
-    """The model or a copy of it; ``optimizer`` is None for a copy."""
+    """What RePr works on in the model or in a copy of it.
+
+    Attributes:
+        layers: those that take part.
+        readers: modules with weights whose inputs are outputs of filters.
+        optimizer: None for a copy.
+    """
 
     layers: list[FilterLayer]
     readers: list[Reader]
@@ -101,8 +108,9 @@ class RePr:
     Args:
         model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
         optimizer: trains the model; :mod:`repr_det.method.optimizers` says which are accepted. What
-            it trains is looked up at each drop. A layer takes no part if a part of it, its norm or
-            a module that reads it requires gradients and is not in this optimizer.
+            it trains is looked up at each drop. A layer is left out if parameters of its own, of
+            its norm or of a module that reads its output require gradients but are not in this
+            optimizer.
         schedule: when filters are dropped and returned, in iterations.
         prune_ratio: share of all filters that a drop prunes, in (0, 1). The paper's p is 0.3.
         criterion: a name in :data:`repr_det.method.criteria.CRITERIA` or a function of the same
@@ -115,15 +123,16 @@ class RePr:
         seed: of the new filters and of the random criterion.
         batches: returns a new iterator of training batches, from a loader of its own.
         loss: ``loss(model, batch)`` returns a scalar. Data-driven criteria use ``batches`` and
-            ``loss``, and so does the measurement of statistics that do not train.
+            ``loss``, and so does the measurement of constant statistics, those of frozen norms.
         copies: further models that follow the weights, such as an EMA. The same filters are dropped
             and returned in them.
         reinit: what returned filters start with.
         warmup: iterations over which the learning rate rises linearly to its usual value after each
-            return, at most S1; 0 for none.
+            return, at most ``schedule.s1``; 0 for none.
         progress: shows the progress of a slow criterion (``oracle``). It takes a sequence of
             filters and returns an iterable of them, as ``tqdm`` does.
-        linear: whether hidden units of linear layers take part without being named by a pattern.
+        linear: whether all linear layers take part whose units only other layers with weights
+            read. Else only those that ``include`` names.
 
     Raises:
         UserError: an argument is out of range, patterns match nothing, the optimizer is not
@@ -171,7 +180,9 @@ class RePr:
         self.batches, self.loss, self._progress = batches, loss, progress
 
         self.copies = [unwrap(copy) for copy in copies]
-        with still(self.model):  # to read a weight under spectral norm would change it
+        # still(): to read a weight under spectral norm would change it. unchanged(), below, also
+        # restores what running the model changes. eager() runs compiled parts uncompiled.
+        with still(self.model):
             self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
@@ -179,10 +190,11 @@ class RePr:
         self._pruned: dict[str, Tensor] = self._none_pruned()
         # The pruned filters' values before the drop, by name of the layers that lost some.
         self._old_filters: dict[str, Values] = {}
-        # The same for each copy, where filters return as they were. Else a copy gets the model's.
+        # Likewise for each copy, only if ``reinit.as_it_was``. Else a return gives copies the
+        # model's new filters.
         self._old_filters_in_copies: list[dict[str, Values]] = []
-        # The weights that read pruned filters, from before the drop, with their optimizer state:
-        # for the model, then for each copy.
+        # Columns are the parts of a reader's weight that read a filter. Those that read pruned
+        # filters, from before the drop, with their optimizer state: the model's, then each copy's.
         self._old_columns: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
@@ -204,10 +216,13 @@ class RePr:
         try:
             found = trace(self.model, self._run_on_a_batch if self._has_data else None)
         except (UserError, RuntimeError) as error:
-            failure = error  # raised below, where no other rank waits for this one any more
+            # Raised below if the first rank failed, too. Else its graph is all that is needed, and
+            # other ranks wait for this one.
+            failure = error
         state = object_of_first_rank(found.state_dict() if found else None, self.group)
         if state is None:
             raise failure or UserError("RePr could not run the model in the first process.")
+        # The example is the input that the model was followed on.
         return ChannelGraph.from_state(state, self.model, found.example if found else None)
 
     def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
@@ -248,6 +263,7 @@ class RePr:
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that fail, and warn where they are missing."""
+        # Filters that return as they were have the statistics that they had.
         must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
@@ -256,7 +272,7 @@ class RePr:
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:
             with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
-        if self.batches is None and must_measure:
+        if must_measure and not self._has_data:
             warnings.warn(
                 "RePr: the model has norms whose statistics do not train. Those of new filters can "
                 "be measured on batches. Pass batches= and loss=, or new filters keep the "
@@ -285,6 +301,7 @@ class RePr:
         ]
         if names is not None:
             return separable(layers, names)
+        # ChannelGraph says what stems, heads, gates and the others are.
         selected = select_layers(
             self.graph.convs,
             self.graph.linears,
@@ -298,6 +315,7 @@ class RePr:
             include=self._include,
             exclude=self._exclude,
         )
+        # By layer, the name of a module that the optimizer should train and does not.
         elsewhere = trained_elsewhere(layers, self._readers, self._trained())
         names = set(selected) - self.graph.unsuitable - elsewhere.keys()
         found = separable(layers, names)
@@ -310,7 +328,7 @@ class RePr:
             )
             if not found:
                 raise UserError(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
         return found
 
     def _factors_on_readers(self) -> dict[str, float]:
@@ -335,7 +353,7 @@ class RePr:
 
     def count_zero_filters(self) -> dict[str, int]:
         """Number of filters of zero norm that are not pruned, by name of the layers with some."""
-        counts = {
+        counts = {  # a row of the matrix is a filter
             layer.name: int((row_lengths(layer.matrix()) == 0).sum())
             - int(self._pruned[layer.name].sum())
             for layer in self.layers
@@ -391,20 +409,21 @@ class RePr:
         """Set the gradients of pruned filters to zero now.
 
         This already happens in backward and in the optimizer's step. Call it only in loops that
-        write ``.grad`` by hand and use it before the step, for example to clip it.
+        write ``.grad`` by hand and read it before the step, for example to clip it.
         """
         if self._mask is not None:
             self._mask.apply()
 
     def stand_in(self, layers: Sequence[FilterLayer], removed: dict[str, Tensor]) -> None:
-        """Work on smaller layers from now on: the caller has removed pruned filters physically.
+        """Hold pruned filters in smaller layers, from which the caller removed others physically.
 
-        Call :meth:`full_size` before the next phase change.
+        :attr:`layers` and :attr:`pruned` still describe the layers of full size. Call
+        :meth:`full_size` before the next phase change.
 
         Args:
             layers: the smaller layers, with the same names.
-            removed: the removed filters, bool of shape (J,) by layer name. Pruned filters that are
-                not removed are held at zero.
+            removed: the removed filters, bool of shape (num_filters,) by layer name. Pruned filters
+                that are not removed are held at zero.
         """
         self._release()
         self._smaller = (layers, removed)
@@ -425,7 +444,9 @@ class RePr:
     def due(self, iteration: int) -> bool:
         """Whether :meth:`step` would change something before this iteration."""
         phase = self.schedule.phase(iteration)
-        return self._phase != phase.name or (phase.name == SUB and self._cycle != phase.cycle)
+        # Both are in S2, but of two cycles, if the caller skipped iterations.
+        other_cycle = phase.name == SUB and self._cycle != phase.cycle
+        return self._phase != phase.name or other_cycle
 
     def step(self, iteration: int) -> list[PhaseChange]:
         """Do what is due before the training step of this iteration, counted from 0.
@@ -462,7 +483,7 @@ class RePr:
 
         They do not depend on what was drawn before, so a resumed run draws the same.
         """
-        # A generator's seed has 64 bits.
+        # A prime keeps seeds apart; a generator's seed has 64 bits.
         seed = ((self.seed * 1_000_003 + cycle) * 2 + event) % 2**64
         return torch.Generator().manual_seed(seed)
 
@@ -471,7 +492,7 @@ class RePr:
             self.model,
             self.batches,
             self.loss,
-            self._generator(cycle, _DROP),
+            self._generator(cycle, _DROP),  # criteria are for drops
             self._progress,
             self.group,
         )
@@ -485,10 +506,10 @@ class RePr:
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
         self._set_layers()
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
-        if len(self.optimizer.param_groups) != self._num_checked_groups:
+        if len(self.optimizer.param_groups) != self._num_checked_groups:  # some were added
             check_optimizer(self.optimizer)
             self._num_checked_groups = len(self.optimizer.param_groups)
-        self._pruned = self._none_pruned()
+        self._pruned = self._none_pruned()  # other layers may take part now
         self._check_finite("rank")
         scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
@@ -500,7 +521,9 @@ class RePr:
             ]
         self._old_columns = []
         for layers, readers, optimizer in self._networks:
-            keep_moments = not self.reinit.as_it_was  # else a return resets them
+            # First moments of columns come back with them, except where filters return as they
+            # were: these and what reads them start again together.
+            keep_moments = not self.reinit.as_it_was
             columns = set_aside(readers, pruned, optimizer, self._factors, keep_moments)
             self._old_columns.append(columns)
             for layer in layers:
@@ -514,7 +537,7 @@ class RePr:
     def _return(self) -> PhaseChange:
         self._check_finite("bring back")
         self._warn_of_moved()
-        self._release()
+        self._release()  # what is held now would be set to zero at the next step
         returned = self._pruned
         for network, columns in zip(self._networks, self._old_columns, strict=True):
             put_back(network.readers, returned, network.optimizer, columns, self._factors)
@@ -524,7 +547,7 @@ class RePr:
                 restore(network.layers, returned, old)
         else:
             self._renew(returned)
-        for layer in self.layers:
+        for layer in self.layers:  # copies have no optimizer
             reset_state(layer, returned[layer.name], self.optimizer)
         report = self._report(None)
         self._pruned, self._old_filters, self._old_columns = self._none_pruned(), {}, []
@@ -555,6 +578,7 @@ class RePr:
 
     def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
         """Keep pruned filters at zero through backward and steps, until :meth:`_release`."""
+        # A slot is a parameter and the entries of it that belong to filters.
         slots = [
             slot
             for layer in layers
@@ -589,13 +613,13 @@ class RePr:
         )
         trained = self._trained()
         for layer in self.layers:
-            if layer.name in rows:
+            if layer.name in rows:  # it lost some
                 pruned, old = returned[layer.name], self._old_filters[layer.name]
                 # A layer that was frozen since the drop could never train new filters.
                 is_trained = id(layer.weight) in trained
                 layer.write_rows(pruned, rows[layer.name] if is_trained else old["weight"])
                 write_affine(layer, pruned, old, self.reinit)
-        # Running statistics that train start again. Constant ones are measured.
+        # Learned running statistics are reset. Constant ones are measured, where there is data.
         constant = reset_statistics(self.layers, returned, self._old_filters)
         if constant and self._has_data:
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
@@ -628,7 +652,7 @@ class RePr:
 
     def state_dict(self) -> dict[str, Any]:
         """All of RePr's state: tensors, numbers, strings, lists and dicts."""
-        return {
+        return {  # some keys are older than the names of the attributes
             "version": _STATE_VERSION,
             "settings": self.settings(),
             "graph": self.graph.state_dict(),
@@ -650,15 +674,16 @@ class RePr:
             UserError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
-        # A state of version 1 is the same while no filter is pruned.
-        same = state.get("version") == 1 and state["phase"] == FULL
-        if state.get("version") != _STATE_VERSION and not same:
+        # Version 1 differs only while filters are pruned.
+        readable = state.get("version") == 1 and state["phase"] == FULL
+        if state.get("version") != _STATE_VERSION and not readable:
             raise UserError(
                 f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}. "
                 f"Resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         self._build_as_written(state)
+        # The first of "aside" is the model's.
         if state["phase"] == SUB and len(state["aside"]) != len(self._networks):
             raise UserError(
                 f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
@@ -667,6 +692,7 @@ class RePr:
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
         self._old_filters, self._old_columns = state["before"], state["aside"]
+        # Two keys that checkpoints of version 0.1.0 may lack.
         self._old_filters_in_copies = state.get("before_in_copies", [])
         self._factors = state.get("outgoing", self._factors)
         self._history = list(state["history"])
@@ -676,10 +702,13 @@ class RePr:
             self._hold(self.layers, self._pruned)
 
     def _build_as_written(self, state: dict[str, Any]) -> None:
-        """Use the checkpoint's channel graph. The batch traced now may use other parts."""
+        """Use the checkpoint's channel graph.
+
+        Another batch was followed now, which may run other parts of the model.
+        """
         mine = self.graph
         if "graph" in state:  # not in checkpoints of version 0.1.0
-            # KeyError: this model lacks layers of the graph. It is refused below.
+            # KeyError: this model lacks layers of the graph. The state is refused below.
             with suppress(KeyError):
                 graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
                 self._build(graph, state["layers"].keys())
@@ -687,7 +716,7 @@ class RePr:
             self._set_layers(state["layers"].keys())
         found = {layer.name: layer.num_filters for layer in self.layers}
         if state["layers"] != found:
-            self._build(mine)
+            self._build(mine)  # as it was before
             changed = set(state["layers"].items()) ^ set(found.items())
             raise UserError(
                 f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}). "
@@ -701,7 +730,7 @@ class RePr:
 
 
 def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
-    """Whether the weights in the state are those that read the pruned filters."""
+    """Whether the weights in the state are those that read the pruned filters (dead inputs)."""
     pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
     return all(
         len(column_slots(reader.module, reader.dead(pruned))) == len(entries.get(reader.name, []))

@@ -689,6 +689,15 @@ def test_second_moments_in_a_norm_of_several_layers_are_those_of_the_own_survivo
         assert (moments[channels] == mean).all()
 
 
+@pytest.mark.parametrize("missing", ["batches", "loss"])
+def test_frozen_norms_without_data_are_warned_of(missing):
+    model = net("chain-frozen")
+    data = {"batches": lambda: iter([batch(0)]), "loss": loss, missing: None}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.warns(UserWarning, match="Pass batches= and loss=, or new filters keep"):
+        RePr(model, optimizer, RePrSchedule(4, 2, 1), **data)
+
+
 def test_frozen_norm_is_calibrated_on_the_batches():
     """A returned channel's statistics are those of the conv's output, pooled over the batches."""
     _, pruned, model, _, method = drop_and_return("chain-frozen")

@@ -73,8 +73,9 @@ def test_layers_of_which_another_optimizer_trains_a_part_stay(part):
     model = net()
     tensor = {"bias": model[3].bias, "gamma": model[4].weight, "beta": model[4].bias}[part]
     trainer = sgd([p for p in model.parameters() if p is not tensor])
-    with pytest.warns(UserWarning, match="3 cannot lose filters"):
+    with pytest.warns(UserWarning, match="3 cannot lose filters") as warned:
         method = RePr(model, trainer, SCHEDULE, 0.4)
+    assert warned[0].filename == __file__  # where RePr was made
     assert method.pruned.keys() == {"6"}
     tensor.requires_grad_(False)
     assert RePr(model, trainer, SCHEDULE, 0.4).pruned.keys() == {"3", "6"}
