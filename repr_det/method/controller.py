@@ -190,8 +190,7 @@ class RePr:
         self._pruned: dict[str, Tensor] = self._none_pruned()
         # The pruned filters' values before the drop, by name of the layers that lost some.
         self._old_filters: dict[str, Values] = {}
-        # Likewise for each copy, only if ``reinit.as_it_was``. Else a return gives copies the
-        # model's new filters.
+        # Likewise for each copy, if ``reinit.as_it_was``. Else copies get the model's new filters.
         self._old_filters_in_copies: list[dict[str, Values]] = []
         # Columns are the parts of a reader's weight that read a filter. Those that read pruned
         # filters, from before the drop, with their optimizer state: the model's, then each copy's.
