@@ -131,8 +131,8 @@ def _timm_model(name: str) -> Built:
 
     model = timm.create_model(name, pretrained=False)
     given = model.pretrained_cfg
-    whole = given.get("fixed_input_size") or any(part in name for part in ("inception", "bat_"))
-    size = given["input_size"][-1] if whole else 64
+    needs_it = any(part in name for part in ("inception", "bat_", "halo"))
+    size = given["input_size"][-1] if needs_it or given.get("fixed_input_size") else 64
     return model, images(size, given["input_size"][0])
 
 
