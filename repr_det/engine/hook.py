@@ -36,8 +36,8 @@ from repr_det.method.settings import check_whole
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 MEASURING_PAYS_FROM = 600
-"""Iterations in S2, over all cycles, from which ``compact="auto"`` measures. To measure takes as
-long as about 25 iterations."""
+"""Iterations in S2, over all cycles, from which ``compact="auto"`` measures the smaller network's
+speed. To measure takes as long as about 25 iterations."""
 
 WORTHWHILE = 1.03
 """Factor by which the smaller network must be faster for ``compact="auto"`` to use it."""
@@ -178,8 +178,8 @@ class RePrHook(HookBase):
             self.check_fits(trainer.max_iter)
         if self._mode == "on" and (reason := reason_against_other_sizes(trainer.model)):
             raise UserError(
-                f"RePr: compact (REPR.COMPACT) is on, but {reason}, which cannot be renewed for a "
-                f"smaller network. Set compact to off."
+                f"RePr: compact (REPR.COMPACT) is on, but {reason}, so the network cannot become "
+                f"smaller. Set compact to off."
             )
 
     def _build(self, trainer: TrainerBase) -> None:
@@ -245,6 +245,7 @@ class RePrHook(HookBase):
 
     def _warn_of_loaded_weights(self) -> None:
         """Warn of a short run from loaded weights: new filters, the default, lose accuracy."""
+        # ``as_it_was``: filters return as they were, by Reinit(direction="previous").
         short = self.trainer.max_iter - self.trainer.start_iter < SHORT_RUN
         if self.trainer.start_iter > 0 or not short or self.method.reinit.as_it_was:
             return
@@ -267,6 +268,7 @@ class RePrHook(HookBase):
     def _maybe_averages(self) -> dict[str, Any]:
         """What the trainer and other hooks hold that has the shapes of the model's weights."""
         trainer = self.trainer
+        # Not this hook, which holds the model's own weights.
         holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
         return weights_alike(
             [holder for holder in holders if holder not in (None, self)],
@@ -305,6 +307,7 @@ class RePrHook(HookBase):
         """
         iteration = self.trainer.iter
         if self.method.due(iteration):
+            # A drop, and not a return and a drop at once after iterations that were skipped.
             if self.method.phase == FULL and self.schedule.phase(iteration).name == SUB:
                 self._recorder.overlap(detailed=True)
             self._grow()
@@ -432,7 +435,7 @@ class RePrHook(HookBase):
         if self._arguments.get("copies"):
             return "a copy that reads the model's state dict would find tensors of other sizes"
         if reason := reason_against_other_sizes(self.trainer.model):
-            return f"{reason}, which cannot be renewed"
+            return reason
         total = self.schedule.s2 * self.schedule.cycles
         if total < MEASURING_PAYS_FROM:
             return f"{total} iterations in S2 are too few to measure times"
@@ -504,7 +507,7 @@ def filter_progress(filters: Sequence[Any]) -> Iterable[Any]:
 def _precision(trainer: TrainerBase) -> Callable[[], Any]:
     """Returns the context in which a trainer runs its model: that of mixed precision, or none."""
     trainer = getattr(trainer, "_trainer", trainer)
-    if isinstance(trainer, MixedPrecisionTrainer):
+    if isinstance(trainer, MixedPrecisionTrainer):  # this package's, no AMPTrainer
         return trainer.autocast
     if isinstance(trainer, AMPTrainer):
         return partial(torch.autocast, "cuda", dtype=trainer.precision)
@@ -547,6 +550,7 @@ def weights_alike(
 def _attributes(holders: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     """``Class.attribute`` and its value, for objects and for the objects that they hold."""
     for holder in holders:
+        # What a module holds are its own weights or parts of them.
         inner = [v for v in vars(holder).values() if not isinstance(v, (nn.Module, type))]
         named = [(v, f"{type(holder).__name__}.") for v in inner if hasattr(v, "__dict__")]
         for one, prefix in ((holder, ""), *named):
@@ -573,6 +577,7 @@ def _one_line(change: PhaseChange) -> str:
     touched = [layer for layer in change.layers if layer.pruned]
     filters = sum(layer.pruned for layer in touched)
     total = sum(layer.filters for layer in change.layers)
+    # A drop prunes a filter at least, and a return brings back what a drop pruned.
     most = max(touched, key=lambda layer: layer.pruned / layer.filters)
     what = "dropped" if change.kind == "drop" else "brought back"
     return (

@@ -262,13 +262,14 @@ class RePr:
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that fail, and warn where they are missing."""
-        # Filters that return as they were have the statistics that they had.
+        # Filters that return as they were have the statistics that they had. A link is a norm with
+        # the channels of it that belong to a layer's filters.
         must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
         if self._has_data and (must_measure or needs_data):
             self._check_loss()
-        if isinstance(criterion, str) and criterion in DIFFERENTIATES:
+        if isinstance(criterion, str) and criterion in DIFFERENTIATES:  # needs derivatives
             with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
         if must_measure and not self._has_data:
@@ -298,6 +299,7 @@ class RePr:
             FilterLayer(name, layer, tuple(self.graph.norms.get(name, ())))
             for name, layer in self.graph.layers.items()
         ]
+        # separable() leaves out those whose filters cannot be dropped without touching others.
         if names is not None:
             return separable(layers, names)
         # ChannelGraph says what stems, heads, gates and the others are.
