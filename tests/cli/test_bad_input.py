@@ -103,7 +103,7 @@ ROWS = [
     Row("no width or height", without("images", "width"), "image 4 has no width",
         labels="image 4 has no width"),
     Row("a box with a negative side", first(bbox=[1, 2, -3, 4]), "has the bbox [1, 2, -3, 4]"),
-    Row("a box that is no four numbers", first(bbox=["1", 2, 3, 4]), "has the bbox"),
+    Row("a box that is not four numbers", first(bbox=["1", 2, 3, 4]), "has the bbox"),
     Row("no annotations", lambda c: c["annotations"].clear(), "holds no annotations"),
     Row("a file name of Windows or a URL", first("images", file_name="a\\4.png"),
         "Set the path with slashes", by_evaluation=True),
