@@ -129,7 +129,7 @@ class RePrHook(HookBase):
         keys = cfg.REPR
         if keys.UNIT != "iteration":
             raise UserError(
-                f"REPR.UNIT is {keys.UNIT!r}, which this task cannot turn into iterations. "
+                f"REPR.UNIT is {keys.UNIT!r}, which this trainer cannot turn into iterations. "
                 f"Set S1 and S2 in iterations and REPR.UNIT iteration."
             )
         return cls(
@@ -204,7 +204,7 @@ class RePrHook(HookBase):
             logger.info(line)
 
     def check_fits(self, max_iter: int) -> None:
-        """Refuse a training length that the schedule does not fit.
+        """Refuse a training length that the schedule does not fit; callable before registration.
 
         Raises:
             UserError: it does not; see :meth:`RePrSchedule.check_fits`.
@@ -223,8 +223,8 @@ class RePrHook(HookBase):
         if zero:
             names = ", ".join(f"{name} ({count})" for name, count in list(zero.items())[:5])
             logger.warning(
-                f"RePr: the starting weights hold {sum(zero.values())} filters of zero norm; they "
-                f"are dropped first: {names}{', ...' if len(zero) > 5 else ''}."
+                f"RePr: the starting weights hold {sum(zero.values())} filters of zero norm; most "
+                f"criteria drop them first: {names}{', ...' if len(zero) > 5 else ''}."
             )
         hooks = self.trainer._hooks
         self._after_writers = any(isinstance(h, PeriodicWriter) for h in hooks[: hooks.index(self)])

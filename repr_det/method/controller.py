@@ -511,7 +511,7 @@ class RePr:
             check_optimizer(self.optimizer)
             self._num_checked_groups = len(self.optimizer.param_groups)
         self._pruned = self._none_pruned()  # other layers may take part now
-        self._check_finite("rank")
+        self._check_finite("rank")  # in order of their scores
         scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
         self._old_filters = values_of(self.layers, pruned, self.reinit, self.group)
