@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import shutil
 import sys
 import traceback
 from pathlib import Path
@@ -125,6 +126,9 @@ def main(folder: Path, names: list[str]) -> None:
     for name in names:
         try:
             train(name, folder)
+            if comm.is_main_process():  # All checkpoints together would fill a small disk.
+                for left in folder.glob(f"{name}*"):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
         except Exception:
             traceback.print_exc()
             failed.append(name)
