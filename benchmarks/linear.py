@@ -17,7 +17,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,16 +137,24 @@ STEPS: dict[str, Callable[[], Built]] = {
     "ViT-S": lambda: _timm("vit_small_patch16_224", 128, 4, img_size=128),
     "ConvNeXt-T": lambda: _timm("convnext_tiny", 128, 4),
     "Faster R-CNN R50-FPN": MODELS["Faster R-CNN R50-FPN"],
+    "Faster R-CNN R50-FPN, box head": MODELS["Faster R-CNN R50-FPN"],
 }
+# From random weights the ranking of all layers takes few units of the box head. Here it is of the
+# box head alone.
+INCLUDE = {"Faster R-CNN R50-FPN, box head": ("roi_heads.box_head.*",)}
 
 
 def _method(
-    model: nn.Module, loss: Callable[[nn.Module], Tensor], linear: bool, cycles: int = 1
+    model: nn.Module,
+    loss: Callable[[nn.Module], Tensor],
+    linear: bool,
+    cycles: int = 1,
+    include: Sequence[str] = (),
 ) -> RePr:
     trainer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-8, 0.9)
     schedule = RePrSchedule(1, 1, cycles)
     return RePr(
-        model, trainer, schedule, 0.3, linear=linear,
+        model, trainer, schedule, 0.3, include=include, linear=linear,
         batches=lambda: iter([None]), loss=lambda m, _: loss(m),
     )  # fmt: skip
 
@@ -215,12 +222,12 @@ def _stepper(
     return step
 
 
-def ratios(build: Callable[[], Built], rounds: int) -> dict[str, Any]:
+def ratios(build: Callable[[], Built], rounds: int, include: Sequence[str]) -> dict[str, Any]:
     """Steps of S2, masked and with units removed, relative to those of the plain network."""
     torch.manual_seed(0)
     model, loss = build()
     model.train()
-    method = _method(model, loss, linear=True, cycles=rounds)
+    method = _method(model, loss, linear=True, cycles=rounds, include=include)
     step = _stepper(model, loss, method.optimizer)
     compact = Compact(method)
     seconds: dict[str, list[float]] = {"plain": [], "masked": [], "smaller": []}
@@ -263,16 +270,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--record", action="store_true", help="write linear.json")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
-    chosen, measure = (
-        (MODELS, describe)
-        if options.what == "models"
-        else (STEPS, partial(ratios, rounds=options.rounds))
-    )
-    for name, build in chosen.items():
+    for name, build in (MODELS if options.what == "models" else STEPS).items():
         if options.names and not any(part in name for part in options.names):
             continue
         try:
-            row = measure(build)
+            if options.what == "models":
+                row = describe(build)
+            else:
+                row = ratios(build, options.rounds, INCLUDE.get(name, ()))
         except Exception as error:  # each model in its own try
             row = {"failed": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
         print(name, json.dumps(row), flush=True)
