@@ -18,13 +18,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import portalocker
 from tqdm import tqdm
 
 from experiments.runs import (
     DEFAULT_OUTPUT,
     FULL,
     QUICK,
+    alone_in,
     execute,
     missing,
     plan,
@@ -83,25 +83,22 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
     # Teachers first: they may be of a later seed.
     wanted.sort(key=lambda pair: pair[0].teacher is not None)
     todo = missing([plan(table, row, seed, scale, output) for row, seed in wanted])
-    folder = table_folder(output, table, scale)
-    folder.mkdir(parents=True, exist_ok=True)
     quiet = 0.5 if sys.stderr.isatty() else 30.0
     total = sum(run.max_iter for run in todo)
-    try:
-        lock = portalocker.Lock(folder / ".lock", timeout=0, fail_when_locked=True)
-        with lock, tqdm(total=total, unit="it", mininterval=quiet, disable=not todo) as bar:
-            for number, run in enumerate(todo, 1):
-                name = f"{run.row.name} seed {run.seed}"
-                bar.set_description(f"run {number}/{len(todo)} {name}")
-                record = execute(run, bar)
-                write_record(run.record_path, record)
-                value = run.measure.value(record)
-                outcome = "diverged" if value is None else run.measure.printed.format(value)
-                line = f"{table.name} {name}: {outcome}, {record['wall_seconds']:.0f} s"
-                bar.write(line, file=sys.stderr)
-                write_table(table, scale, output)
-    except portalocker.AlreadyLocked as error:
-        raise UserError(f"Another process trains in {folder}. Let it end.") from error
+    with (
+        alone_in(table_folder(output, table, scale)),
+        tqdm(total=total, unit="it", mininterval=quiet, disable=not todo) as bar,
+    ):
+        for number, run in enumerate(todo, 1):
+            name = f"{run.row.name} seed {run.seed}"
+            bar.set_description(f"run {number}/{len(todo)} {name}")
+            record = execute(run, bar)
+            write_record(run.record_path, record)
+            value = run.measure.value(record)
+            outcome = "diverged" if value is None else run.measure.printed.format(value)
+            line = f"{table.name} {name}: {outcome}, {record['wall_seconds']:.0f} s"
+            bar.write(line, file=sys.stderr)
+            write_table(table, scale, output)
     return write_table(table, scale, output)
 
 

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 
 from repr_det.errors import UserError
 
-PIXEL_MEAN, PIXEL_STD = 127.0, 128.0
-"""Of the RGB images that the weights were trained on, all three channels."""
-
 FEATURES = {
     4: ShapeSpec(40, stride=8),
     10: ShapeSpec(112, stride=16),

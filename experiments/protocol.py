@@ -54,7 +54,6 @@ class Study:
         datasets: what is evaluated on, by stage.
         metric: in an evaluation of a record, in %.
         diverged: counted for a run whose loss became infinite or NaN.
-        whole_grid: the arms of the primary contrast are run at every value of the grid.
     """
 
     config: str
@@ -66,7 +65,6 @@ class Study:
     datasets: dict[str, str]
     metric: str
     diverged: float
-    whole_grid: bool
 
 
 def _finetune(share: float, steps: int, long: tuple[int, int], short: int) -> Setting:
@@ -108,6 +106,7 @@ STUDIES = {
         overrides=(
             *("MODEL.BACKBONE.NAME", "build_efficientnet_lite_fpn_backbone"),
             *("INPUT.FORMAT", "RGB"),
+            # Of the RGB images that the pretrained weights were trained on.
             *("MODEL.PIXEL_MEAN", "[127.0, 127.0, 127.0]"),
             *("MODEL.PIXEL_STD", "[128.0, 128.0, 128.0]"),
             *("INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MAX_SIZE_TRAIN", 160),
@@ -128,7 +127,6 @@ STUDIES = {
         datasets={CHOICE: "neu_det_heldout", TEST: "neu_det_test"},
         metric="AP",
         diverged=0.0,
-        whole_grid=False,
     ),
     "noise": Study(
         config="cifar10_c3_32.yaml",
@@ -144,7 +142,6 @@ STUDIES = {
         datasets={CHOICE: "cifar10_heldout", TEST: "cifar10_test"},
         metric="top1",
         diverged=10.0,
-        whole_grid=True,
     ),
 }
 

@@ -11,11 +11,9 @@ stopped from its last checkpoint. A run that fails is tried a second time after 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import gc
 import importlib.metadata
 import json
-import os
 import subprocess
 import sys
 import traceback
@@ -29,7 +27,7 @@ from tqdm import tqdm
 
 import experiments.efficientnet_lite
 from experiments.protocol import STUDIES, Cell, Overrides, all_cells, choice_cells, next_cell
-from experiments.runs import FULL, Run, execute, plan, write_record
+from experiments.runs import FULL, Run, alone_in, execute, plan, write_record
 from experiments.tables import ACCURACY, AP, Row, Table
 from repr_det.engine.command_line import exit_status
 from repr_det.errors import UserError
@@ -203,15 +201,10 @@ def _main(args: argparse.Namespace) -> None:
         return
     torch.set_num_threads(1)
     check(output)
-    output.mkdir(parents=True, exist_ok=True)
-    handle = os.open(output, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"Another process is running studies in {output}. Let it end.") from None
-    print(what_is_left(read_values(output)), flush=True)
-    run_all(output, lambda cell: train_cell(cell, output))
-    print(what_is_left(read_values(output)))
+    with alone_in(output):
+        print(what_is_left(read_values(output)), flush=True)
+        run_all(output, lambda cell: train_cell(cell, output))
+        print(what_is_left(read_values(output)))
 
 
 def main(arguments: list[str] | None = None) -> int:

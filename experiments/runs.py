@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import portalocker
 import yaml
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase
@@ -22,14 +23,14 @@ from tqdm import tqdm
 
 from experiments.correlation import oracle_correlations
 from experiments.summarise import MEASURES, Measure, Record
-from experiments.tables import Row, Table
+from experiments.tables import RECORDS, Row, Table
 from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.config import config_path
 from repr_det.engine.environment import environment
 from repr_det.engine.files import write_text_whole
 from repr_det.engine.trainer import has_run
 from repr_det.errors import UserError
-from repr_det.report.run import flat_settings, read_metrics
+from repr_det.report.run import FINAL, flat_settings, read_metrics
 from repr_det.tasks import get_cfg, trainer_for
 
 FULL, QUICK = "full", "quick"
@@ -37,8 +38,6 @@ QUICK_SHARE = 0.1
 """The shortened runs have this share of all lengths."""
 
 DEFAULT_OUTPUT = Path("output/reproduce")
-
-CHECKPOINT, LOG = "model_final.pth", "log.txt"
 
 _NO_SETTINGS = ("OUTPUT_DIR", "MODEL.DEVICE", "DISTILL.WEIGHTS")
 """Keys that say where a run was and not what it was."""
@@ -88,7 +87,7 @@ class Run:
     @property
     def checkpoint(self) -> Path:
         """The trained network."""
-        return self.folder / CHECKPOINT
+        return self.folder / FINAL
 
     @property
     def max_iter(self) -> int:
@@ -131,7 +130,7 @@ def plan(table: Table, row: Row, seed: int, scale: str, output: Path) -> Run:
     cfg = row_cfg(row, seed)
     if row.teacher:
         teacher = run_folder(output, table, row.teacher, seed + row.teacher_seed, scale)
-        cfg.DISTILL.WEIGHTS = str(teacher / CHECKPOINT)
+        cfg.DISTILL.WEIGHTS = str(teacher / FINAL)
     cfg.OUTPUT_DIR = str(run_folder(output, table, row.name, seed, scale))
     if scale == QUICK:
         cfg = shortened(cfg, table.quick_images)
@@ -339,6 +338,21 @@ def _logged_to(path: Path) -> Iterator[None]:
             log.propagate, log.handlers = propagate, handlers
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes a folder and keeps other processes from training in it.
+
+    Raises:
+        UserError: another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with portalocker.Lock(folder / ".lock", timeout=0, fail_when_locked=True):
+            yield
+    except portalocker.AlreadyLocked as error:
+        raise UserError(f"Another process trains in {folder}. Let it end.") from error
+
+
 def execute(run: Run, bar: tqdm) -> Record:
     """Train a run, going on from its last checkpoint if there is one, and make its record.
 
@@ -355,7 +369,7 @@ def execute(run: Run, bar: tqdm) -> Record:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(cfg.dump())
     record = _header(run) | environment(cfg.MODEL.DEVICE)
-    with _logged_to(folder / LOG):
+    with _logged_to(folder / "log.txt"):
         clock = RunClock(bar)
         seed_all_rng(cfg.SEED)
         if cfg.MODEL.DEVICE == "cpu":
@@ -388,8 +402,7 @@ def read_records(table: Table, scale: str, output: Path) -> list[Record]:
     return [
         json.loads(path.read_text())
         for row in table.rows
-        for path in sorted((folder / row.name).glob("seed_*.json"))
-        if not path.name.endswith(".failed.json")
+        for path in sorted((folder / row.name).glob(RECORDS))
     ]
 
 

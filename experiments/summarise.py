@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.correlation import EVERYWHERE
 from experiments.tables import ACCURACY, AP, ERROR, Row, Table
 from repr_det.classification.metrics import CLASSIFICATION_METRICS
 from repr_det.detection.metrics import DETECTION_METRICS
@@ -148,7 +147,6 @@ def _values(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]
 
 def _correlations(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]:
     found = [record["correlations"] for record in records if "correlations" in record]
-    places = list(next(iter(found[0].values()))) if found else [EVERYWHERE]
     lines = []
     for criterion in found[0] if found else ():
         paper = table.paper_correlations.get(criterion, (None, None))
@@ -158,7 +156,7 @@ def _correlations(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame
             "Paper's value": _number(paper[1]),
         }
         for kind in ("rank", "value"):
-            for place in places:
+            for place in found[0][criterion]:
                 values = [run[criterion][place][kind] for run in found]
                 text = "constant" if None in values else _spread(values)
                 line[f"{kind.capitalize()}, {place}"] = text

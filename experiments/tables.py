@@ -15,6 +15,9 @@ from repr_det.errors import UserError
 
 ACCURACY, ERROR, AP = "accuracy", "error", "AP"
 
+RECORDS = "seed_*[0-9].json"
+"""The records of a row in its folder; ``seed_1.failed.json`` is none."""
+
 Overrides = dict[str, Any]
 """Values by dotted key of the config."""
 
@@ -167,8 +170,8 @@ def studies_of(output: Path) -> list[Table]:
     """
     found = []
     for folder in sorted(output.iterdir()) if output.is_dir() else ():
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*/seed_*.json"))]
-        by_row = {r["row"]: r for r in records if "cell" in r and "row" in r}
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RECORDS}"))]
+        by_row = {r["row"]: r for r in records if "cell" in r}
         if folder.name in TABLES or not by_row:
             continue
         cells = {name: record["cell"] for name, record in by_row.items()}
