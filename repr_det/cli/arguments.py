@@ -6,9 +6,13 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from repr_det.errors import UserError
+
+if TYPE_CHECKING:
+    from repr_det.report.arms import Arms
+    from repr_det.report.run import RunFolder
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -195,3 +199,31 @@ def baseline_of(groups: Mapping[str, object], baseline: str | None) -> str:
     if baseline not in groups:
         raise UserError(f"There is no arm {baseline!r}. Set --baseline to {' or '.join(groups)}.")
     return baseline
+
+
+def read_arms(args: argparse.Namespace) -> Arms:
+    """The runs of a command line, by ``--arm``, or by method where only runs are named.
+
+    Args:
+        args: with ``runs``, and what :func:`add_arms` and :func:`add_data` add.
+
+    Raises:
+        UserError: runs that are not there or cannot be compared, or both ways at once.
+    """
+    from repr_det.report.arms import arms_of, by_method
+    from repr_det.report.run import read_run
+    from repr_det.tasks import use_data
+
+    def read(folders: Sequence[str]) -> list[RunFolder]:
+        runs = [read_run(folder) for folder in folders]
+        for run in runs:
+            use_data(run.cfg, args)
+        return runs
+
+    named = named_arms(args)
+    if not named:
+        return by_method(read(args.runs))
+    if args.runs:
+        raise UserError(f"{args.runs[0]} belongs to no arm. Set --arm NAME {args.runs[0]}.")
+    baseline = baseline_of(named, args.baseline)
+    return arms_of({name: read(folders) for name, folders in named.items()}, baseline)

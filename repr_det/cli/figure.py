@@ -42,6 +42,7 @@ from repr_det.cli.arguments import (
     add_json,
     add_num_images,
     add_renamed,
+    read_arms,
 )
 from repr_det.errors import UserError
 
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _arms(args: argparse.Namespace) -> Arms:
-    from repr_det.report.arms import by_method, read_arms
+    from repr_det.report.arms import by_method
     from repr_det.report.run import of_checkpoint
     from repr_det.tasks import use_data
 

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from repr_det.cli.arguments import add_arms, add_data, add_num_images
+from repr_det.cli.arguments import add_arms, add_data, add_num_images, read_arms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page and print its path."""
-    from repr_det.report.arms import read_arms
     from repr_det.report.page import write_report
 
     page = write_report(

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from repr_det.cli.arguments import baseline_of, named_arms
 from repr_det.errors import UserError
 from repr_det.report.metrics import MAIN
-from repr_det.report.run import RunFolder, read_run
-from repr_det.tasks import use_data
+from repr_det.report.run import RunFolder
 
 STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
 """What runs without and with RePr are called where nobody named them, and what all began with."""
@@ -22,11 +19,14 @@ class Arms:
 
     Attributes:
         groups: the runs of each arm by its name, the baseline first; seeds of one setting.
-        baseline: the name of the arm that all others are compared with.
     """
 
     groups: dict[str, list[RunFolder]]
-    baseline: str
+
+    @property
+    def baseline(self) -> str:
+        """The arm that all others are compared with."""
+        return next(iter(self.groups))
 
     @property
     def runs(self) -> list[RunFolder]:
@@ -36,7 +36,7 @@ class Arms:
     @property
     def others(self) -> list[str]:
         """The arms that are compared with the baseline."""
-        return [name for name in self.groups if name != self.baseline]
+        return list(self.groups)[1:]
 
     @property
     def with_repr(self) -> list[RunFolder]:
@@ -54,7 +54,6 @@ def by_method(runs: Sequence[RunFolder]) -> Arms:
         STANDARD: [run for run in runs if not run.uses_repr],
         REPR: [run for run in runs if run.uses_repr],
     }
-    check_comparable(runs)
     return arms_of({name: found for name, found in groups.items() if found})
 
 
@@ -66,12 +65,12 @@ def arms_of(groups: Mapping[str, Sequence[RunFolder]], baseline: str | None = No
         baseline: an arm; None for the first.
 
     Raises:
-        UserError: see :func:`check_comparable`; or no such arm.
+        UserError: see :func:`check_comparable`.
     """
     check_comparable([run for group in groups.values() for run in group])
-    first = baseline_of(groups, baseline)
-    names = [first, *(name for name in groups if name != first)]
-    return Arms({name: list(groups[name]) for name in names}, first)
+    first = next(iter(groups)) if baseline is None else baseline
+    names = dict.fromkeys([first, *groups])
+    return Arms({name: list(groups[name]) for name in names})
 
 
 def check_comparable(runs: Sequence[RunFolder]) -> None:
@@ -113,23 +112,3 @@ def value_at(run: RunFolder, metric: str, iteration: int) -> float | None:
     """A metric as it was evaluated at an iteration; None where it was not."""
     series = run.evaluations(metric)
     return None if series is None or iteration not in series.index else float(series[iteration])
-
-
-def read_arms(args: argparse.Namespace) -> Arms:
-    """The runs of a command line, by ``--arm``, or by method where only runs are named.
-
-    Args:
-        args: with ``runs``, and what :func:`repr_det.cli.arguments.add_arms` and
-            :func:`repr_det.cli.arguments.add_data` add.
-
-    Raises:
-        UserError: runs that are not there or cannot be compared, or both ways at once.
-    """
-    named = named_arms(args)
-    if named and args.runs:
-        raise UserError(f"{args.runs[0]} belongs to no arm. Set --arm NAME {args.runs[0]}.")
-    groups = named or {"": args.runs}
-    read = {name: [read_run(folder) for folder in folders] for name, folders in groups.items()}
-    for run in (run for group in read.values() for run in group):
-        use_data(run.cfg, args)
-    return arms_of(read, args.baseline) if named else by_method(read[""])
