@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from repr_det.detection.coco_results import BBOX, read_results, read_truth
 from repr_det.detection.evaluation import annotations_of
+from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.files import write_text_whole
 from repr_det.engine.recording import History
 from repr_det.errors import UserError, sentence
@@ -29,7 +30,6 @@ from repr_det.report.probes import (
     contributions,
     held_out_images,
     load_network,
-    load_weights,
     overlap,
     responses,
 )
@@ -247,7 +247,7 @@ def _overlap_of_checkpoints(run: RunFolder) -> tuple[pd.Series, pd.Series]:
         network = load_network(run.cfg, run.weights)
     step = max(1, -(-len(moments) // _MOST_CHECKPOINTS))
     for iteration, path in moments[::-step]:
-        load_weights(network, path)
+        SafeCheckpointer(network.model).load_whole(str(path))
         points[iteration] = overlap(network)
     filters = {layer.name: layer.num_filters for layer in network.layers}
     sums = pd.Series(
@@ -268,11 +268,7 @@ def kept_contributions(run: RunFolder) -> dict[str, list[float]] | None:
 
 
 def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            found.update(block)
-    return found.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def compute_contributions(run: RunFolder) -> None:

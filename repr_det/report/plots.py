@@ -150,8 +150,8 @@ def _style(names: Sequence[str] = ()) -> AbstractContextManager:
     )
 
 
-def _figure(height: float, width: float = WIDTH) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     figure.patch.set_alpha(0)
     FigureCanvasAgg(figure)
     return figure

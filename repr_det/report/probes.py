@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,6 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
     return Network(cfg, model, method.layers, sorted(stems))
 
 
-def load_weights(network: Network, path: str | Path) -> None:
-    """Load the weights of another checkpoint of the same architecture.
-
-    Raises:
-        UserError: no checkpoint, or of another architecture.
-    """
-    SafeCheckpointer(network.model).load_whole(str(path))
-
-
 def overlap(network: Network) -> dict[str, float]:
     """Mean plain Ortho score of the filters of each layer that are not zero."""
     none = {n.name: torch.zeros(n.num_filters, dtype=torch.bool) for n in network.layers}
@@ -142,8 +134,10 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.TEST.IMS_PER_BATCH = count
-    trainer = trainer_for(cfg)
-    check_test_set(cfg)
+    trainer, checked = trainer_for(cfg), cfg.clone()
+    if not set(map(held_out_name, cfg.DATASETS.TRAIN)) & set(cfg.DATASETS.TEST):
+        checked.DATASETS.TRAIN = ()  # may well be elsewhere
+    trainer.check(checked)
     loader = trainer.build_test_loader(cfg, cfg.DATASETS.TEST[-1])
     batches, images = [], 0
     for batch in loader:
@@ -152,19 +146,6 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
         if images >= count:
             break
     return batches
-
-
-def check_test_set(cfg: CfgNode) -> None:
-    """Register what is built in, and refuse test sets that are not there.
-
-    Raises:
-        UserError: they are not.
-    """
-    cfg = cfg.clone()
-    cfg.defrost()
-    if not set(map(held_out_name, cfg.DATASETS.TRAIN)) & set(cfg.DATASETS.TEST):
-        cfg.DATASETS.TRAIN = ()  # may well be elsewhere
-    trainer_for(cfg).check(cfg)
 
 
 def _size(batch: Any) -> int:
@@ -211,11 +192,11 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     finally:
         for handle in handles:
             handle.remove()
-    return Responses(*({n: _joined(v) for n, v in kind.items() if v} for kind in (samples, maps)))
-
-
-def _joined(parts: Sequence[Tensor]) -> Matrix:
-    return torch.cat(list(parts)).double().numpy()
+    sampled, averaged = (
+        {name: torch.cat(parts).double().numpy() for name, parts in kind.items() if parts}
+        for kind in (samples, maps)
+    )
+    return Responses(sampled, averaged)
 
 
 def filter_correlations(samples: Matrix) -> Matrix:
@@ -318,10 +299,6 @@ def first_filters(network: Network) -> Matrix | None:
     return None
 
 
-def _with_a_bar(filters: Sequence[Any]) -> Iterable[Any]:
-    return tqdm(filters, "Zeroing", unit="filter", disable=None)  # none without a terminal
-
-
 def contributions(network: Network) -> dict[str, list[float]]:
     """What the mean training loss rises by when one filter is zeroed, by layer.
 
@@ -341,7 +318,8 @@ def contributions(network: Network) -> dict[str, list[float]]:
     try:
         with torch.no_grad(), unchanged(network.model):
             generator = torch.Generator().manual_seed(0)
-            data = Data(network.model, batches, training_loss, generator, _with_a_bar)
+            bar = partial(tqdm, desc="Zeroing", unit="filter", disable=None)  # on a terminal
+            data = Data(network.model, batches, training_loss, generator, bar)
             scores = oracle(network.layers, data)
     finally:
         network.model.eval()
