@@ -163,6 +163,23 @@ def test_the_package_does_not_import_experiments():
     assert not [p for p in python_files("repr_det") if re.search(r"\bexperiments\b", p.read_text())]
 
 
+@pytest.mark.parametrize(
+    ("room", "above"),
+    [
+        ("method", "engine|detection|classification|tasks|report|cli"),
+        ("engine", "detection|classification|tasks|report|cli"),
+        ("detection", "classification|tasks|report|cli"),
+        ("classification", "detection|tasks|report|cli"),
+        ("report", "cli"),
+    ],
+)
+def test_a_room_imports_none_above_it(room, above):
+    found = rf"^\s*(from|import) repr_det\.({above})\b"
+    files = python_files(f"repr_det/{room}")
+    assert files
+    assert not [p for p in files if re.search(found, p.read_text(), re.MULTILINE)]
+
+
 def test_no_test_module_imports_another():
     """What several of them need is in modules that hold no tests."""
     found = r"^\s*(from tests\S* import test_|from tests\.\S*\btest_|import tests\.\S*\btest_)"
