@@ -311,9 +311,10 @@ def keeps_places(op: str) -> bool:
 
 @rule("aten::pow", "aten::pow_")
 def _power(call: Call) -> Tag | None:
+    # Zero to the power of zero is one. Below one, the slope at zero is infinite.
     exponent = call["exponent"]
-    is_positive = isinstance(exponent, (int, float)) and exponent > 0
-    return call.tag("self") if is_positive else None  # zero to the power of zero is one
+    is_known = isinstance(exponent, (int, float)) and exponent >= 1
+    return call.tag("self") if is_known else None
 
 
 @rule("aten::prelu", "aten::_prelu_kernel")
@@ -543,9 +544,11 @@ def _sum(call: Call) -> Tag | None:
 def _product(call: Call) -> Tag | None:
     """A factor that has at least as many dimensions as the other one: its channels stay zero."""
     is_division = call.op.startswith("aten::div")
+    if is_division and call.tag("other") is not None:
+        return None  # by zero
     for name, other in (("self", "other"), ("other", "self")):
         tag = call.tag(name)
-        if tag is None or (is_division and name == "other"):
+        if tag is None:
             continue
         shape = call.shapes(other)
         if not shape:

@@ -55,6 +55,7 @@ EXAMPLES = {
     "squared": (ATEN.pow.Tensor_Scalar, (2,)),
     "square in place": (ATEN.pow_.Scalar, (2,)),
     "to the power of zero": (ATEN.pow.Tensor_Scalar, (0,)),
+    "root": (ATEN.pow.Tensor_Scalar, (0.5,)),
     "relu6": (ATEN.hardtanh.default, (0.0, 6.0)),
     "one slope": (ATEN._prelu_kernel.default, (tensor(1),)),
     "prelu": (ATEN.prelu.default, (tensor(1),)),
@@ -156,6 +157,8 @@ UNKNOWN = {
     # Zero does not stay zero.
     "hardtanh above zero", "hardtanh below zero", "to the power of zero", "pad with ones",
     "plus one", "plus something", "relative position",
+    # The slope at zero is infinite.
+    "root",
     # Entries of all dimensions are mixed.
     "mean", "mean of all", "roll of all",
     # Which entries are taken may depend on the channels, or be other channels.
@@ -296,7 +299,11 @@ SEVERAL = {
     "cat with an unknown one": (lambda a, b: (ATEN.cat.default, ([a, b], 1)), (1, None)),
     **{
         op: (lambda a, b, op=op: (getattr(ATEN, op).Tensor, (a, b)), (1, 1))
-        for op in ("add", "add_", "sub", "sub_", "mul", "mul_", "div", "div_")
+        for op in ("add", "add_", "sub", "sub_", "mul", "mul_")
+    },
+    **{
+        name: (lambda a, b: (ATEN.div.Tensor, (a, b)), dims)
+        for name, dims in (("div", (1, None)), ("division by zero", (1, 1)))
     },
     "maximum": (lambda a, b: (ATEN.maximum.default, (a, b)), (1, 1)),
     "minimum": (lambda a, b: (ATEN.minimum.default, (a, b)), (1, 1)),
@@ -368,7 +375,7 @@ def check_several(name):
 UNKNOWN_SUMS = {
     "cat of different dimensions", "sum of different dimensions", "sum with an unknown one",
     "boxes across channels", "attention by queries", "attention across values",
-    "grid across channels",
+    "grid across channels", "division by zero",
 }  # fmt: skip
 
 
