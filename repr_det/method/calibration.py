@@ -30,7 +30,8 @@ class _Sums:
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x = (args or tuple(kwargs.values()))[0].detach()
         channels = self.channels.to(x.device)
-        x = x.index_select(1, channels).double().transpose(0, 1).flatten(1)
+        dim = self.link.dim
+        x = x.index_select(dim, channels).double().transpose(0, dim).flatten(1)
         counts = torch.full_like(channels, x.shape[1], dtype=torch.float64)
         self.sums += torch.stack([x.sum(dim=1), x.square().sum(dim=1), counts])
         self.set(self.sums)

@@ -574,6 +574,38 @@ def test_hook_that_changes_what_a_layer_returns_is_seen():
     assert names(model) == ["body.2", "fc1"]
 
 
+class LastFrozen(nn.Module):
+    """A norm over the last dimension whose statistics do not train."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.linspace(-1, 1, width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.running_mean) * self.running_var.rsqrt() * self.weight + self.bias
+
+
+def test_frozen_norm_over_the_last_dimension_is_calibrated():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 8), nn.Linear(8, 20), LastFrozen(20), nn.SiLU(), nn.Linear(20, 2)
+    ).double()
+    model.load_state_dict({**model.state_dict(), "1.bias": torch.ones(20, dtype=torch.float64)})
+    method = method_of(
+        model,
+        batches=lambda: iter([batch(0)]),
+        loss=lambda network, data: network(data[0]).square().mean(),
+    )
+    method.step(WARM_UP)
+    gone = method.pruned["1"]
+    method.step(WARM_UP + STEPS)
+    x = model[1](model[0](batch(0)[0])).detach().flatten(0, 2)
+    torch.testing.assert_close(model[2].running_mean[gone], x.mean(0)[gone])
+    torch.testing.assert_close(model[2].running_var[gone], x.var(0, correction=0)[gone])
+
+
 @pytest.mark.parametrize("criterion", ["activations", "apoz", "taylor", "gradients", "weights"])
 def test_criteria_score_units(criterion):
     model = net("transformer")
