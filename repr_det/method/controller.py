@@ -330,6 +330,11 @@ class RePr:
             if not found:
                 raise UserError(message)
             warnings.warn(message, stacklevel=5)
+        elif not found:
+            raise UserError(
+                f"RePr: {min(selected)} cannot lose filters, because something else uses its "
+                f"weight, bias or norm, or its norm does not keep zeros. Change INCLUDE/EXCLUDE."
+            )
         return found
 
     def _factors_on_readers(self) -> dict[str, float]:

@@ -57,7 +57,7 @@ from repr_det.method.modules import (
     unwrap,
 )
 from repr_det.method.sharing import irregular_layers, names_and_holders, shared_layers
-from repr_det.method.trials import counts_channels, is_silent
+from repr_det.method.trials import counts_channels, is_silent, keeps_zeros
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
@@ -114,7 +114,7 @@ class _Found:
         gating: filters whose zero becomes a constant that multiplies other channels.
         irregular: layers that do not simply multiply their input by their own weight. The weight
             is computed from others, is used outside the layer, or multiplies something other than
-            the input.
+            the input. Also norms that do not keep zeros.
         tied: pairs of filters that are removed together or not at all.
         fixed: filters that must not be removed.
         shapes: by conv, the shape of its input.
@@ -291,8 +291,8 @@ class _Tracer(TorchDispatchMode):
                 hook = _with_input(enter, name)
                 hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
             hook = _with_input(leave, name)
-            # On a linear layer before the user's hooks, which may change its output.
-            first = name in self.linears
+            # On linear layers and norms before the user's hooks, which may change their output.
+            first = leave in (self._leave_linear, self._leave_norm)
             hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
         with hooks, self:
             yield
@@ -384,17 +384,15 @@ class _Tracer(TorchDispatchMode):
         self._inside += 1
 
     def _leave_norm(self, name: str, x: Any, values: Any, out: Any) -> None:
+        if self._inside == 1:
+            self._set_origin(out, self._origin(values))
+            if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
+                self._set_tag(out, self._through_norm(name, x, self._tag(x), values))
+            else:
+                self._lose_all(f"the norm {name}", values)
         self._inside -= 1
-        if self._inside:
-            return
-        self._set_origin(out, self._origin(values))
-        tag = self._tag(x)
-        if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
-            self._set_tag(out, self._through_norm(name, x, tag))
-        else:
-            self._lose_all(f"the norm {name}", values)
 
-    def _through_norm(self, name: str, x: Tensor, tag: Tag | None) -> Tag | None:
+    def _through_norm(self, name: str, x: Tensor, tag: Tag | None, values: Any) -> Tag | None:
         module = self.modules[name]
         width = norm_channels(module)
         known = (
@@ -410,6 +408,9 @@ class _Tracer(TorchDispatchMode):
             # Its statistics shift a zero channel, and there is no scale to hold at zero.
             self.found.lose(f"the norm {name} without a scale", tag)
             return None
+        if not keeps_zeros(module, x, tag.dim, *values):
+            self.found.irregular.add(name)
+            self.found.lose(f"the norm {name}, which does not keep zeros", tag)
         sources: list[Sources] = []
         for channel, source in enumerate(tag.sources):
             if source is None or len(source) != 1:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from repr_det.method.channels import CONVOLUTIONS
-from repr_det.method.layers import FilterLayer
+from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, is_norm, unchanged
 
 
@@ -32,6 +32,41 @@ def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
     finally:
         for module, mode in training:
             module.training = mode
+
+
+def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether a norm's output is zero in channels where its input, scale and shift are zero.
+
+    It is not where the scale is ``1 + weight`` after a mean over channels, where an activation
+    inside the norm does not keep zeros, or where something is added.
+
+    Args:
+        norm: the norm.
+        x: its input.
+        dim: the dimension that counts channels.
+        args: with what it was called.
+        kwargs: the same by name.
+    """
+    if type(norm).forward.__module__.startswith("torch.nn."):
+        return True
+    chosen = torch.arange(x.shape[dim]) % 2 == 0
+    link, places = NormLink("", norm, *[chosen.nonzero().flatten()] * 2, dim), chosen.to(x.device)
+    zeroed = x.masked_fill(places.view(-1, *[1] * (x.dim() - dim - 1)), 0.0)
+
+    def with_zeros(value: Any) -> Any:
+        return zeroed if value is x else value
+
+    try:
+        with _disable_current_modes(), unchanged(norm), torch.no_grad():
+            norm.eval()  # synchronised norms wait for other processes in training
+            for tensor in (*link.affine.values(), *(mean for mean, _ in link.running_statistics())):
+                tensor[places.to(tensor.device)] = 0.0
+            out = norm.forward(
+                *map(with_zeros, args), **{key: with_zeros(value) for key, value in kwargs.items()}
+            )
+        return not out.movedim(dim, 0)[places].any()
+    except Exception:  # a norm of an unknown kind may raise anything
+        return False
 
 
 def is_silent(conv: nn.Module, shape: torch.Size) -> bool:

@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections import deque
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from repr_det import RePr, RePrSchedule
+from repr_det.errors import UserError
 from repr_det.method.compact import Compact
 from repr_det.method.modules import unchanged
 from repr_det.method.tracing import trace
@@ -677,6 +679,85 @@ def test_gain_and_norm_without_bias_are_part_of_a_filter(kind):
     torch.testing.assert_close(part[pruned], survivors.mean().expand_as(part[pruned]))
     assert not torch.equal(part, first)
     assert not method.optimizer.state[part]["momentum_buffer"][pruned].any()
+
+
+# --- norms that do not keep zeros
+
+
+class Shifting(nn.Module):
+    """A norm, and what follows inside the same module or in a hook of it."""
+
+    def __init__(self, channels: int, after) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.rand(channels)),
+        )
+        self.after = after
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x - x.mean((1, 2, 3), keepdim=True)
+        return self.after(x * self.weight[:, None, None] + self.bias[:, None, None])
+
+
+class ZeroCentred(nn.GroupNorm):
+    """Its scale is one more than its weight, so a weight of zero does not silence a channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm(x, self.num_groups, self.weight + 1, self.bias)
+
+
+class SigmoidAfter(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(super().forward(x))
+
+
+class Conditional(nn.BatchNorm2d):
+    """It adds something that a layer inside it computes."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.shift = nn.Linear(3, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift(x[:, :3].mean((2, 3)))[..., None, None]
+
+
+NORMS = {
+    "zero-centred scale": (lambda: ZeroCentred(1, 8), False),
+    "sigmoid": (lambda: SigmoidAfter(8), False),
+    "conditional shift": (lambda: Conditional(8), False),
+    "threshold": (lambda: Shifting(8, lambda y: y.clamp(min=0.1)), False),
+    "tanh": (lambda: Shifting(8, torch.tanh), True),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_filters_take_part_only_if_their_norm_keeps_zeros(name):
+    build, takes_part = NORMS[name]
+    stem, head = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(stem, nn.Conv2d(8, 8, 1), build(), nn.Conv2d(8, 8, 1), *pool, head)
+    before = copy.deepcopy(model.state_dict())
+    assert ("1" in names_of(model, images())) is takes_part
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    units = [stem, *pool, nn.Linear(8, 8), nn.Unflatten(1, (8, 1, 1)), build(), nn.Flatten(), head]
+    if takes_part:
+        assert names_of(nn.Sequential(*units), images(), linear=True) == ["3"]
+    else:
+        with pytest.raises(UserError, match="the norm 5, which does not keep zeros"):
+            method_of(nn.Sequential(*units), images(), linear=True)
+    with nullcontext() if takes_part else pytest.raises(UserError, match="1 cannot lose filters"):
+        method_of(model, images(), include=["1"])
+
+
+def test_hook_that_changes_what_a_norm_returns_is_seen():
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), Pooled(8)
+    )
+    assert dead(model, **{"1": [2]}) == {"3": [2]}
+    model[2].register_forward_hook(lambda module, args, out: out + 1)
+    assert dead(model, **{"1": [2]}) == {}
 
 
 class Pooled(nn.Module):
