@@ -44,7 +44,7 @@ from repr_det.method.returning import (
     write_affine,
 )
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
-from repr_det.method.selection import select_layers, separable, trained_elsewhere
+from repr_det.method.selection import list_of, select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_same_settings, check_whole
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
@@ -174,7 +174,7 @@ class RePr:
         self._warmup = RateWarmup(optimizer, schedule, warmup)
         self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
         self._criterion_name = _name_of(criterion)
-        self._include, self._exclude = list(include or ()), list(exclude or ())
+        self._include, self._exclude = list_of(include), list_of(exclude)
         self._linear = bool(linear)
         self.model, self.group = unwrap(model), group_of(model)
         self.batches, self.loss, self._progress = batches, loss, progress

@@ -15,6 +15,19 @@ from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import num_filters
 
 
+def list_of(patterns: Sequence[str] | None) -> list[str]:
+    """Patterns as a list, empty for None.
+
+    Raises:
+        UserError: they are one string, whose characters would be taken for patterns.
+    """
+    if isinstance(patterns, str):
+        raise UserError(
+            f"RePr: include or exclude is {patterns!r}. Set a list of patterns, as [{patterns!r}]."
+        )
+    return list(patterns or ())
+
+
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a dotted name, or the name of a module that contains it, matches a pattern."""
     parts = name.split(".")
@@ -71,7 +84,7 @@ def select_layers(
         UserError: a pattern matches nothing that can take part, or no layer is left that trains and
             has filters to compare.
     """
-    include, exclude = list(include or ()), list(exclude or ())
+    include, exclude = list_of(include), list_of(exclude)
     _check_patterns(convs, linears, visible, include, exclude)
     layers = {**convs, **linears}
     special = {*stems, *heads, *gates}

@@ -32,6 +32,12 @@ def test_patterns_take_what_lies_below(pattern, expected):
     assert matches("backbone.fpn.lateral2", [pattern]) is expected
 
 
+@pytest.mark.parametrize("key", ["include", "exclude"])
+def test_one_string_is_no_list_of_patterns(key):
+    with pytest.raises(UserError, match=r"is 'block\*'. Set a list of patterns, as \['block\*'\]"):
+        method_of(Residual(), **{key: "block*"})
+
+
 def test_default_spares_stem_and_prediction_layers():
     assert names_of(Residual()) == [
         "block1.conv1", "block1.conv2", "block1.conv3", "block1.shortcut",
