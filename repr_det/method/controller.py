@@ -688,7 +688,8 @@ class RePr:
                 f"Resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
-        self._build_as_written(state)
+        with still(self.model):
+            self._build_as_written(state)
         # The first of "aside" is the model's.
         if state["phase"] == SUB and len(state["aside"]) != len(self._networks):
             raise UserError(
