@@ -27,7 +27,14 @@ from repr_det.method.criteria import (
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.graph import ChannelGraph, Reader, in_copy
-from repr_det.method.holding import GradientMask, moved, put_back, set_aside, zero_filters
+from repr_det.method.holding import (
+    GradientMask,
+    columns_moved,
+    moved,
+    put_back,
+    set_aside,
+    zero_filters,
+)
 from repr_det.method.layers import FilterLayer, column_slots, row_lengths
 from repr_det.method.modules import eager, still, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
@@ -579,6 +586,14 @@ class RePr:
                 f"not stay zero, so the sub-network was not exactly a smaller one. Let nothing but "
                 f"this optimizer write to their weights, and nothing to their gradients through "
                 f".data.",
+                stacklevel=4,
+            )
+        if names := [r.name for r in self._readers if columns_moved(r, self._pruned)]:
+            warnings.warn(
+                f"RePr: weights of {', '.join(names[:3])}{' ...' * (len(names) > 3)} that read "
+                f"dropped filters did not stay zero, so the sub-network was not exactly a smaller "
+                f"one. Some batches use these filters otherwise than the first did, or something "
+                f"else writes to these weights. Exclude the layers before them (REPR.EXCLUDE).",
                 stacklevel=4,
             )
 

@@ -129,6 +129,12 @@ def moved(layer: FilterLayer, pruned: Tensor) -> bool:
     return any(bool(slot.read().any()) for slot in layer.filter_slots(pruned))
 
 
+def columns_moved(reader: Reader, pruned: dict[str, Tensor]) -> bool:
+    """Whether weights that read pruned filters (bool of shape (J,) by layer) are not zero."""
+    slots = column_slots(reader.module, reader.dead(pruned))
+    return any(bool(slot.read().any()) for slot in slots)
+
+
 class _Columns(NamedTuple):
     """Weights that read pruned channels.
 

@@ -269,6 +269,20 @@ def test_filters_that_something_wrote_to_are_warned_of(write):
     assert write is None or ("of 2 did" in messages[0] and caught[0].filename == __file__)
 
 
+def test_columns_that_moved_are_warned_of():
+    """As where some batches add something to a pruned channel."""
+    model = simple()
+    method = RePr(
+        model, OPTIMIZERS["momentum"](model.parameters()), RePrSchedule(1, 4, 1), 0.5, include=["2"]
+    )
+    method.step(1)
+    model[3].register_forward_hook(lambda module, args, out: out + 1)
+    loss(model, batch(0, torch.float32)).backward()
+    method.optimizer.step()
+    with pytest.warns(UserWarning, match="weights of .* that read dropped filters did not stay"):
+        method.step(5)
+
+
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 def test_gradient_that_overflows_in_a_held_filter_is_zero(value):
     """So that it is neither clipped by nor a reason to skip a step with mixed precision."""
