@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -116,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.figure == DETECTIONS and args.output.suffix != ".png":
         raise UserError(f"{DETECTIONS} is a picture. Set --output to a name that ends in .png.")
-    material = Material(_arms(args), args.num_images, sys.stderr.isatty())
+    material = Material(_arms(args), args.num_images)
     if args.figure == DETECTIONS:
         examples = [(e.image, e.truth, *e.found) for e in material.examples]
         titles = ("ground truth", *material.arms.groups)

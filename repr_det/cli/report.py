@@ -13,7 +13,6 @@ are compared with runs without it.
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from repr_det.cli.arguments import add_arms, add_data, add_num_images, read_arms
@@ -51,6 +50,5 @@ def run(args: argparse.Namespace) -> None:
         args.output,
         images=args.num_images,
         resamples=args.resamples,
-        progress=sys.stderr.isatty(),
     )
     print(page)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -119,7 +120,7 @@ class Outcome:
     level: float = 0.95
 
 
-def outcome(arms: Arms, resamples: int = 1000, progress: bool = False) -> Outcome:
+def outcome(arms: Arms, resamples: int = 1000) -> Outcome:
     """Final metrics by arm, and intervals of their differences where there can be any.
 
     They are paired over the seeds that every arm shares with the baseline, where these are at least
@@ -130,7 +131,6 @@ def outcome(arms: Arms, resamples: int = 1000, progress: bool = False) -> Outcom
     Args:
         arms: comparable runs.
         resamples: of the bootstrap; 0 leaves it out.
-        progress: show bars.
     """
     runs, task = arms.runs, arms.runs[0].task
     iteration = last_common_evaluation(runs)
@@ -163,7 +163,7 @@ def outcome(arms: Arms, resamples: int = 1000, progress: bool = False) -> Outcom
         )
         return replace(found, interval=words)
     try:
-        return _with_bootstrap(found, arms, resamples, progress)
+        return _with_bootstrap(found, arms, resamples)
     except UserError as error:
         return replace(found, interval=f"No interval could be computed. {sentence(error)}")
 
@@ -214,7 +214,7 @@ def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
     return replace(outcome, rows=rows, interval=words)
 
 
-def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int, progress: bool) -> Outcome:
+def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int) -> Outcome:
     if not resamples:
         return replace(outcome, interval="The bootstrap was left out, so there is no interval.")
     runs = arms.runs
@@ -237,7 +237,7 @@ def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int, progress: bool
             arms.baseline,
             resamples=resamples,
             level=outcome.level,
-            progress=progress,
+            progress=sys.stderr.isatty(),
         )
         for name, comparison in compared.items():
             for metric, found in comparison.overall.items():

@@ -51,7 +51,6 @@ class Material:
     Attributes:
         arms: comparable runs.
         images: held-out images that networks are run on.
-        progress: show bars.
 
     Raises:
         UserError: too few images.
@@ -59,7 +58,6 @@ class Material:
 
     arms: Arms
     images: int = 32
-    progress: bool = False
 
     def __post_init__(self) -> None:
         if self.images < 4:
@@ -156,7 +154,7 @@ class Material:
         """
         first = next(iter(self.networks.values()))
         batches = held_out_images(first.cfg, self.images)
-        bar = tqdm(self.networks.items(), "Responses", unit="network", disable=not self.progress)
+        bar = tqdm(self.networks.items(), "Responses", unit="network", disable=None)
         return {name: responses(net, batches, self.shown_layers) for name, net in bar}
 
     @cached_property
@@ -170,9 +168,8 @@ class Material:
         firsts = [group[0] for group in self.arms.groups.values()]
         truth = read_truth(*annotations_of(firsts[0].cfg, firsts[0].test_set))
         results = [read_results(run.folder, truth) for run in firsts]
-        counts, ids = [], sorted(truth.getImgIds())
-        for run in firsts:
-            counts.append(examples.mistakes(matches_of(run, BBOX)))
+        ids = sorted(truth.getImgIds())
+        counts = [examples.mistakes(matches_of(run, BBOX)) for run in firsts]
         chosen = examples.choose(*counts, 6) if len(firsts) == 2 else range(min(4, len(ids)))
         records = {record["image_id"]: record for record in DatasetCatalog.get(firsts[0].test_set)}
         classes = MetadataCatalog.get(firsts[0].test_set).thing_dataset_id_to_contiguous_id

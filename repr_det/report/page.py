@@ -58,7 +58,6 @@ def write_report(
     *,
     images: int = 32,
     resamples: int = 1000,
-    progress: bool = False,
 ) -> Path:
     """Write the report of runs, finished or not.
 
@@ -69,7 +68,6 @@ def write_report(
         path: of the page; an earlier one is replaced when the new one is whole.
         images: held-out images on which responses of filters are compared.
         resamples: of the paired bootstrap, for detection without seeds to pair; 0 leaves it out.
-        progress: show bars.
 
     Returns:
         ``path``.
@@ -82,8 +80,7 @@ def write_report(
     check_folder_of("the report", path)
     if resamples < 0:
         raise UserError(f"The number of resamples is {resamples}. Set 0 or more.")
-    page = _template().render(_content(arms, images, resamples, progress))
-    write_text_whole(path, page)
+    write_text_whole(path, _template().render(_content(arms, images, resamples)))
     return path
 
 
@@ -93,28 +90,23 @@ def _template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def _content(arms: Arms, images: int, resamples: int, progress: bool) -> dict[str, Any]:
-    material, runs = Material(arms, images, progress), arms.runs
-    task, found = runs[0].task, outcome(arms, resamples, progress)
+def _content(arms: Arms, images: int, resamples: int) -> dict[str, Any]:
+    material, runs = Material(arms, images), arms.runs
+    found = outcome(arms, resamples)
     names = short_names(runs)
     missing: Missing = []
-    sections = []
-    wanted = [name for name, entry in FIGURES.items() if entry.applies(arms)]
-    with tqdm(total=len(wanted), desc="Figures", disable=not progress) as bar:
-        for section, (title, introduction) in _SECTIONS.items():
-            names_here = [name for name in wanted if FIGURES[name].section == section]
-            drawn = _drawn(material, names_here, missing, bar)
-            content = {"name": section, "title": title, "introduction": introduction}
-            content["figures"] = drawn
-            if section == task == DETECTION:
-                content |= _tried("Held-out images", lambda: _examples(material), missing) or {}
-            if drawn or content.get("examples"):
-                sections.append(content)
-    differences = settings_that_differ(runs) if len(runs) > 1 else {}
+    figures = _figures(material, missing)
+    sections = {
+        name: {"name": name, "title": title, "introduction": introduction, "figures": figures[name]}
+        for name, (title, introduction) in _SECTIONS.items()
+    }
+    if material.task == DETECTION:
+        sections[DETECTION] |= _tried("Held-out images", missing, _examples, material) or {}
+    now = time.strftime("%Y-%m-%d %H:%M")
     return {
         "title": f"{_listed(list(arms.groups))}: {_model(runs[0])}"
         + (f" on {runs[0].test_set}" if runs[0].test_set else ""),
-        "subtitle": f"{task.capitalize()}. Written {time.strftime('%Y-%m-%d %H:%M')} by repr_det.",
+        "subtitle": f"{material.task.capitalize()}. Written {now} by repr_det.",
         "summary": _summary(arms, found, names),
         "iteration": None if found.iteration is None else f"{found.iteration:,}",
         "test_set": runs[0].test_set,
@@ -124,33 +116,33 @@ def _content(arms: Arms, images: int, resamples: int, progress: bool) -> dict[st
         "rows": [_cells(row) for row in found.rows.values()],
         "runs": _runs(arms, names),
         "schedule": _schedule(arms),
-        "differences": list(differences.items()),
-        "sections": sections,
+        "differences": list(settings_that_differ(runs).items()),
+        "sections": [s for s in sections.values() if s["figures"] or "examples" in s],
         "columns": 1 + len(arms.groups),
         "missing": missing,
     }
 
 
-def _tried(title: str, make: Callable[[], Any], missing: Missing) -> Any:
-    """What ``make`` returns; None where it cannot, with the reason among what is missing."""
+def _tried(
+    title: str, missing: Missing, make: Callable[[Material], Any], material: Material
+) -> Any:
+    """What is made of the material; None where it cannot be, with the reason in ``missing``."""
     try:
-        return make()
+        return make(material)
     except UserError as error:
         missing.append((title, sentence(error)))
         return None
 
 
-def _drawn(
-    material: Material, names: Sequence[str], missing: Missing, bar: tqdm
-) -> list[dict[str, str]]:
-    found = []
-    for name in names:
-        entry = FIGURES[name]
-        drawn = _tried(entry.title, lambda entry=entry: entry.draw(material), missing)
-        bar.update()
+def _figures(material: Material, missing: Missing) -> dict[str, list[dict[str, str]]]:
+    """The figures that say anything about the runs, by section."""
+    found: dict[str, list[dict[str, str]]] = {section: [] for section in _SECTIONS}
+    wanted = [(name, entry) for name, entry in FIGURES.items() if entry.applies(material.arms)]
+    for name, entry in tqdm(wanted, "Figures", disable=None):  # a bar on a terminal
+        drawn = _tried(entry.title, missing, entry.draw, material)
         if drawn is not None:
             source = plots.data_uri(plots.as_svg(drawn.figure), "image/svg+xml")
-            found.append(
+            found[entry.section].append(
                 {"name": name, "title": entry.title, "caption": drawn.caption, "source": source}
             )
     return found
