@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 
-Overrides = tuple[str | float, ...]
+from experiments.tables import Overrides
 
 CHOICE, TEST = "choice", "test"
 STANDARD = "standard"
@@ -19,12 +19,12 @@ CHOICE_SEED = 0
 TEN_SEEDS = tuple(range(1, 11))
 THREE_SEEDS = TEN_SEEDS[:3]
 
-_OFF: Overrides = ("REPR.ENABLED", False)
-_PREVIOUS: Overrides = ("REPR.REINIT.DIRECTION", "previous")
+_OFF = {"REPR.ENABLED": False}
+_PREVIOUS = {"REPR.REINIT.DIRECTION": "previous"}
 
 
 def _cycles(cycles: int, s1: int, s2: int) -> Overrides:
-    return ("REPR.ENABLED", True, "REPR.N", cycles, "REPR.S1", s1, "REPR.S2", s2)
+    return {"REPR.ENABLED": True, "REPR.N": cycles, "REPR.S1": s1, "REPR.S2": s2}
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,18 @@ def _finetune(share: float, steps: int, long: tuple[int, int], short: int) -> Se
     default = _cycles(3, *long)
     heads = ["backbone.fpn_*", "proposal_generator.rpn_head.conv", "roi_heads.box_head.conv*"]
     return Setting(
-        (
-            *("DATASETS.TRAIN_SHARE", share, "SOLVER.MAX_ITER", steps, "SOLVER.STEPS", str(drops)),
-            *("TEST.EVAL_PERIOD", 0),
-        ),
+        {
+            "DATASETS.TRAIN_SHARE": share,
+            "SOLVER.MAX_ITER": steps,
+            "SOLVER.STEPS": drops,
+            "TEST.EVAL_PERIOD": 0,
+        },
         {
             STANDARD: _OFF,
             "repr": default,
-            "repr-heads": (*default, "REPR.INCLUDE", str(heads)),
-            "previous-3": default + _PREVIOUS,
-            "previous-7": _cycles(7, short, short) + _PREVIOUS,
+            "repr-heads": default | {"REPR.INCLUDE": heads},
+            "previous-3": default | _PREVIOUS,
+            "previous-7": _cycles(7, short, short) | _PREVIOUS,
         },
     )
 
@@ -90,12 +92,12 @@ def _finetune(share: float, steps: int, long: tuple[int, int], short: int) -> Se
 def _noise(share: float) -> Setting:
     default = _cycles(3, 6, 3)
     return Setting(
-        ("DATASETS.RANDOM_LABELS", share),
+        {"DATASETS.RANDOM_LABELS": share},
         {
             STANDARD: _OFF,
             "repr": default,
-            "repr-50": (*default, "REPR.PRUNE_RATIO", 0.5, "REPR.MAX_LAYER_RATIO", 0.8),
-            "previous": default + _PREVIOUS,
+            "repr-50": default | {"REPR.PRUNE_RATIO": 0.5, "REPR.MAX_LAYER_RATIO": 0.8},
+            "previous": default | _PREVIOUS,
         },
     )
 
@@ -103,19 +105,21 @@ def _noise(share: float) -> Setting:
 STUDIES = {
     "finetune": Study(
         config="neu_det_faster_rcnn.yaml",
-        overrides=(
-            *("MODEL.BACKBONE.NAME", "build_efficientnet_lite_fpn_backbone"),
-            *("INPUT.FORMAT", "RGB"),
-            # Of the RGB images that the pretrained weights were trained on.
-            *("MODEL.PIXEL_MEAN", "[127.0, 127.0, 127.0]"),
-            *("MODEL.PIXEL_STD", "[128.0, 128.0, 128.0]"),
-            *("INPUT.MIN_SIZE_TRAIN", "(160,)", "INPUT.MAX_SIZE_TRAIN", 160),
-            *("INPUT.MIN_SIZE_TEST", 160, "INPUT.MAX_SIZE_TEST", 160),
+        overrides={
+            "MODEL.BACKBONE.NAME": "build_efficientnet_lite_fpn_backbone",
+            # Of the images that the pretrained weights were trained on.
+            "INPUT.FORMAT": "RGB",
+            "MODEL.PIXEL_MEAN": [127.0, 127.0, 127.0],
+            "MODEL.PIXEL_STD": [128.0, 128.0, 128.0],
+            "INPUT.MIN_SIZE_TRAIN": (160,),
+            "INPUT.MAX_SIZE_TRAIN": 160,
+            "INPUT.MIN_SIZE_TEST": 160,
+            "INPUT.MAX_SIZE_TEST": 160,
             # Those of the config, for 160 pixels in place of 96.
-            *("MODEL.ANCHOR_GENERATOR.SIZES", "[[25, 40], [60, 90], [125, 163]]"),
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[25, 40], [60, 90], [125, 163]],
             # 504 of 1,260 training images are left, of which a half or a quarter is trained on.
-            *("DATASETS.HELD_OUT", 756),
-        ),
+            "DATASETS.HELD_OUT": 756,
+        },
         settings={
             "252-600": _finetune(0.5, 600, (100, 50), 33),
             "126-900": _finetune(0.25, 900, (150, 75), 50),
@@ -130,11 +134,15 @@ STUDIES = {
     ),
     "noise": Study(
         config="cifar10_c3_32.yaml",
-        overrides=(
-            *("DATASETS.HELD_OUT", 30000, "SOLVER.BASE_LR", 0.02, "SOLVER.MAX_EPOCHS", 40),
-            *("SOLVER.STEPS_EPOCHS", "(32, 37)", "SOLVER.CHECKPOINT_EPOCHS", 2),
-            *("TEST.EVAL_EPOCHS", 10, "DETERMINISTIC", True),
-        ),
+        overrides={
+            "DATASETS.HELD_OUT": 30000,
+            "SOLVER.BASE_LR": 0.02,
+            "SOLVER.MAX_EPOCHS": 40,
+            "SOLVER.STEPS_EPOCHS": (32, 37),
+            "SOLVER.CHECKPOINT_EPOCHS": 2,
+            "TEST.EVAL_EPOCHS": 10,
+            "DETERMINISTIC": True,
+        },
         settings={"40": _noise(0.4), "0": _noise(0.0)},
         key="SOLVER.WEIGHT_DECAY",
         grid=(0.001, 0.003, 0.005, 0.01, 0.02),
@@ -179,11 +187,14 @@ class Cell:
         """Of the study's config, the seed's own keys apart."""
         study = STUDIES[self.study]
         setting = study.settings[self.setting]
-        seeds = chain.from_iterable((key, self.seed) for key in study.seed_keys)
-        return (
-            *(*study.overrides, *setting.overrides, *setting.arms[self.arm], *seeds),
-            *("DATASETS.TEST", f"('{study.datasets[self.stage]}',)", study.key, self.value),
-        )
+        return {
+            **study.overrides,
+            **setting.overrides,
+            **setting.arms[self.arm],
+            **dict.fromkeys(study.seed_keys, self.seed),
+            "DATASETS.TEST": (study.datasets[self.stage],),
+            study.key: self.value,
+        }
 
 
 Values = Mapping[Cell, float | None]

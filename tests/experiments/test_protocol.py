@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from ast import literal_eval
-
 import pytest
 
 from experiments.protocol import (
@@ -105,11 +103,9 @@ def test_all_cycles_end_before_the_first_drop_of_the_rate():
     for study, settings in (("finetune", FINETUNE), ("noise", NOISE)):
         for _, name in settings:
             setting = STUDIES[study].settings[name]
-            keys = dict(zip(setting.overrides[::2], setting.overrides[1::2], strict=True))
-            drop = 32 if study == "noise" else literal_eval(keys["SOLVER.STEPS"])[0]
-            for arm, overrides in setting.arms.items():
+            drop = 32 if study == "noise" else setting.overrides["SOLVER.STEPS"][0]
+            for arm, of in setting.arms.items():
                 if arm != STANDARD:
-                    of = dict(zip(overrides[::2], overrides[1::2], strict=True))
                     assert of["REPR.N"] * (of["REPR.S1"] + of["REPR.S2"]) < drop
 
 

@@ -19,14 +19,14 @@ from experiments.runs import write_record
 from repr_det.errors import UserError
 
 SHORT = {
-    "finetune": (
-        *("DATASETS.HELD_OUT", 16, "SOLVER.MAX_ITER", 8, "SOLVER.STEPS", "(6, 7)"),
-        *("REPR.N", 1, "REPR.S1", 2, "REPR.S2", 2),
-    ),
-    "noise": (
-        *("DATASETS.HELD_OUT", 200, "DATASETS.TRAIN_SHARE", 0.01, "SOLVER.MAX_EPOCHS", 4),
-        *("SOLVER.STEPS_EPOCHS", "(3,)", "REPR.N", 1, "REPR.S1", 1, "REPR.S2", 1),
-    ),
+    "finetune": {
+        **{"DATASETS.HELD_OUT": 16, "SOLVER.MAX_ITER": 8, "SOLVER.STEPS": (6, 7)},
+        **{"REPR.N": 1, "REPR.S1": 2, "REPR.S2": 2},
+    },
+    "noise": {
+        **{"DATASETS.HELD_OUT": 200, "DATASETS.TRAIN_SHARE": 0.01, "SOLVER.MAX_EPOCHS": 4},
+        **{"SOLVER.STEPS_EPOCHS": (3,), "REPR.N": 1, "REPR.S1": 1, "REPR.S2": 1},
+    },
 }
 
 
