@@ -95,7 +95,7 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
             record = execute(run, bar)
             write_record(run.record_path, record)
             value = run.measure.value(record)
-            outcome = "diverged" if value is None else run.measure.printed.format(value)
+            outcome = "diverged" if value is None else f"{value:.2f} %"
             line = f"{table.name} {name}: {outcome}, {record['wall_seconds']:.0f} s"
             bar.write(line, file=sys.stderr)
             write_table(table, scale, output)

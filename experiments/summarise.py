@@ -40,7 +40,6 @@ class Measure:
         columns: what tables compare; a run's value is the first.
         last: a run's value is the mean of this many last evaluations, or of the last one alone
             where there are fewer.
-        printed: a format for a run's value.
         axis: of figures.
         caption: what a table's numbers are, a sentence without its end.
         compared: what a gain is a difference of.
@@ -49,7 +48,6 @@ class Measure:
     metrics: dict[str, str]
     columns: tuple[Column, ...]
     last: int
-    printed: str
     axis: str
     caption: str
     compared: str
@@ -72,7 +70,6 @@ _CLASSIFICATION = Measure(
     metrics={m.name.partition("/")[2]: m.name for m in CLASSIFICATION_METRICS},
     columns=(Column("top1", "Ours", "Our gain"),),
     last=5,
-    printed="top-1 {:.2f} %",
     axis="top-1 accuracy, %",
     caption="Ours: the mean of a run's last 5 evaluations (the last one where there are fewer)",
     compared="accuracy",
@@ -85,7 +82,6 @@ _DETECTION = Measure(
     },
     columns=(Column("AP", "AP", "Gain in AP"), Column("AP50", "AP50", "Gain in AP50")),
     last=1,
-    printed="AP {:.2f}",
     axis="AP of boxes, %",
     caption="COCO's AP and AP50 of boxes in % at a run's last evaluation",
     compared="AP",

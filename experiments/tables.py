@@ -169,11 +169,11 @@ def studies_of(output: Path) -> list[Table]:
         setting, at the same value of what every arm chooses, or else at the only recorded one.
     """
     found = []
-    for folder in sorted(output.iterdir()) if output.is_dir() else ():
+    for folder in sorted(output.glob("*")):
         records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RECORDS}"))]
         by_row = {r["row"]: r for r in records if "cell" in r}
-        if folder.name in TABLES or not by_row:
-            continue
+        if not by_row:
+            continue  # a table, whose runs are no cells of a study
         cells = {name: record["cell"] for name, record in by_row.items()}
         standards = {n: c for n, c in cells.items() if c["arm"] == "standard"}
         rows = []
