@@ -88,8 +88,10 @@ class Material:
 
     @property
     def spans(self) -> list[tuple[float, float]]:
-        """Where the first RePr run trained the sub-network (S2)."""
-        return self.arms.with_repr[0].spans if self.arms.with_repr else []
+        """Where the RePr runs trained the sub-network (S2); none where their schedules differ."""
+        keys = [run.cfg.REPR for run in self.arms.with_repr]
+        schedules = {(key.UNIT, key.S1, key.S2, key.N) for key in keys}
+        return self.arms.with_repr[0].spans if len(schedules) == 1 else []
 
     @property
     def dropped(self) -> History:

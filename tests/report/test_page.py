@@ -15,6 +15,7 @@ from repr_det.cli import main
 from repr_det.engine import recording
 from repr_det.errors import UserError
 from repr_det.report.arms import arms_of, by_method
+from repr_det.report.material import Material
 from repr_det.report.page import write_report
 from repr_det.report.run import read_metrics, read_run
 from tests.browser import Browser, needs_chromium
@@ -99,6 +100,18 @@ def test_a_run_that_is_still_going_is_reported(tmp_path):
     write_report(by_method([read_run(folder)]), path)
     assert figures_of(path) == []
     assert "There is no evaluation yet" in text_of(path)
+
+
+def test_s2_is_shaded_where_all_runs_have_it(tmp_path):
+    runs = []
+    for name, s1 in (("a", 40), ("b", 40), ("c", 80)):
+        settings = {"REPR.ENABLED": True, "REPR.S1": s1, "REPR.S2": 20}
+        folder = write_run(tmp_path / name, settings)
+        drop = recording.Drop(0, s1, {"conv": [1]})
+        recording.write(folder, recording.History({"conv": 4}, [drop], []))
+        runs.append(read_run(folder))
+    assert Material(by_method(runs[:2])).spans == [(40, 60)]
+    assert Material(by_method(runs)).spans == []
 
 
 def test_a_damaged_checkpoint_costs_only_what_depends_on_it(tmp_path, pair):
