@@ -25,7 +25,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -205,13 +205,14 @@ class Compact:
     ) -> Shrunk | None:
         """Take out what goes; None where the smaller network differs from the masked one."""
         masked = [self._outputs(run, arithmetic) for run in runs]
+        evaluated = self._evaluated(runs[0], arithmetic)
         before = _cost(self._model, runs[0])
         self._remove(removal)
         # One batch that agrees is enough, since another may be sampled differently.
         if all(
             _differ(whole, self._outputs(run, arithmetic))
             for whole, run in zip(masked, runs, strict=True)
-        ):
+        ) or any(_differ(whole, self._outputs(run, arithmetic)) for run, whole in evaluated):
             return None
         after = _cost(self._model, runs[0])
         gone = (removal.filters[name] for name in self._method.pruned if name in removal.filters)
@@ -269,6 +270,22 @@ class Compact:
         if not batches:
             raise ValueError("there are no batches")
         return [partial(self._loss, self._model, batch) for batch in batches]
+
+    def _evaluated(
+        self, first: Callable[[], Any], arithmetic: Callable[[], Any]
+    ) -> list[tuple[Callable[[], Any], list[Tensor]]]:
+        """The first run and the example in evaluation mode, where they work, and their results."""
+
+        def in_evaluation(run: Callable[[], Any]) -> Any:
+            self._model.eval()
+            return run()
+
+        found = []
+        for run in filter(None, (first, self._method.graph.example)):
+            evaluation = partial(in_evaluation, run)
+            with suppress(Exception):  # detectors have no loss there
+                found.append((evaluation, self._outputs(evaluation, arithmetic)))
+        return found
 
     def _outputs(self, run: Callable[[], Any], arithmetic: Callable[[], Any]) -> list[Tensor]:
         """What a run returns, in the precision of the weights; in that of the run if need be."""

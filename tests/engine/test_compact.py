@@ -391,12 +391,13 @@ class ReadsWidth(nn.Module):
             "shape": lambda: (x.shape[1] / 8) ** 0.5,
             "parameters": lambda: sum(p.numel() for p in self.parameters()) ** 0.5,
             "width": lambda: (self.features[2].out_channels / 8) ** 0.5,
+            "evaluation": lambda: 1.0 if self.training else (x.shape[1] / 8) ** 0.5,
         }[self.how]()
         return self.head(x.mean((2, 3))) * scale
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("how", ["shape", "parameters", "width"])
+@pytest.mark.parametrize("how", ["shape", "parameters", "width", "evaluation"])
 def test_filters_stay_where_the_smaller_network_differs(how, dtype):
     run = Run(ReadsWidth(how).to(dtype), "sgd", True).until(S1)
     run.method.step(S1)
