@@ -673,7 +673,11 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         heads=heads,
         gates={name for name, _ in found.gating - read},
         unsuitable={
-            *(conv for conv, norm, _ in found.links if norm in found.irregular),
+            *(
+                conv
+                for conv, norm, channel in found.links
+                if norm in found.irregular or (norm, channel) in found.mixed
+            ),
             *(
                 name
                 for name in convs.keys() & (found.irregular | found.doubtful)
@@ -735,12 +739,14 @@ def _links(tracer: _Tracer) -> dict[str, list[NormLink]]:
 
 
 def _around_norms(found: _Found, several: Collection[str]) -> None:
-    """Tie filters that share a channel of a norm. Fix those that share it with something else."""
+    """Tie filters that share a channel of a norm. Lose those that share it with something else."""
     first: dict[tuple[str, int], Filter] = {}
     for (conv, norm, channel), index in found.links.items():
         one = first.setdefault((norm, channel), (conv, index))
         if one != (conv, index):
             found.tied.add((one, (conv, index)))
+        if (norm, channel) in found.mixed:
+            found.lost.setdefault(conv, f"the norm {norm}, which something else goes into")
         if (norm, channel) in found.mixed or norm in several:
             found.fixed.add((conv, index))
 

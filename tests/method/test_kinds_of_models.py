@@ -320,6 +320,30 @@ def test_layer_whose_norm_has_another_user_takes_no_part():
     assert "c" not in names_of(model)
 
 
+class TwoUses(nn.Module):
+    """A norm after a layer, and what else goes into it."""
+
+    def __init__(self, layer, other) -> None:
+        super().__init__()
+        self.stem, self.layer, self.norm = nn.Conv2d(3, 8, 1), layer, nn.LayerNorm(8)
+        self.first, self.second, self.other = nn.Linear(8, 2), nn.Linear(8, 2), other
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.stem(x)).flatten(2).transpose(1, 2)
+        y = self.layer(x) if isinstance(self.layer, nn.Linear) else self.layer(x.mT).mT
+        return (self.first(self.norm(y)) + self.second(self.norm(self.other(x, y)))).mean(1)
+
+
+@pytest.mark.parametrize("build", [lambda: nn.Linear(8, 8), lambda: nn.Conv1d(8, 8, 1)])
+def test_norm_after_a_layer_and_something_else_hides_the_layer(build):
+    """A pruned filter would silence a channel of the other."""
+    model = TwoUses(build(), lambda x, y: y * 2)
+    assert names_of(model, images(), include=["layer"]) == ["layer"]
+    model.other = lambda x, y: x.cumsum(1)
+    with pytest.raises(UserError, match="layer cannot"):
+        method_of(model, images(), include=["layer"])
+
+
 class Computed(nn.Conv2d):
     """A conv whose weight or result is computed in a way of its own."""
 
