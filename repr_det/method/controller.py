@@ -52,7 +52,7 @@ from repr_det.method.returning import (
 )
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import list_of, select_layers, separable, trained_elsewhere
-from repr_det.method.settings import check_same_settings, check_whole
+from repr_det.method.settings import check_data, check_same_settings, check_whole
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
@@ -218,6 +218,7 @@ class RePr:
 
         Ranks have different batches, which may use different parts of the model.
         """
+        check_data(self.batches, self.loss)
         found, failure = None, None
         try:
             found = trace(self.model, self._run_on_a_batch if self._has_data else None)

@@ -130,7 +130,12 @@ def _why_none(
                 f"INCLUDE/EXCLUDE, set REPR.LINEAR to True (linear=True), or train a model with "
                 f"more layers."
             )
-        if visible:
+        hidden = [n for n in layers if isinstance(layers[n], nn.Linear) and n not in visible]
+        if hidden:
+            why += (
+                f", and {hidden[0]} reads the input or is excluded. Name it in INCLUDE to take it"
+            )
+        elif visible:
             largest = max(visible, key=lambda name: layers[name].weight.numel())
             why += f", and no linear layer has hidden units: of {largest}, {visible[largest]}"
         return f"{why}. Change INCLUDE/EXCLUDE, or train a model with more layers."
@@ -196,7 +201,7 @@ def _check_patterns(
                 continue
             found = [name for name in linears if matches(name, [pattern])]
             if not found:
-                known = list(convs or linears)
+                known = [*convs, *linears]
                 some = ", ".join(known[:: max(1, len(known) // 5)][:6])
                 raise UserError(
                     f"RePr {key} pattern {pattern!r} matches no conv or linear layer; "

@@ -19,6 +19,21 @@ def check_whole(name: str, value: Any) -> None:
         raise UserError(f"RePr: {name} is {value!r}. Set a whole number.")
 
 
+def check_data(batches: Any, loss: Any) -> None:
+    """Refuse batches and a loss that are not functions.
+
+    Raises:
+        UserError: one of them is something else, for example a loader.
+    """
+    for name, given, example in (
+        ("batches", batches, "lambda: iter(loader)"), ("loss", loss, "lambda model, batch: ...")
+    ):  # fmt: skip
+        if given is not None and not callable(given):
+            raise UserError(
+                f"RePr: {name} is a {type(given).__name__}. Set a function, as {example}."
+            )
+
+
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
     """Refuse to resume with other settings.
 

@@ -703,7 +703,9 @@ def _visible(found: _Found, linears: dict[str, nn.Module], read: set[Filter]) ->
     """
     visible = {}
     for name, layer in linears.items():
-        if name in found.irregular:
+        if layer._parameters.get("weight") is None:
+            visible[name] = "its weight is computed from others, as by weight norm"
+        elif name in found.irregular:
             visible[name] = "its weight is used elsewhere"
         elif name in found.lost:
             visible[name] = f"its units go into {found.lost[name]}"

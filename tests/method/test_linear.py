@@ -535,6 +535,21 @@ def test_network_without_convs_needs_linear_layers():
         names(net("perceptron"), include=["fc"])
 
 
+def test_first_linear_layer_takes_part_by_name():
+    """It reads the image, as a stem does. The error says so where no other layer is hidden."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10), nn.SiLU(), nn.Linear(10, 2)).double()
+    with pytest.raises(UserError, match="1 reads the input or is excluded. Name it in INCLUDE"):
+        names(model)
+    assert names(model, include=["1"]) == ["1"]
+
+
+def test_layer_whose_weight_is_computed_is_refused_with_the_reason():
+    model = net("box")
+    nn.utils.parametrizations.weight_norm(model.fc1)
+    with pytest.raises(UserError, match="fc1 cannot take part, its weight is computed from"):
+        names(model, include=["fc1"])
+
+
 class Encoder(nn.Module):
     """torch's own encoder, which evaluates a block in one fused operation."""
 

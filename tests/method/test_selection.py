@@ -38,6 +38,13 @@ def test_one_string_is_no_list_of_patterns(key):
         method_of(Residual(), **{key: "block*"})
 
 
+@pytest.mark.parametrize("key", ["batches", "loss"])
+def test_loader_in_place_of_a_function_is_refused(key):
+    given = {"batches": lambda: iter([]), "loss": lambda model, batch: None, key: [1, 2]}
+    with pytest.raises(UserError, match=f"{key} is a list. Set a function, as lambda"):
+        method_of(Residual(), **given)
+
+
 def test_default_spares_stem_and_prediction_layers():
     assert names_of(Residual()) == [
         "block1.conv1", "block1.conv2", "block1.conv3", "block1.shortcut",
