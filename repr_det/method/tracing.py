@@ -563,8 +563,9 @@ def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGr
     """Follow the channels of every conv and linear layer through a model.
 
     The model runs without gradients: on a training batch in training mode, then on an example image
-    in evaluation mode, which may use other parts. Without a batch, or where that fails, it runs on
-    the example image in both modes. The model and the random state are unchanged afterwards.
+    (or the batch, if no example works) in evaluation mode, which may use other parts. Without a
+    batch, or where that fails, it runs on the example image in both modes. The model and the random
+    state are unchanged afterwards.
 
     Args:
         model: any module with conv or linear layers; wrappers are looked through.
@@ -620,6 +621,8 @@ def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> 
             found, trained = found or example, True
         if trained and (found is not None or batch is not None):
             break
+    if trained and found is None and batch is not None:
+        worked(batch, False)  # it may use other parts, too
     if not trained and found is None:
         name, first = type(model).__name__, failures[0]
         if isinstance(first, UserError):

@@ -142,6 +142,25 @@ def _plain(value):
     return value.tolist() if isinstance(value, Tensor) else value
 
 
+class Evaluates(nn.Module):
+    """Takes a dict, which no example is, and reads a conv by one more layer in evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 8, 1)
+        self.head, self.other = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, data: dict[str, Tensor]) -> Tensor:
+        x = F.silu(self.conv(self.stem(data["x"]))).mean((2, 3))
+        return self.head(x) if self.training else self.head(x) + self.other(x)
+
+
+def test_batch_is_followed_in_evaluation_where_no_example_works():
+    model = Evaluates()
+    graph = trace(model, lambda: model({"x": images()[0]}))
+    assert graph.not_run == [] and "conv" in graph.readers["other"].filters
+
+
 # --- operations that mix channels and keep the shape
 
 
