@@ -59,8 +59,14 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise UserError(
             f"RePr: the optimizer is a {type(optimizer).__name__}. Pass a torch.optim.Optimizer."
         )
-    if any(is_lazy(p) for group in optimizer.param_groups for p in group["params"]):
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(is_lazy(p) for p in parameters):
         raise UserError("RePr: the model has lazy layers without weights. Run it on a batch first.")
+    if {"DTensor", "FlatParameter"} & {type(p).__name__ for p in parameters}:
+        raise UserError(
+            "RePr: the model's weights are sharded (FSDP), so its filters cannot be compared. Use "
+            "DistributedDataParallel."
+        )
     closure = inspect.signature(optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise UserError(

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
@@ -230,6 +231,19 @@ def test_an_optimizer_around_another_is_tried():
 def test_what_is_no_optimizer_is_refused():
     with pytest.raises(UserError, match="the optimizer is a list. Pass a torch.optim.Optimizer"):
         check_optimizer([1])
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 2, 1))
+        fsdp.fully_shard(model, mesh=mesh)
+        with pytest.raises(UserError, match="sharded .* Use DistributedDataParallel"):
+            check_optimizer(torch.optim.SGD(model.parameters(), 0.1))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_trying_leaves_everything_as_it_is():
