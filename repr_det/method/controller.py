@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -729,22 +728,17 @@ class RePr:
 
         Another batch was followed now, which may run other parts of the model.
         """
-        mine = self.graph
-        if "graph" in state:  # not in checkpoints of version 0.1.0
-            # KeyError: this model lacks layers of the graph. The state is refused below.
-            with suppress(KeyError):
+        mine = graph = self.graph
+        if "graph" in state:  # not in checkpoints of repr_det 0.1.0
+            try:
                 graph = ChannelGraph.from_state(state["graph"], self.model, mine.example)
-                self._build(graph, state["layers"].keys())
-        else:
-            self._set_layers(state["layers"].keys())
+            except KeyError as missing:
+                raise _other_model(missing.args[0]) from missing
+        self._build(graph, state["layers"].keys())
         found = {layer.name: layer.num_filters for layer in self.layers}
-        if state["layers"] != found:
+        if changed := state["layers"].items() ^ found.items():
             self._build(mine)  # as it was before
-            changed = set(state["layers"].items()) ^ set(found.items())
-            raise UserError(
-                f"RePr layers differ from the checkpoint's (for example {sorted(changed)[0][0]}). "
-                f"Resume with the same model, or start a new run."
-            )
+            raise _other_model(min(changed)[0])
         if "graph" not in state and state["phase"] == SUB and not _fits(self._readers, state):
             raise UserError(
                 "RePr finds other readers of the dropped filters than the version that wrote the "
@@ -752,8 +746,15 @@ class RePr:
             )
 
 
+def _other_model(layer: str) -> UserError:
+    return UserError(
+        f"RePr layers differ from the checkpoint's (for example {layer}). Resume with the same "
+        f"model, or start a new run."
+    )
+
+
 def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
-    """Whether the weights in the state are those that read the pruned filters (dead inputs)."""
+    """Whether the state has columns for all readers of the pruned filters, and no others."""
     pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
     return all(
         len(column_slots(reader.module, reader.dead(pruned))) == len(entries.get(reader.name, []))

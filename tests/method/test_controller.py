@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import warnings
-from collections import Counter
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
@@ -488,6 +488,18 @@ def test_resume_refuses_another_model_copies_and_version():
         build()[2].load_state_dict(state)
     with pytest.raises(ValueError, match="state has version 7, this is version 2"):
         build()[2].load_state_dict(state | {"version": 7})
+
+
+def test_resume_refuses_a_model_whose_filters_others_read():
+    """Its filter layers are the same, but the head that reads them has another name."""
+    method = build()[2]
+    *body, (_, head) = net("chain", torch.float32).named_children()
+    other = nn.Sequential(OrderedDict([*body, ("head", head)]))
+    resumed = RePr(other, torch.optim.SGD(other.parameters(), 0.1), SCHEDULE)
+    for iteration in (0, S1):
+        method.step(iteration)
+        with pytest.raises(UserError, match="layers differ .*for example 12"):
+            resumed.load_state_dict(method.state_dict())
 
 
 # --- coming back
