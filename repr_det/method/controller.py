@@ -37,7 +37,7 @@ from repr_det.method.holding import (
 from repr_det.method.layers import FilterLayer, column_slots, row_lengths
 from repr_det.method.modules import eager, still, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
-from repr_det.method.ranks import group_of, object_of_first_rank
+from repr_det.method.ranks import group_of, object_of_first_rank, objects_of_all_ranks
 from repr_det.method.reinit import Reinit
 from repr_det.method.removal import Removable
 from repr_det.method.returning import (
@@ -57,6 +57,8 @@ from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
 """Number of batches on which a returned channel is measured where a frozen norm follows it."""
+
+_NO_BATCHES = "RePr: batches() yields nothing. Pass batches= that yields training batches."
 
 _STATE_VERSION = 2
 
@@ -260,12 +262,11 @@ class RePr:
         return [_Network(self.layers, self._readers, self.optimizer), *self._copy_networks]
 
     def _run_on_a_batch(self) -> None:
+        """Compute the loss of the first batch."""
         for batch in self.batches():
             self.loss(self.model, batch)
             return
-        raise UserError(
-            "RePr: batches() yields nothing. Pass batches= that yields training batches."
-        )
+        raise UserError(_NO_BATCHES)
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that fail, and warn where they are missing."""
@@ -292,13 +293,17 @@ class RePr:
         try:
             with unchanged(self.model), torch.no_grad(), eager():
                 self.model.train()
+                found = False
                 for batch in itertools.islice(self.batches(), 1):
                     self.loss(self.model, batch)
+                    found = True
         except Exception as error:  # foreign loaders and models may raise anything
             raise RuntimeError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
                 f"{error}), which it needs at phase changes. Pass batches= and loss= that fit."
             ) from error
+        if not any(objects_of_all_ranks(found, self.group)):  # some ranks may have none
+            raise UserError(_NO_BATCHES)
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
         """The layers of these names, or by default those selected by the arguments."""

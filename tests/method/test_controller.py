@@ -701,6 +701,13 @@ def test_second_moments_in_a_norm_of_several_layers_are_those_of_the_own_survivo
         assert (moments[channels] == mean).all()
 
 
+@pytest.mark.parametrize(("name", "criterion"), [("chain", "taylor"), ("chain-frozen", "ortho")])
+def test_batches_that_yield_nothing_are_refused_where_needed(name, criterion):
+    """Not at the first phase change, hours later."""
+    with pytest.raises(UserError, match=r"batches\(\) yields nothing. Pass batches="):
+        build(name, criterion=criterion, batches=lambda: iter(()))
+
+
 @pytest.mark.parametrize("missing", ["batches", "loss"])
 def test_frozen_norms_without_data_are_warned_of(missing):
     model = net("chain-frozen")
