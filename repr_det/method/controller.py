@@ -369,15 +369,6 @@ class RePr:
             layer.name: torch.zeros(layer.num_filters, dtype=torch.bool) for layer in self.layers
         }
 
-    def count_zero_filters(self) -> dict[str, int]:
-        """Number of filters of zero norm that are not pruned, by name of the layers with some."""
-        counts = {  # a row of the matrix is a filter
-            layer.name: int((row_lengths(layer.matrix()) == 0).sum())
-            - int(self._pruned[layer.name].sum())
-            for layer in self.layers
-        }
-        return {name: count for name, count in counts.items() if count > 0}
-
     @property
     def phase(self) -> str:
         """The phase of the weights now: ``"full"`` or ``"sub"``."""
@@ -403,6 +394,16 @@ class RePr:
         """Every drop so far: ``{"cycle", "iteration", "pruned"}``, pruned as in :attr:`pruned`."""
         return list(self._history)
 
+    def count_zero_filters(self) -> dict[str, int]:
+        """Number of filters of zero norm that are not pruned, by name of the layers with some."""
+        layers, pruned = self._present()
+        counts = {
+            layer.name: int((row_lengths(layer.matrix()) == 0).sum())
+            - int(pruned[layer.name].sum())
+            for layer in layers
+        }
+        return {name: count for name, count in counts.items() if count > 0}
+
     def overlap(self) -> dict[str, float]:
         """Mean of :meth:`filter_overlap` over surviving filters, by layer name."""
         return mean_overlap(self.filter_overlap())
@@ -413,11 +414,11 @@ class RePr:
         Returns:
             float64 of shape (num_filters,) by layer name, NaN for pruned filters.
         """
+        found = filter_overlap(*self._present())
         if self._smaller is None:
-            return filter_overlap(self.layers, self._pruned)
-        layers, removed = self._smaller
-        found = filter_overlap(layers, self._pruned_in_smaller(removed))
-        full = {}
+            return found
+        _, removed = self._smaller
+        full = {}  # with the removed filters
         for name, scores in found.items():
             full[name] = scores.new_full((len(removed[name]),), float("nan"))
             full[name][~removed[name].to(scores.device)] = scores
@@ -445,17 +446,20 @@ class RePr:
         """
         self._release()
         self._smaller = (layers, removed)
-        self._hold(layers, self._pruned_in_smaller(removed))
+        self._hold()
 
     def full_size(self) -> None:
         """End :meth:`stand_in`. Call it when the layers have their full size again."""
         self._smaller = None
         self._release()
-        self._hold(self.layers, self._pruned)
+        self._hold()
 
-    def _pruned_in_smaller(self, removed: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The pruned filters among those that were not removed, by layer name."""
-        return {name: mask[~removed[name]] for name, mask in self._pruned.items()}
+    def _present(self) -> tuple[Sequence[FilterLayer], dict[str, Tensor]]:
+        """The layers in their present size, and which of their present filters are pruned."""
+        if self._smaller is None:
+            return self.layers, self._pruned
+        layers, removed = self._smaller
+        return layers, {name: mask[~removed[name]] for name, mask in self._pruned.items()}
 
     # --- phase changes
 
@@ -549,7 +553,7 @@ class RePr:
         self._pruned = pruned
         self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
         self._phase = SUB
-        self._hold(self.layers, pruned)
+        self._hold()
         return PhaseChange("drop", cycle, self._report(scores))
 
     def _return(self) -> PhaseChange:
@@ -602,8 +606,9 @@ class RePr:
                 stacklevel=4,
             )
 
-    def _hold(self, layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> None:
+    def _hold(self) -> None:
         """Keep pruned filters at zero through backward and steps, until :meth:`_release`."""
+        layers, pruned = self._present()
         # A slot is a parameter and the entries of it that belong to filters.
         slots = [
             slot
@@ -726,7 +731,7 @@ class RePr:
         self._pruned = self._none_pruned()
         if self._phase == SUB:
             self._pruned = {name: mask.cpu() for name, mask in state["pruned"].items()}
-            self._hold(self.layers, self._pruned)
+            self._hold()
 
     def _build_as_written(self, state: dict[str, Any]) -> None:
         """Use the checkpoint's channel graph.

@@ -216,6 +216,16 @@ def test_averaged_copy_shrinks_and_grows_with_the_model():
         torch.testing.assert_close(value, runs[1][key], rtol=1e-9, atol=1e-9)
 
 
+def test_zero_filters_of_the_smaller_network_are_counted():
+    run = Run(net("chain"), "sgd", True).until(S1 + 1)
+    layer = max(run.method.layers, key=lambda one: run.method.pruned[one.name].sum())
+    assert run.shrunk.removed == run.method.num_pruned > 1
+    assert run.method.count_zero_filters() == {}
+    with torch.no_grad():
+        layer.weight[0] = 0
+    assert run.method.count_zero_filters() == {layer.name: 1}
+
+
 def test_gradients_of_the_last_step_go_on():
     """For loops that accumulate gradients or zero them without setting them to None."""
     grads = []
