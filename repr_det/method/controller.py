@@ -66,7 +66,7 @@ _DROP, _RETURN = 0, 1
 """Part of the seed of a phase change's random numbers."""
 
 _LATER_SETTINGS = {"warmup": 0, "reinit.direction": "orthogonal", "linear": False}
-"""Values of settings that older checkpoints lack."""
+"""Settings that older checkpoints lack, with the values that those runs had."""
 
 
 class LayerReport(NamedTuple):
@@ -77,7 +77,7 @@ class LayerReport(NamedTuple):
         filters: number of filters.
         pruned: how many of them were dropped or came back.
         mean_score: mean over its filters, without scores of infinity, which a criterion may give
-            to a filter that must go or stay; None on a return.
+            to a filter that must go or stay; NaN if all are infinite, None on a return.
     """
 
     name: str
@@ -87,7 +87,13 @@ class LayerReport(NamedTuple):
 
 
 class PhaseChange(NamedTuple):
-    """What :meth:`RePr.step` did: ``kind`` is ``"drop"`` or ``"return"``."""
+    """What :meth:`RePr.step` did.
+
+    Attributes:
+        kind: ``"drop"`` or ``"return"``.
+        cycle: of the filters that were dropped or came back.
+        layers: all that take part.
+    """
 
     kind: str
     cycle: int
@@ -114,7 +120,8 @@ class RePr:
     Call :meth:`step` before every training step; the rest of the training loop does not change.
 
     Args:
-        model: the model; wrappers (DistributedDataParallel, ``torch.compile``) are looked through.
+        model: the model, in the mode in which it trains. Wrappers (DistributedDataParallel,
+            ``torch.compile``) are looked through.
         optimizer: trains the model; :mod:`repr_det.method.optimizers` says which are accepted. What
             it trains is looked up at each drop. A layer is left out if parameters of its own, of
             its norm or of a module that reads its output require gradients but are not in this
@@ -129,7 +136,8 @@ class RePr:
         max_layer_ratio: largest share of one layer that a drop prunes, in (0, 1]. A layer always
             keeps a filter.
         seed: of the new filters and of the random criterion.
-        batches: returns a new iterator of training batches, from a loader of its own.
+        batches: returns a new iterator of training batches. It must not take them from the training
+            loop's own iterator.
         loss: ``loss(model, batch)`` returns a scalar. Data-driven criteria use ``batches`` and
             ``loss``, and so does the measurement of constant statistics, those of frozen norms.
         copies: further models that follow the weights, such as an EMA. The same filters are dropped
@@ -139,8 +147,8 @@ class RePr:
             return, at most ``schedule.s1``; 0 for none.
         progress: shows the progress of a slow criterion (``oracle``). It takes a sequence of
             filters and returns an iterable of them, as ``tqdm`` does.
-        linear: whether all linear layers take part whose units only other layers with weights
-            read. Else only those that ``include`` names.
+        linear: whether linear layers with hidden units take part: units that only other layers
+            with weights read. Otherwise only those that ``include`` names take part.
 
     Raises:
         UserError: an argument is out of range, patterns match nothing, the optimizer is not
@@ -166,15 +174,16 @@ class RePr:
         progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
         linear: bool = False,
     ) -> None:
+        self.batches, self.loss, self._progress = batches, loss, progress
         check_shares(prune_ratio, max_layer_ratio)
-        needs_data = check_criterion(criterion, None not in (batches, loss))
-        # Other criteria may run the model, which must be unchanged afterwards.
+        needs_data = check_criterion(criterion, self._has_data)
+        # A user's own criterion may run the model.
         self._reads_only_weights = isinstance(criterion, str) and not needs_data
         check_whole("seed", seed)
         check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
-        self._num_checked_groups = len(optimizer.param_groups)
+        self._num_checked_groups = len(optimizer.param_groups)  # more may be added later
         self.prune_ratio = prune_ratio
         self.max_layer_ratio = max_layer_ratio
         self.seed = int(seed)
@@ -184,13 +193,9 @@ class RePr:
         self._criterion_name = _name_of(criterion)
         self._include, self._exclude = list_of(include), list_of(exclude)
         self._linear = bool(linear)
-        self.model, self.group = unwrap(model), group_of(model)
-        self.batches, self.loss, self._progress = batches, loss, progress
-
+        self.model, self.group = unwrap(model), group_of(model)  # the group of its ranks
         self.copies = [unwrap(copy) for copy in copies]
-        # still(): to read a weight under spectral norm would change it. unchanged(), below, also
-        # restores what running the model changes. eager() runs compiled parts uncompiled.
-        with still(self.model):
+        with still(self.model):  # to read a weight under spectral norm would change it
             self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
@@ -198,10 +203,11 @@ class RePr:
         self._pruned: dict[str, Tensor] = self._none_pruned()
         # The pruned filters' values before the drop, by name of the layers that lost some.
         self._old_filters: dict[str, Values] = {}
-        # Likewise for each copy, if ``reinit.as_it_was``. Else copies get the model's new filters.
+        # The same of each copy where filters return as they were (``reinit.as_it_was``). Otherwise
+        # copies get the model's new filters.
         self._old_filters_in_copies: list[dict[str, Values]] = []
-        # Columns are the parts of a reader's weight that read a filter. Those that read pruned
-        # filters, from before the drop, with their optimizer state: the model's, then each copy's.
+        # For the model and then each copy, what set_aside() returned: the columns (weights that
+        # read pruned filters) before the drop and their optimizer state, by name of the reader.
         self._old_columns: list[dict[str, Any]] = []
         self._history: list[dict[str, Any]] = []
         self._mask: GradientMask | None = None
@@ -224,13 +230,13 @@ class RePr:
         try:
             found = trace(self.model, self._run_on_a_batch if self._has_data else None)
         except (UserError, RuntimeError) as error:
-            # Raised below if the first rank failed, too. Else its graph is all that is needed, and
-            # other ranks wait for this one.
+            # All that trace() raises. Other ranks wait for this one, so it is raised below, and
+            # only if the first rank failed, too. Otherwise that rank's graph is enough.
             failure = error
         state = object_of_first_rank(found.state_dict() if found else None, self.group)
         if state is None:
             raise failure or UserError("RePr could not run the model in the first process.")
-        # The example is the input that the model was followed on.
+        # The example, a function, was not sent. Here it is this rank's own, if it found one.
         return ChannelGraph.from_state(state, self.model, found.example if found else None)
 
     def _build(self, graph: ChannelGraph, names: Collection[str] | None = None) -> None:
@@ -270,8 +276,7 @@ class RePr:
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that fail, and warn where they are missing."""
-        # Filters that return as they were have the statistics that they had. A link is a norm with
-        # the channels of it that belong to a layer's filters.
+        # Filters that return as they were have the statistics that they had.
         must_measure = not self.reinit.as_it_was and any(
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
@@ -285,7 +290,7 @@ class RePr:
                 "RePr: the model has norms whose statistics do not train. Those of new filters can "
                 "be measured on batches. Pass batches= and loss=, or new filters keep the "
                 "statistics of the dropped ones.",
-                stacklevel=3,
+                stacklevel=3,  # at the call of RePr()
             )
 
     def _check_loss(self) -> None:
@@ -306,12 +311,11 @@ class RePr:
             raise UserError(_NO_BATCHES)
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
-        """The layers of these names, or by default those selected by the arguments."""
+        """The layers of these names, by default the selected ones, if they are separable()."""
         layers = [
             FilterLayer(name, layer, tuple(self.graph.norms.get(name, ())))
             for name, layer in self.graph.layers.items()
         ]
-        # separable() leaves out those whose filters cannot be dropped without touching others.
         if names is not None:
             return separable(layers, names)
         # ChannelGraph says what stems, heads, gates and the others are.
@@ -330,8 +334,8 @@ class RePr:
         )
         # By layer, the name of a module that the optimizer should train and does not.
         elsewhere = trained_elsewhere(layers, self._readers, self._trained())
-        names = set(selected) - self.graph.unsuitable - elsewhere.keys()
-        found = separable(layers, names)
+        # Filters of unsuitable layers would not stay zero.
+        found = separable(layers, set(selected) - self.graph.unsuitable - elsewhere.keys())
         if left_out := elsewhere.keys() & set(selected):
             name = min(left_out)
             message = (
@@ -341,7 +345,7 @@ class RePr:
             )
             if not found:
                 raise UserError(message)
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=5)  # at the call of RePr() or step()
         elif not found:
             raise UserError(
                 f"RePr: {min(selected)} cannot lose filters, because something else uses its "
@@ -369,14 +373,16 @@ class RePr:
             layer.name: torch.zeros(layer.num_filters, dtype=torch.bool) for layer in self.layers
         }
 
+    # --- what is pruned now, and was before
+
     @property
     def phase(self) -> str:
-        """The phase of the weights now: ``"full"`` or ``"sub"``."""
+        """The phase that the network is in, ``"full"`` or ``"sub"``; :meth:`step` changes it."""
         return self._phase
 
     @property
     def cycle(self) -> int:
-        """The cycle of the weights now."""
+        """The cycle that the network is in; :meth:`step` changes it."""
         return self._cycle
 
     @property
@@ -433,11 +439,13 @@ class RePr:
         if self._mask is not None:
             self._mask.apply()
 
+    # --- while the network is physically smaller
+
     def stand_in(self, layers: Sequence[FilterLayer], removed: dict[str, Tensor]) -> None:
         """Hold pruned filters in smaller layers, from which the caller removed others physically.
 
         :attr:`layers` and :attr:`pruned` still describe the layers of full size. Call
-        :meth:`full_size` before the next phase change.
+        :meth:`full_size` before the next phase change and before :meth:`load_state_dict`.
 
         Args:
             layers: the smaller layers, with the same names.
@@ -466,7 +474,7 @@ class RePr:
     def due(self, iteration: int) -> bool:
         """Whether :meth:`step` would change something before this iteration."""
         phase = self.schedule.phase(iteration)
-        # Both are in S2, but of two cycles, if the caller skipped iterations.
+        # If the caller skipped iterations, filters of an earlier cycle may still be pruned.
         other_cycle = phase.name == SUB and self._cycle != phase.cycle
         return self._phase != phase.name or other_cycle
 
@@ -474,29 +482,28 @@ class RePr:
         """Do what is due before the training step of this iteration, counted from 0.
 
         The model must be in the mode in which it trains. ``module.training`` decides whether a
-        norm's running statistics are learned or constant.
+        norm's running statistics are learned or constant. With a warmup, this also decides the
+        learning rate of the training step.
 
         Returns:
             The phase changes that happened. At almost every step there are none.
 
         Raises:
-            FloatingPointError: weights or scores that are not finite at a phase change.
+            FloatingPointError: weights that are not finite or scores of NaN at a phase change.
             RuntimeError: a phase change is due between :meth:`stand_in` and :meth:`full_size`.
         """
         self._warmup.set_iteration(iteration)
         phase = self.schedule.phase(iteration)
-        if not self.due(iteration):
-            self._cycle = phase.cycle
-            return []
-        if self._smaller is not None:
-            raise RuntimeError("RePr: bring the network to full size before a phase change.")
         changes = []
-        with torch.no_grad(), still(self.model):
-            # A return and a drop at once happen only if the caller skipped iterations.
-            if self._phase == SUB:
-                changes.append(self._return())
-            if phase.name == SUB:
-                changes.append(self._drop(phase.cycle, iteration))
+        if self.due(iteration):
+            if self._smaller is not None:
+                raise RuntimeError("RePr: bring the network to full size before a phase change.")
+            with torch.no_grad(), still(self.model):
+                # A return and a drop at once happen only if the caller skipped iterations.
+                if self._phase == SUB:
+                    changes.append(self._return())  # of the cycle until now
+                if phase.name == SUB:
+                    changes.append(self._drop(phase.cycle, iteration))
         self._cycle = phase.cycle
         return changes
 
@@ -511,12 +518,12 @@ class RePr:
 
     def _data(self, cycle: int) -> Data:
         return Data(
-            self.model,
-            self.batches,
-            self.loss,
-            self._generator(cycle, _DROP),  # criteria are for drops
-            self._progress,
-            self.group,
+            model=self.model,
+            batches=self.batches,
+            loss=self.loss,
+            generator=self._generator(cycle, _DROP),  # criteria are for drops
+            progress=self._progress,
+            group=self.group,
         )
 
     def _scores(self, cycle: int) -> Scores:
@@ -531,8 +538,8 @@ class RePr:
         if len(self.optimizer.param_groups) != self._num_checked_groups:  # some were added
             check_optimizer(self.optimizer)
             self._num_checked_groups = len(self.optimizer.param_groups)
-        self._pruned = self._none_pruned()  # other layers may take part now
-        self._check_finite("rank")  # in order of their scores
+        self._pruned = self._none_pruned()  # of the layers that take part now
+        self._check_finite("rank")
         scores = agreed_scores(self._scores(cycle), self.layers, self._criterion_name, self.group)
         pruned = choose(self.layers, scores, self.prune_ratio, self.max_layer_ratio)
         self._old_filters = values_of(self.layers, pruned, self.reinit, self.group)
@@ -541,11 +548,11 @@ class RePr:
                 values_of(copy.layers, pruned, self.reinit, self.group)
                 for copy in self._copy_networks
             ]
+        # Filters that return as they were start without first moments in the optimizer, and so do
+        # the weights that read them.
+        keep_moments = not self.reinit.as_it_was
         self._old_columns = []
         for layers, readers, optimizer in self._networks:
-            # First moments of columns come back with them, except where filters return as they
-            # were: these and what reads them start again together.
-            keep_moments = not self.reinit.as_it_was
             columns = set_aside(readers, pruned, optimizer, self._factors, keep_moments)
             self._old_columns.append(columns)
             for layer in layers:
@@ -561,6 +568,7 @@ class RePr:
         self._warn_of_moved()
         self._release()  # what is held now would be set to zero at the next step
         returned = self._pruned
+        # First, since new filters are orthogonal to the survivors with these columns.
         for network, columns in zip(self._networks, self._old_columns, strict=True):
             put_back(network.readers, returned, network.optimizer, columns, self._factors)
         if self.reinit.as_it_was:
@@ -578,6 +586,7 @@ class RePr:
         return PhaseChange("return", self._cycle, report)
 
     def _check_finite(self, action: str) -> None:
+        """Refuse weights that are not finite; the error says that RePr cannot ``action`` them."""
         for layer in self.layers:
             if not layer.weight.isfinite().all():
                 raise FloatingPointError(
@@ -595,7 +604,7 @@ class RePr:
                 f"not stay zero, so the sub-network was not exactly a smaller one. Let nothing but "
                 f"this optimizer write to their weights, and nothing to their gradients through "
                 f".data.",
-                stacklevel=4,
+                stacklevel=4,  # at the call of step()
             )
         if names := [r.name for r in self._readers if columns_moved(r, self._pruned)]:
             warnings.warn(
@@ -644,17 +653,18 @@ class RePr:
         )
         trained = self._trained()
         for layer in self.layers:
-            if layer.name in rows:  # it lost some
+            if layer.name in rows:  # it lost filters
                 pruned, old = returned[layer.name], self._old_filters[layer.name]
-                # A layer that was frozen since the drop could never train new filters.
+                # What was frozen since the drop could not train as new, so it returns as it was.
+                # write_affine() sees to bias, gamma and beta.
                 is_trained = id(layer.weight) in trained
                 layer.write_rows(pruned, rows[layer.name] if is_trained else old["weight"])
                 write_affine(layer, pruned, old, self.reinit)
-        # Learned running statistics are reset. Constant ones are measured, where there is data.
-        constant = reset_statistics(self.layers, returned, self._old_filters)
-        if constant and self._has_data:
+        # Running statistics that train are reset. Those that do not are measured, given data.
+        to_measure = reset_statistics(self.layers, returned, self._old_filters)
+        if to_measure and self._has_data:
             batches = itertools.islice(self.batches(), CALIBRATION_BATCHES)
-            calibrate(self.model, constant, batches, self.loss, self.group)
+            calibrate(self.model, to_measure, batches, self.loss, self.group)
         for copy in self._copy_networks:
             hand_over(self.layers, copy.layers, returned)
 
@@ -687,6 +697,7 @@ class RePr:
             "version": _STATE_VERSION,
             "settings": self.settings(),
             "graph": self.graph.state_dict(),
+            # A layer's own number of filters may be that of the smaller network.
             "layers": {name: len(mask) for name, mask in self._pruned.items()},
             "phase": self._phase,
             "cycle": self._cycle,
@@ -705,26 +716,26 @@ class RePr:
             UserError: the state was written with other settings, for another model, with another
                 number of copies, or by another version.
         """
+        version = state.get("version")
         # Version 1 differs only while filters are pruned.
-        readable = state.get("version") == 1 and state["phase"] == FULL
-        if state.get("version") != _STATE_VERSION and not readable:
+        if version != _STATE_VERSION and not (version == 1 and state["phase"] == FULL):
             raise UserError(
-                f"RePr state has version {state.get('version')}, this is version {_STATE_VERSION}. "
+                f"RePr state has version {version}, this is version {_STATE_VERSION}. "
                 f"Resume with the version of repr_det that wrote the checkpoint."
             )
         check_same_settings("RePr", self.settings(), {**_LATER_SETTINGS, **state["settings"]})
         with still(self.model):
             self._build_as_written(state)
-        # The first of "aside" is the model's.
-        if state["phase"] == SUB and len(state["aside"]) != len(self._networks):
+        copies = len(state["aside"]) - 1  # the first columns are the model's
+        if state["phase"] == SUB and copies != len(self.copies):
             raise UserError(
-                f"RePr state was written with {len(state['aside']) - 1} copies of the model, "
-                f"now there are {len(self._copy_networks)}. Pass the same copies."
+                f"RePr state was written with {copies} copies of the model, "
+                f"now there are {len(self.copies)}. Pass the same copies."
             )
         self._release()
         self._phase, self._cycle = state["phase"], state["cycle"]
         self._old_filters, self._old_columns = state["before"], state["aside"]
-        # Two keys that checkpoints of version 0.1.0 may lack.
+        # Two keys that checkpoints of repr_det 0.1.0 may lack.
         self._old_filters_in_copies = state.get("before_in_copies", [])
         self._factors = state.get("outgoing", self._factors)
         self._history = list(state["history"])
@@ -736,7 +747,7 @@ class RePr:
     def _build_as_written(self, state: dict[str, Any]) -> None:
         """Use the checkpoint's channel graph.
 
-        Another batch was followed now, which may run other parts of the model.
+        The present one is of another batch, which may run other parts of the model.
         """
         mine = graph = self.graph
         if "graph" in state:  # not in checkpoints of repr_det 0.1.0
