@@ -37,7 +37,7 @@ logger = logging.getLogger(f"detectron2.{__name__}")
 
 MEASURING_PAYS_FROM = 600
 """Iterations in S2, over all cycles, from which ``compact="auto"`` measures the smaller network's
-speed. To measure takes as long as about 25 iterations."""
+speed. To measure takes as long as about 25 iterations, so about 4 % of S2 at most."""
 
 WORTHWHILE = 1.03
 """Factor by which the smaller network must be faster for ``compact="auto"`` to use it."""
@@ -49,7 +49,7 @@ SMALL_SHARE = 0.1
 """Share of the trainable weights below which the log says how little takes part."""
 
 STATE_KEY = "RePrHook"
-"""Where this hook's state is in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
+"""Where Detectron2 puts this hook's state in a checkpoint: ``trainer.hooks[STATE_KEY]``."""
 
 
 class RePrHook(HookBase):
@@ -99,23 +99,20 @@ class RePrHook(HookBase):
         self._mode = compact
         # Whether to remove pruned filters physically. None: the measurement will decide.
         self._removal_decision: bool | None = {"auto": None, "on": True, "off": False}[compact]
-        # These three are made on registration. ``_compact`` removes filters and puts them back.
-        self.method: RePr
-        self._compact: Compact
-        self._recorder: Recorder
         # Whether parameters changed their sizes since DistributedDataParallel made its buckets.
         self._resized = False
         self._arguments = arguments
         self._trainer: TrainerBase | None = None
         self._has_state = False  # whether a state was loaded
-        self._eval_period = 0
-        self._after_writers = False  # whether the writers come before this hook
-        self._num_pruned = 0  # counted once a phase: counting costs more than the rest of a step
+        self._num_pruned = 0  # counted when it changes, not at every step
         # Sums of weights on registration. Where one differs later, weights were loaded.
         self._sums_at_registration: dict[str, float] = {}
-        # Objects that are shaped as the weights, and their versions at the start. One that changes
-        # later is taken for an average of the weights.
+        # What weights_alike() found at the start. What differs later may be an average of weights.
         self._maybe_averages_at_start: dict[str, Any] = {}
+        # These three are made on registration. ``_compact`` removes filters and puts them back.
+        self.method: RePr
+        self._compact: Compact
+        self._recorder: Recorder
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> RePrHook | None:
@@ -159,10 +156,7 @@ class RePrHook(HookBase):
 
     def _check(self, trainer: TrainerBase) -> None:
         """Refuse a trainer that this hook cannot work with."""
-        # DefaultTrainer keeps the one that runs steps in ``_trainer``.
-        if isinstance(getattr(trainer, "_trainer", trainer), AMPTrainer) and not (
-            torch.cuda.is_available()
-        ):
+        if isinstance(_stepper(trainer), AMPTrainer) and not torch.cuda.is_available():
             raise UserError(
                 "SOLVER.AMP.ENABLED needs a GPU in Detectron2's own AMPTrainer and there is none. "
                 "Turn AMP off, or train with repr_det's trainer, which runs bfloat16 on a CPU."
@@ -174,7 +168,7 @@ class RePrHook(HookBase):
                 f"RePrHook was registered after the run was resumed at iteration {resumed}, so it "
                 f"has no state. Register it before resume_or_load."
             )
-        if hasattr(trainer, "max_iter"):
+        if hasattr(trainer, "max_iter"):  # others get it in train(), before before_train()
             self.check_fits(trainer.max_iter)
         if self._mode == "on" and (reason := reason_against_other_sizes(trainer.model)):
             raise UserError(
@@ -212,7 +206,7 @@ class RePrHook(HookBase):
         self.schedule.check_fits(max_iter, self._arguments.get("warmup", 0))
 
     def before_train(self) -> None:
-        """Check what is known only when training starts. Find out when evaluations are due."""
+        """Check what is known only when training starts."""
         self.check_fits(self.trainer.max_iter)
         self.check_resumed(self.trainer.start_iter)
         self._num_pruned = self.method.num_pruned
@@ -226,10 +220,6 @@ class RePrHook(HookBase):
                 f"RePr: the starting weights hold {sum(zero.values())} filters of zero norm; most "
                 f"criteria drop them first: {names}{', ...' if len(zero) > 5 else ''}."
             )
-        hooks = self.trainer._hooks
-        self._after_writers = any(isinstance(h, PeriodicWriter) for h in hooks[: hooks.index(self)])
-        periods = [h._period for h in hooks if isinstance(h, EvalHook)]
-        self._eval_period = periods[0] if periods else 0
 
     def check_resumed(self, start_iter: int) -> None:
         """Refuse to resume from a checkpoint without a state of this hook.
@@ -244,11 +234,13 @@ class RePrHook(HookBase):
             )
 
     def _warn_of_loaded_weights(self) -> None:
-        """Warn of a short run from loaded weights: new filters, the default, lose accuracy."""
-        # ``as_it_was``: filters return as they were, by Reinit(direction="previous").
-        short = self.trainer.max_iter - self.trainer.start_iter < SHORT_RUN
-        if self.trainer.start_iter > 0 or not short or self.method.reinit.as_it_was:
+        """Warn of a short run that starts from loaded weights, where new filters lose accuracy."""
+        resumed, short = self.trainer.start_iter > 0, self.trainer.max_iter < SHORT_RUN
+        # With Reinit(direction="previous"), filters return as they were.
+        if resumed or not short or self.method.reinit.as_it_was:
             return
+        # Weights that were loaded since registration have other sums. Those that were loaded before
+        # are known by statistics of norms.
         sums = _sums(self.method.layers)
         loaded = [
             layer.name
@@ -268,18 +260,15 @@ class RePrHook(HookBase):
     def _maybe_averages(self) -> dict[str, Any]:
         """What the trainer and other hooks hold that has the shapes of the model's weights."""
         trainer = self.trainer
-        # Not this hook, which holds the model's own weights.
-        holders = [trainer, getattr(trainer, "_trainer", None), *trainer._hooks]
-        return weights_alike(
-            [holder for holder in holders if holder not in (None, self)],
-            trainer.model,
-            self._arguments.get("copies", ()),
-        )
+        others = [hook for hook in trainer._hooks if hook is not self]
+        copies = self._arguments.get("copies", ())
+        return weights_alike([trainer, _stepper(trainer), *others], trainer.model, copies)
 
     def _warn_of_averages(self) -> None:
         """Warn where another hook averages the model's weights: drops do not reach the average.
 
-        A frozen teacher has the same shapes, but has not changed since training began.
+        A frozen teacher has the same shapes, but has not changed since training began. What was
+        made since then counts as changed.
         """
         before, now = self._maybe_averages_at_start, self._maybe_averages()
         mine = [name for name in now if now[name] != before.get(name)]
@@ -300,22 +289,20 @@ class RePrHook(HookBase):
         """Do what is due before this iteration, in this order.
 
         1. Record the overlap before a drop.
-        2. Bring the network to full size.
+        2. Bring the network to full size, which phase changes need.
         3. Drop filters or bring them back, and record it.
         4. Remove pruned filters physically.
         5. Give DistributedDataParallel buckets of the new sizes.
         """
         iteration = self.trainer.iter
         if self.method.due(iteration):
-            # A drop, and not a return and a drop at once after iterations that were skipped.
+            # Not where skipped iterations make a return and a drop due at once.
             if self.method.phase == FULL and self.schedule.phase(iteration).name == SUB:
                 self._recorder.overlap(detailed=True)
             self._grow()
-            for change in self.method.step(iteration):
-                self._report(change)
-        else:
-            self.method.step(iteration)  # the learning rate may be warming up
-        # Also where a run is resumed in S2: its checkpoint holds the full-size network.
+        for change in self.method.step(iteration):
+            self._report(change)
+        # Also where a run is resumed in S2: checkpoints always hold the full-size network.
         if self.method.phase == SUB and not self._compact.active and self._decide_removal():
             self._shrink()
         if self._resized:
@@ -350,10 +337,11 @@ class RePrHook(HookBase):
         If writers come before this hook, they have already written this iteration. The overlap is
         then recorded under the next one.
         """
-        done = self.trainer.iter + 1
-        due = self._eval_period and done % self._eval_period == 0
-        if due or done == self.trainer.max_iter:
-            self.trainer.storage.iter = done if self._after_writers else self.trainer.iter
+        done, hooks = self.trainer.iter + 1, self.trainer._hooks
+        periods = [h._period for h in hooks if isinstance(h, EvalHook) and h._period > 0]
+        if done == self.trainer.max_iter or any(done % period == 0 for period in periods):
+            written = any(isinstance(h, PeriodicWriter) for h in hooks[: hooks.index(self)])
+            self.trainer.storage.iter = done if written else self.trainer.iter
             self._recorder.overlap()
             self.trainer.storage.iter = self.trainer.iter
 
@@ -392,23 +380,19 @@ class RePrHook(HookBase):
         return self._removal_decision
 
     def _shrink(self) -> None:
-        """Remove pruned filters physically, or warn why not. All ranks do the same."""
-        problem = ""
+        """Remove pruned filters physically, or warn why not."""
         self._resized = True  # also where it fails halfway
         try:
             with _own_random_numbers():
                 shrunk = self._compact.shrink()
-        except RuntimeError as error:  # all that shrink() raises
-            problem = str(error)
-        if problems := [found for found in objects_of_all_ranks(problem, self._group) if found]:
-            self._compact.grow()
+        except RuntimeError as error:  # all that shrink() raises, on every rank or on none
             self._removal_decision = False
-            logger.warning(f"RePr: {problems[0]}; pruned filters stay in the network as zeros.")
+            logger.warning(f"RePr: {error}; pruned filters stay in the network as zeros.")
             return
         logger.info(_cost_line(shrunk))
 
     def _measure(self) -> bool:
-        """Whether the smaller network is faster on every rank. All ranks return the same."""
+        """Whether the smaller network is faster on every rank; the same on all of them."""
         stays = "pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         if reason := self._reason_not_to_measure():
             logger.info(f"RePr: {reason}, so {stays}")
@@ -419,7 +403,7 @@ class RePrHook(HookBase):
                 mine = self._compact.speedup()
         except Exception as error:  # what a foreign model raises when it cannot be made smaller
             logger.warning(f"RePr: {type(error).__name__}: {error}; {stays}")
-            mine = Speed(0.0, 0.0, 0.0)
+            mine = Speed(0.0, 0.0, 0.0)  # does not pay, whatever other ranks measured
         speeds = objects_of_all_ranks(mine, self._group)
         if all(speed.ratio for speed in speeds):
             logger.info(
@@ -457,7 +441,7 @@ def pays(speed: Speed, s2: int) -> bool:
 
 
 def _own_random_numbers() -> AbstractContextManager[None]:
-    """Draws inside do not advance the run's own random numbers."""
+    """A context in which draws do not advance the run's own random numbers."""
     return RandomStream(0).active()
 
 
@@ -475,7 +459,7 @@ def _small_share(method: RePr, model: nn.Module) -> str | None:
     if mine >= SMALL_SHARE * total:
         return None
     taken = {layer.name for layer in method.layers}
-    # Units of the layers in ``visible`` are not hidden, so they cannot take part.
+    # Linear layers in ``visible`` have no hidden units, so they cannot take part.
     left_out = method.graph.linears.keys() - method.graph.visible.keys() - taken
     sizes: list[int] = [method.graph.linears[name].weight.numel() for name in left_out]
     line = f"RePr: the layers that take part hold {mine / total:.1%} of the trainable weights."
@@ -488,11 +472,12 @@ def _small_share(method: RePr, model: nn.Module) -> str | None:
 
 
 def _sums(layers: Sequence[FilterLayer]) -> dict[str, float]:
+    """The sum of each layer's weight, by its name: to see whether the weight has changed."""
     return {layer.name: float(layer.weight.detach().double().sum()) for layer in layers}
 
 
 def _has_statistics(layer: FilterLayer) -> bool:
-    """Whether the layer's norms have seen data: weights loaded before the hook was registered."""
+    """Whether a norm of the layer has running means other than 0, as after training."""
     means = [mean for link in layer.norms for mean, _ in link.running_statistics()]
     return any(bool(mean.any()) for mean in means)
 
@@ -504,9 +489,14 @@ def filter_progress(filters: Sequence[Any]) -> Iterable[Any]:
     )
 
 
+def _stepper(trainer: TrainerBase) -> TrainerBase:
+    """The trainer that runs the steps: DefaultTrainer keeps one for them in ``_trainer``."""
+    return getattr(trainer, "_trainer", trainer)
+
+
 def _precision(trainer: TrainerBase) -> Callable[[], Any]:
-    """Returns the context in which a trainer runs its model: that of mixed precision, or none."""
-    trainer = getattr(trainer, "_trainer", trainer)
+    """A function that makes the context of the trainer's mixed precision, or an empty one."""
+    trainer = _stepper(trainer)
     if isinstance(trainer, MixedPrecisionTrainer):  # this package's, no AMPTrainer
         return trainer.autocast
     if isinstance(trainer, AMPTrainer):
@@ -528,7 +518,7 @@ def weights_alike(
         known: further modules, likewise.
 
     Returns:
-        ``Class.attribute`` -> a value that differs after the tensors changed.
+        By name as in :func:`_attributes`, a value that differs after the tensors changed.
     """
     shapes = [p.shape for p in unwrap(model).parameters()]
     own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
@@ -548,17 +538,21 @@ def weights_alike(
 
 
 def _attributes(holders: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """``Class.attribute`` and its value, for objects and for the objects that they hold."""
+    """Attributes of objects, ``Class.attribute``, and of what they hold, ``Class.Held.attribute``.
+
+    The attributes of modules are left out, being their own weights or parts of them.
+    """
     for holder in holders:
-        # What a module holds are its own weights or parts of them.
-        inner = [v for v in vars(holder).values() if not isinstance(v, (nn.Module, type))]
-        named = [(v, f"{type(holder).__name__}.") for v in inner if hasattr(v, "__dict__")]
-        for one, prefix in ((holder, ""), *named):
-            for key, value in list(vars(one).items()):
-                yield f"{prefix}{type(one).__name__}.{key}", value
+        name = type(holder).__name__
+        for key, value in list(vars(holder).items()):
+            yield f"{name}.{key}", value
+            if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+                for inner_key, inner in list(vars(value).items()):
+                    yield f"{name}.{type(value).__name__}.{inner_key}", inner
 
 
 def _cost_line(shrunk: Shrunk) -> str:
+    """A line for the log about the network that became smaller."""
     before, after = shrunk.before, shrunk.after
     line = (
         f"RePr: {shrunk.removed} of {shrunk.removed + shrunk.kept} pruned filters are out of the "
@@ -574,6 +568,7 @@ def _cost_line(shrunk: Shrunk) -> str:
 
 
 def _one_line(change: PhaseChange) -> str:
+    """A line for the log about a drop or a return."""
     touched = [layer for layer in change.layers if layer.pruned]
     filters = sum(layer.pruned for layer in touched)
     total = sum(layer.filters for layer in change.layers)

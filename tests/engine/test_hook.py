@@ -379,6 +379,37 @@ class Losses(nn.Module):
         return {"loss": self.net(data).square().mean()}
 
 
+def small_trainer(*before, **arguments):
+    model = Losses()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer = SimpleTrainer(model, itertools.repeat(torch.ones(4, 3, 8, 8)), optimizer)
+    trainer.register_hooks([*before, RePrHook(RePrSchedule(4, 2, 1), **arguments)])
+    return trainer
+
+
+def test_overlap_is_recorded_at_the_evaluations_of_every_hook():
+    last, often = hooks.EvalHook(0, dict), hooks.EvalHook(3, dict)
+    trainer = small_trainer(last, often)
+    trainer.train(0, 10)
+    # Evaluations at 2, 5 and 8, the drop at 4, the return at 6, the end at 9.
+    recorded = trainer.storage.history("repr/overlap").values()
+    assert [iteration for _, iteration in recorded] == [2, 4, 5, 6, 8, 9]
+
+
+def test_where_removal_fails_filters_stay_and_training_goes_on(monkeypatch, caplog):
+    def fail(*arguments):
+        raise MemoryError("made up")
+
+    monkeypatch.setattr("repr_det.method.compact.Compact._outputs", fail)
+    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
+    trainer = small_trainer(compact="on")
+    trainer.train(0, 10)
+    (line,) = {line for line in caplog.messages if "stay in the network as zeros" in line}
+    assert "MemoryError: made up" in line
+    (hook,) = trainer._hooks
+    assert len(hook.method.history) == 1 and hook.method.phase == "full"
+
+
 @pytest.mark.parametrize("compact", ["off", "on"])
 def test_a_step_asks_no_more_of_torch_than_one_of_plain_training(compact):
     """Where no phase changes, the hook included, but for one fill a held tensor in S2."""
