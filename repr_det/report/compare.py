@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +17,6 @@ from repr_det.detection.bootstrap import (
     paired_bootstrap,
 )
 from repr_det.detection.coco_results import (
-    Annotations,
     evaluable_types,
     read_results,
     read_truth,
@@ -269,8 +266,11 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
         UserError: no detections or no annotations, or others than those of the run's last
             evaluation.
     """
+    if iou_type in run.matches:
+        return run.matches[iou_type]
     annotations, metric = annotations_of(run.cfg, run.test_set), f"{iou_type}/AP"
-    found = _matches(annotations, run.folder, iou_type)
+    truth = read_truth(*annotations)
+    found = match(truth, read_results(run.folder, truth), iou_type)
     series = run.evaluations(metric)
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
     here = 100 * float(class_mean(average_precision(found, once))[0, 0])
@@ -280,13 +280,8 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
             f"{annotations.path}, but the run recorded {series.iloc[-1]:.1f}. The dataset or the "
             "detections have changed. Evaluate the run again."
         )
+    run.matches[iou_type] = found
     return found
-
-
-@functools.lru_cache(maxsize=16)
-def _matches(annotations: Annotations, folder: Path, iou_type: str) -> Matches:
-    truth = read_truth(*annotations)
-    return match(truth, read_results(folder, truth), iou_type)
 
 
 def seconds_per_step(run: RunFolder) -> dict[str, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 from detectron2.config import CfgNode
 
+from repr_det.detection.matching import Matches
 from repr_det.engine import recording
 from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
@@ -93,12 +94,14 @@ class RunFolder:
         cfg: its config; ``MODEL.DEVICE`` is a device of this machine.
         metrics: its scalars, see :func:`read_metrics`.
         checkpoint: the one to look at; None for the newest.
+        matches: its matched detections by IoU type, as far as they were asked for.
     """
 
     folder: Path
     cfg: CfgNode
     metrics: pd.DataFrame
     checkpoint: Path | None = None
+    matches: dict[str, Matches] = field(default_factory=dict, repr=False)
 
     @property
     def uses_repr(self) -> bool:

@@ -24,6 +24,7 @@ from repr_det.report.compare import (
     Estimate,
     duration,
     estimate,
+    matches_of,
     outcome,
     paired_difference,
     seconds_per_step,
@@ -241,6 +242,18 @@ def test_time_of_steps_by_phase(tmp_path):
     run.metrics.loc[[59, 99], "time"] = 0.25
     assert seconds_per_step(run) == {"full": 0.5, "S2": 0.25}
     assert duration(run) == "1 min 30 s"
+
+
+def test_detections_that_changed_are_matched_when_a_run_is_read_again(tmp_path):
+    def matched(run):
+        return sum(len(found.scores) for found in matches_of(run, "bbox").classes.values())
+
+    (run,) = squares(tmp_path, (detections([1, 2, 3, 4]), HALF, True))
+    assert matched(run) == 4
+    (file,) = run.folder.rglob("*results.json")
+    unlikely = detections([], wrong=[1])[0] | {"score": 0.1}  # below all others, so AP stays
+    file.write_text(json.dumps([*detections([1, 2, 3, 4]), unlikely]))
+    assert matched(read_run(run.folder)) == 5
 
 
 def test_mistakes_are_objects_missed_and_wrong_detections(tmp_path):
