@@ -75,8 +75,9 @@ setup(
         "seaborn>=0.13.2",
         "tabulate>=0.9",
         "tensorboard>=2.14",
-        "torch>=2.6",
-        "torchvision>=0.21",
+        # Before 2.8 the end of a run in several processes may hang (pytorch/pytorch#154976).
+        "torch>=2.8",
+        "torchvision>=0.23",
         "tqdm>=4.66",
     ],
     extras_require={

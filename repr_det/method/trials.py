@@ -50,7 +50,8 @@ def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[
     if type(norm).forward.__module__.startswith("torch.nn."):
         return True
     chosen = torch.arange(x.shape[dim]) % 2 == 0
-    link, places = NormLink("", norm, *[chosen.nonzero().flatten()] * 2, dim), chosen.to(x.device)
+    channels = chosen.nonzero().flatten()
+    link, places = NormLink("", norm, channels, channels, dim), chosen.to(x.device)
     zeroed = x.masked_fill(places.view(-1, *[1] * (x.dim() - dim - 1)), 0.0)
 
     def with_zeros(value: Any) -> Any:
