@@ -89,7 +89,7 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
 
         def multiply(site: _Site, out: Tensor, gates: list = gates) -> Tensor:
             # A factor of one for each image and channel has the derivative sum(dC/dz * z).
-            dims = (0, site.dim % out.dim())
+            dims = (0, site.dim % out.dim())  # twice the first where there is no batch
             shape = [n if d in dims else 1 for d, n in enumerate(out.shape)]
             gate = out.new_ones(shape).requires_grad_()
             gates.append((site, gate, out.numel() // max(gate.numel(), 1)))
@@ -102,7 +102,8 @@ def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
             found = torch.autograd.grad(loss, [gate for _, gate, _ in wanted], allow_unused=True)
         for (site, gate, positions), gradient in zip(wanted, found, strict=True):
             if gradient is not None and len(gate):
-                per_image = gradient.transpose(1, site.dim).flatten(1).double() / positions
+                images = len(gate) if site.dim % gate.dim() else 1
+                per_image = gradient.reshape(images, -1).double() / positions
                 site.add(totals, per_image.abs().mean(dim=0))
                 site.add(counts, torch.ones_like(per_image[0]))
     totals, counts, _ = _over_ranks(data, batches, totals, counts)
@@ -245,7 +246,7 @@ class _Site:
 
     Attributes:
         module: a norm, or a conv or linear layer that no norm follows.
-        dim: the dimension of its output that counts channels.
+        dim: the dimension of its output that counts channels; the first of single images.
     """
 
     def __init__(self, module: nn.Module, dim: int) -> None:
@@ -272,7 +273,7 @@ def _sites(layers: Sequence[FilterLayer]) -> list[_Site]:
             site.holds(layer.name, link.filters, link.channels)
         if not layer.norms:
             every = torch.arange(layer.num_filters)
-            dim = -1 if isinstance(layer.module, nn.Linear) else 1
+            dim = -1 if isinstance(layer.module, nn.Linear) else 1 - layer.weight.dim()
             site = sites.setdefault(layer.module, _Site(layer.module, dim))
             site.holds(layer.name, every, every)
     return list(sites.values())
@@ -297,7 +298,8 @@ def _feature_means(
     totals, counts, batches = _zeros(layers), _zeros(layers), 0
 
     def look(site: _Site, out: Tensor) -> None:
-        values = statistic(out.detach()).transpose(0, site.dim).flatten(1)
+        values = statistic(out.detach()).transpose(0, site.dim)
+        values = values.reshape(len(values), -1)
         site.add(totals, values.sum(dim=1, dtype=torch.float64))
         seen = torch.full((len(values),), values.shape[1], dtype=torch.float64)
         site.add(counts, seen.to(values.device))

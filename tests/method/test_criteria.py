@@ -254,6 +254,43 @@ def test_apoz_against_a_direct_count(norm):
     close(data_criteria.apoz(layers, data)["conv"], expected, 1e-7)
 
 
+class OneByOne(nn.Module):
+    """A conv and a linear layer that get images with or without a batch dimension."""
+
+    def __init__(self, batched: bool) -> None:
+        super().__init__()
+        self.stem, self.conv, self.fc, self.last = (
+            nn.Conv2d(2, 4, 1), nn.Conv2d(4, 5, 1), nn.Linear(5, 6), nn.Linear(6, 3)
+        )  # fmt: skip
+        self.batched = batched
+
+    def forward(self, x):
+        images = [x] if self.batched else list(x)
+        found = [self.fc(torch.tanh(self.conv(self.stem(one))).mean((-2, -1))) for one in images]
+        found = [self.last(torch.tanh(one)) for one in found]
+        return found[0] if self.batched else torch.stack(found)
+
+
+@pytest.mark.parametrize("criterion", ["activations", "apoz", "taylor"])
+def test_single_images_score_as_a_batch(criterion):
+    examples = [
+        (torch.randn(3, 2, 4, 5, dtype=torch.float64), torch.randint(0, 3, (3,))) for _ in range(2)
+    ]
+
+    def scores(batched):
+        torch.manual_seed(0)
+        model = OneByOne(batched).double()
+        trainer = torch.optim.SGD(model.parameters(), 0.1)
+        arguments = {"batches": lambda: iter(examples), "loss": loss, "linear": True}
+        layers = RePr(model, trainer, RePrSchedule(1, 1, 1), **arguments).layers
+        assert [layer.name for layer in layers] == ["conv", "fc"]
+        data = Data(model, lambda: iter(examples), loss, torch.Generator().manual_seed(0))
+        return getattr(data_criteria, criterion)(layers, data)
+
+    for name, expected in scores(True).items():
+        close(scores(False)[name], expected)
+
+
 def test_features_of_a_channels_last_norm():
     """A LayerNorm between permutations counts channels in the last dimension."""
 
