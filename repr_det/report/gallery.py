@@ -246,7 +246,10 @@ def _maps(material: Material, kind: str, compare: Callable[[Matrix], Matrix], la
     for layer, short in zip(material.layers, plots.shortened(material.layers), strict=True):
         if layer in material.shown_layers:
             found = {arm: getattr(r, kind).get(layer) for arm, r in material.responses.items()}
-            tables[short] = {n: None if x is None else compare(x) for n, x in found.items()}
+            if any(x is not None for x in found.values()):
+                tables[short] = {n: None if x is None else compare(x) for n, x in found.items()}
+    if not tables:
+        raise UserError("None of the layers answers with maps of two dimensions.")
     return plots.heat_maps(tables, label, material.colours)
 
 

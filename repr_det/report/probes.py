@@ -170,7 +170,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     maps: dict[str, list[Tensor]] = {name: [] for name in pooled}
 
     def look(name: str, out: Tensor) -> None:
-        if out.dim() != 4:
+        if out.dim() != 4 or not len(out):  # such as of a mask head that was given no box
             return
         flat = out.flatten(2)
         generator = torch.Generator().manual_seed(0)

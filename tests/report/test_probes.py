@@ -96,6 +96,23 @@ def test_correlations_are_of_what_the_layer_answers(trained, monkeypatch):
     assert table == pytest.approx(table.T) and table.min() >= 0 and table.max() <= 1
 
 
+def test_a_layer_that_is_given_nothing_has_no_responses(trained):
+    """As a mask head where nothing is detected."""
+    run, *_ = trained
+    network = load_network(run.cfg, run.weights)
+    last = network.layers[-1]
+    last.module.register_forward_hook(lambda _, __, out: out[:0])
+    found = responses(network, held_out_images(run.cfg, 20), [x.name for x in network.layers])
+    assert list(found.sampled) == list(found.pooled) == [network.layers[0].name]
+    material = Material(by_method([run]))
+    vars(material).update(networks={REPR: network}, responses={REPR: found})
+    assert len(FIGURES["cca"].draw(material).figure.axes) == 2  # one table, and its colours
+    assert np.isnan(FIGURES["cca_by_layer"].draw(material).values[REPR][last.name])
+    vars(material).update(responses={REPR: dataclasses.replace(found, sampled={})})
+    with pytest.raises(UserError, match="None of the layers answers"):
+        FIGURES["cca"].draw(material)
+
+
 def test_contributions_are_what_the_loss_rises_by(trained):
     run, *_ = trained
     network = load_network(run.cfg, run.weights)
