@@ -295,20 +295,23 @@ def _similarity(material: Material) -> Drawn:
     others = [name for name in material.arms.others if name in material.networks]
     if baseline not in material.networks or not others:
         raise UserError("This figure compares checkpoints of two arms. Set a run of each.")
-    first = material.responses[baseline].sampled
+    first, *seconds = (material.responses[arm] for arm in (baseline, *others))
+    whole = first.whole.intersection(*(second.whole for second in seconds))
+    names = [name for name in material.layers if name in whole]
+    if not names:
+        raise UserError("No filter layer that the networks have in common sees whole images.")
     values, palette = {}, {}
-    for arm in others:
-        second = material.responses[arm].sampled
+    for arm, second in zip(others, seconds, strict=True):
         palette[f"{baseline} and {arm}"] = material.colours[arm]
         values[f"{baseline} and {arm}"] = {
-            name: similarity(first[name], second[name])
-            for name in material.layers
-            if name in first and name in second
+            name: similarity(first.sampled[name], second.sampled[name]) for name in names
         }
+    left_out = len(names) < len(material.layers)
     return Drawn(
         _dots(palette, values, "CKA of the layer in both networks"),
         "How similar two networks' layers respond to the same images: 1 if the responses of one "
-        "are those of the other, rotated and scaled; 0 for unrelated ones (debiased linear CKA).",
+        "are those of the other, rotated and scaled; 0 for unrelated ones (debiased linear CKA)."
+        + (" Layers that see boxes are left out: the boxes differ." if left_out else ""),
         values,
     )
 

@@ -68,12 +68,15 @@ class Responses:
     """What the filters of some layers answered to the same images, before any non-linearity.
 
     Attributes:
-        sampled: (observations, filters) by layer, at the same positions for every network.
+        sampled: (observations, filters) by layer.
         pooled: (images, filters, positions) by layer, of at most :data:`POOLED_FILTERS` filters.
+        whole: names of the layers that see whole images, at the same positions in every network;
+            others see boxes, which are not the same in two networks.
     """
 
     sampled: dict[str, Matrix]
     pooled: dict[str, Matrix]
+    whole: frozenset[str]
 
 
 def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
@@ -168,10 +171,14 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     positions = max(1, kept // max(images, 1))
     samples: dict[str, list[Tensor]] = {layer.name: [] for layer in network.layers}
     maps: dict[str, list[Tensor]] = {name: [] for name in pooled}
+    of_boxes: set[str] = set()
 
     def look(name: str, out: Tensor) -> None:
         if out.dim() != 4 or not len(out):  # such as of a mask head that was given no box
             return
+        if len(out) != size:
+            of_boxes.add(name)
+            out = out[:: max(1, len(out) // size)]  # about as many boxes as there are images
         flat = out.flatten(2)
         generator = torch.Generator().manual_seed(0)
         chosen = torch.randperm(flat.shape[2], generator=generator)[:positions]
@@ -188,6 +195,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     try:
         with torch.no_grad():
             for batch in batches:
+                size = _size(batch)
                 network.model(batch)
     finally:
         for handle in handles:
@@ -196,7 +204,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
         {name: torch.cat(parts).double().numpy() for name, parts in kind.items() if parts}
         for kind in (samples, maps)
     )
-    return Responses(sampled, averaged)
+    return Responses(sampled, averaged, frozenset(sampled) - of_boxes)
 
 
 def filter_correlations(samples: Matrix) -> Matrix:

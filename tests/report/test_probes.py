@@ -17,7 +17,7 @@ from repr_det.classification import ClassificationTrainer
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.errors import UserError
 from repr_det.report import probes as network_module
-from repr_det.report.arms import BEFORE, REPR, by_method
+from repr_det.report.arms import BEFORE, REPR, Arms, by_method
 from repr_det.report.gallery import FIGURES
 from repr_det.report.material import CONTRIBUTIONS, Material, compute_contributions
 from repr_det.report.probes import (
@@ -111,6 +111,26 @@ def test_a_layer_that_is_given_nothing_has_no_responses(trained):
     vars(material).update(responses={REPR: dataclasses.replace(found, sampled={})})
     with pytest.raises(UserError, match="None of the layers answers"):
         FIGURES["cca"].draw(material)
+
+
+def test_layers_that_see_boxes_are_not_compared_between_networks(trained):
+    run, *_ = trained
+    network = load_network(run.cfg, run.weights)
+    boxes = network.layers[-1]
+    boxes.module.register_forward_hook(lambda _, __, out: out.repeat(50, 1, 1, 1)[:-1])
+    batches, names = held_out_images(run.cfg, 20), [layer.name for layer in network.layers]
+    found = responses(network, batches, names)
+    assert found.whole == {names[0]} and list(found.sampled) == names
+    assert 20 <= len(found.pooled[boxes.name]) < 40
+    material = Material(Arms({"a": [run], "b": [run]}))
+    vars(material).update(networks={"a": network, "b": network}, responses={"a": found, "b": found})
+    drawn = FIGURES["similarity"].draw(material)
+    assert drawn.values == {"a and b": {names[0]: pytest.approx(1)}}
+    assert "see boxes are left out" in drawn.caption
+    nothing = dataclasses.replace(found, whole=frozenset())
+    vars(material).update(responses={"a": found, "b": nothing})
+    with pytest.raises(UserError, match="sees whole images"):
+        FIGURES["similarity"].draw(material)
 
 
 def test_contributions_are_what_the_loss_rises_by(trained):
