@@ -53,7 +53,12 @@ def side_by_side(
     model = net(name, dtype)
     trainer = build(model.parameters())
     method = RePr(
-        model, trainer, RePrSchedule(warm_up, STEPS, 1), 0.3, batches=lambda: iter([]), loss=loss
+        model,
+        trainer,
+        RePrSchedule(warm_up, STEPS, 1),
+        0.3,
+        batches=lambda: iter([batch(0, dtype)]),
+        loss=loss,
     )
     for i in range(warm_up):
         method.step(i)
