@@ -114,6 +114,9 @@ def _lazy(bottom_up: str) -> Built:
 MODELS: dict[str, Callable[[], Built]] = {
     **{f"torchvision {n}": lambda n=n: _torchvision(n, 128) for n in (
         "convnext_tiny", "swin_t", "vgg11", "alexnet", "mobilenet_v3_small")},
+    # Wide linear layers: at the two small images above, a return takes longer than ten steps.
+    "torchvision vgg11, 32 x 224 px": lambda: _torchvision("vgg11", 224, 32),
+    "torchvision alexnet, 128 x 224 px": lambda: _torchvision("alexnet", 224, 128),
     "torchvision maxvit_t": lambda: _torchvision("maxvit_t"),
     "torchvision vit_b_16": lambda: _torchvision("vit_b_16", 64, image_size=64),
     "timm vit_small": lambda: _timm("vit_small_patch16_224", 128, img_size=128),
