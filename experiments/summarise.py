@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,13 +90,16 @@ MEASURES = {ACCURACY: _CLASSIFICATION, ERROR: _CLASSIFICATION, AP: _DETECTION}
 """By :attr:`experiments.tables.Table.metric`."""
 
 
-def table_in_markdown(table: Table, shortened: bool, records: Sequence[Record]) -> str:
+def table_in_markdown(
+    table: Table, shortened: bool, records: Sequence[Record], said: Collection[str] = ()
+) -> str:
     """A table with its heading and caption.
 
     Args:
         table: its rows.
         shortened: the records are of shortened runs.
         records: of any rows and seeds of this table.
+        said: captions that stand elsewhere on the page and are left out.
     """
     heading = f"# {table.title}\n"
     if shortened:
@@ -107,8 +110,9 @@ def table_in_markdown(table: Table, shortened: bool, records: Sequence[Record]) 
         )
     make = _correlations if table.correlates else _values
     frame, caption = make(table, records)
-    notes = " ".join([caption, *table.notes])
-    return f"{heading}\n{frame.to_markdown(index=False, disable_numparse=True)}\n\n{notes}\n"
+    notes = " ".join(note for note in (caption, *table.notes) if note not in said)
+    text = f"{heading}\n{frame.to_markdown(index=False, disable_numparse=True)}\n"
+    return f"{text}\n{notes}\n" if notes else text
 
 
 def _values(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]:
@@ -132,13 +136,16 @@ def _values(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]
             line[label] = _spread(shown) if shown else "not run"
             gains[f"{gain}, 95 % interval"] = _gain(values, standard)
         lines.append({**line, "Seeds": seeds, **gains})
-    caption = (
+    return pd.DataFrame(lines), _caption(measure)
+
+
+def _caption(measure: Measure) -> str:
+    return (
         f"{measure.caption}; then mean ± standard deviation over seeds. Gain: {measure.compared} "
         "minus that of standard training with the same seed (same initial weights, same data "
         "order), in points, so above zero is better; in brackets the t-interval of its mean with "
         "n - 1 degrees of freedom."
     )
-    return pd.DataFrame(lines), caption
 
 
 def _correlations(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]:
@@ -272,7 +279,8 @@ _PAGE = """# Results
 
 What was measured with `experiments/`. `python -m experiments --page docs/results.md` writes this
 page from the records in `experiments/results/`. `python -m experiments TABLE --show --output
-experiments/results` prints one table, and without `--show` and `--output` trains it.
+experiments/results` prints one table, and without `--show` and `--output` trains it. Settings of
+the rows are in `experiments/paper.yaml` and `experiments/studies.yaml`.
 """
 
 
@@ -283,10 +291,11 @@ def results_page(tables: Sequence[Table], records_of: Callable[[Table], Sequence
         tables: in the order of the page.
         records_of: reads the full-length records of a table.
     """
-    parts = [_PAGE]
+    captions = [_caption(measure) for measure in (_CLASSIFICATION, _DETECTION)]
+    parts = [_PAGE, *(f"{caption}\n" for caption in captions)]
     for table in tables:
         if records := records_of(table):
-            text = table_in_markdown(table, False, records).replace("# ", "## ", 1)
+            text = table_in_markdown(table, False, records, captions).replace("# ", "## ", 1)
             hours = sum(record["wall_seconds"] for record in records) / 3600
             devices = sorted({record["device"] for record in records})
             own = "cell" not in records[0]

@@ -187,7 +187,7 @@ def studies_of(output: Path) -> list[Table]:
         (first, *_), study = by_row.values(), next(iter(cells.values()))
         evaluations = next(iter(first["evaluations"].values()), None)
         metric = AP if evaluations and "AP" in evaluations[-1] else ACCURACY
-        title = f"Study {study['study']}, {study['stage']} (PROTOCOL.md)"
+        title = f"Study {study['study']}, {study['stage']} (experiments/PROTOCOL.md)"
         found.append(Table(folder.name, title, tuple(rows), metric))
     return found
 

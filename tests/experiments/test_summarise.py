@@ -163,4 +163,4 @@ def test_the_page_has_recorded_tables_and_their_devices():
     page = squeezed(results_page([other, TABLE], lambda t: timed if t is TABLE else []))
     assert page.startswith("# Results\n") and page.count("\n## ") == 1
     assert "## A title\n" in page and "| Ortho | 76.4 | 67.67 ± 0.58 | 3 |" in page
-    assert "`python -m experiments t`; 8 runs, 4.0 hours on a CPU." in page
+    assert "\n\nA note.\n\n`python -m experiments t`; 8 runs, 4.0 hours on a CPU.\n" in page
