@@ -109,7 +109,7 @@ def add_num_images(parser: argparse._ActionsContainer) -> None:
         type=int,
         default=32,
         metavar="N",
-        help="number of held-out images that networks are run on",
+        help="number of test images that networks are run on",
     )
     add_renamed(parser, "--images", "--num-images", "num_images", type=int)
 

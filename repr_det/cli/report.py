@@ -6,8 +6,8 @@ r"""Write one HTML page that shows what RePr did in a run, or how arms of runs d
       --arm N-5 output/n5_* --baseline standard
   repr-det report output/repr -o report.html --test-data my_val val.json images/
 
-A run may still be training. The page says what a run does not hold. Without --arm, runs with RePr
-are compared with runs without it.
+A run may still be training. The page says what its folder lacks. Without --arm, runs with RePr are
+compared with runs without it.
 """
 
 from __future__ import annotations
