@@ -13,6 +13,8 @@ from detectron2.structures import Boxes, Instances
 
 from repr_det.detection.drawing import ground_truth
 from repr_det.detection.matching import Matches
+from repr_det.engine.data import image_fault
+from repr_det.errors import UserError
 
 MIN_SCORE = 0.5
 """Detections with a lower score neither count nor show."""
@@ -81,16 +83,18 @@ def example(
         counts: mistakes of each side.
 
     Raises:
-        UserError: the image is not there.
+        UserError: the image cannot be read.
     """
+    if reason := image_fault(record["file_name"]):
+        raise UserError(f"Image {record['file_name']} cannot be read ({reason}). Replace it.")
     image = read_image(record["file_name"], format="RGB")
     found = [
         _instances(
-            # A mask is as large as the image, so only those that will be seen are decoded.
+            # A decoded mask is as large as the image, so only masks that are drawn are decoded.
             [
-                found
-                for found in side
-                if found["image_id"] == record["image_id"] and found["score"] >= MIN_SCORE
+                result
+                for result in side
+                if result["image_id"] == record["image_id"] and result["score"] >= MIN_SCORE
             ],
             image.shape[:2],
             to_contiguous,

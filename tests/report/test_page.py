@@ -139,6 +139,16 @@ def test_detectors_are_shown_where_they_differ_with_an_interval(tmp_path):
     assert tiles == ["ground truth", "standard: 1 mistake", "RePr: 0 mistakes"] * 4
 
 
+def test_images_that_are_gone_cost_only_the_pictures(tmp_path):
+    half = detections([1, 2, 3, 4])
+    runs = squares(tmp_path, (half, HALF, False), (detections(range(1, 9)), 100.0, True))
+    for image in (tmp_path / "data" / "images").iterdir():
+        image.unlink()
+    path = write_report(by_method(runs), tmp_path / "report.html", resamples=50)
+    assert figures_of(path) == ["curves", "classes", "sizes"]
+    assert re.search(r"Held-out images : Image \S*\.png cannot be read \(", text_of(path))
+
+
 def test_equal_results_are_called_the_same(tmp_path):
     half = detections([1, 2, 3, 4])
     runs = squares(tmp_path, (half, HALF, False), (half, HALF + 0.04, True))
