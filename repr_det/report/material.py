@@ -207,8 +207,11 @@ def _begun(run: RunFolder) -> Network | None:
 
 
 def in_depth(names: Sequence[str]) -> list[str]:
-    """Layer names in the order of their depth: a feature pyramid is built before what it reads."""
-    return sorted(names, key=lambda name: ".fpn_" in f".{name}")
+    """Layer names in the order of their depth.
+
+    Detectron2 builds a feature pyramid before the backbone that it reads.
+    """
+    return sorted(names, key=lambda name: (not name.startswith("backbone."), ".fpn_" in f".{name}"))
 
 
 def overlap_over_time(run: RunFolder) -> tuple[pd.Series | None, pd.Series | None]:

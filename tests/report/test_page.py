@@ -15,7 +15,7 @@ from repr_det.cli import main
 from repr_det.engine import recording
 from repr_det.errors import UserError
 from repr_det.report.arms import arms_of, by_method
-from repr_det.report.material import Material
+from repr_det.report.material import Material, in_depth
 from repr_det.report.page import write_report
 from repr_det.report.run import read_metrics, read_run
 from tests.browser import Browser, needs_chromium
@@ -112,6 +112,12 @@ def test_s2_is_shaded_where_all_runs_have_it(tmp_path):
         runs.append(read_run(folder))
     assert Material(by_method(runs[:2])).spans == [(40, 60)]
     assert Material(by_method(runs)).spans == []
+
+
+def test_layers_are_listed_from_the_image_on():
+    fpn, bottom_up = "backbone.fpn_output2", "backbone.bottom_up.res2.0.conv1"
+    heads = ["proposal_generator.rpn_head.conv", "roi_heads.box_head.conv1"]
+    assert in_depth([fpn, bottom_up, *heads]) == [bottom_up, fpn, *heads]
 
 
 def test_a_damaged_checkpoint_costs_only_what_depends_on_it(tmp_path, pair):
