@@ -153,7 +153,7 @@ def add_arms(parser: argparse._ActionsContainer, what: str) -> None:
 
     Args:
         parser: of a command line.
-        what: an arm is made of, in capital letters.
+        what: metavar of what an arm consists of.
     """
     parser.add_argument(
         "--arm",

@@ -29,7 +29,7 @@ from repr_det.cli.arguments import (
 from repr_det.errors import UserError
 
 if TYPE_CHECKING:
-    from repr_det.detection.evaluation import Detections, Evaluation, Metrics
+    from repr_det.detection.evaluation import Detections, Evaluation
 
 BOXES_ONLY_WITHOUT_MASK_ON = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet", "FCOS")
 """Detectron2's architectures, which have no masks if MODEL.MASK_ON is False. Others may."""
@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: a mistake in the command line, the data or the model.
     """
     from repr_det.detection.coco_results import TITLES, evaluable_types
+    from repr_det.detection.comparison import in_per_cent
     from repr_det.detection.evaluation import evaluate
     from repr_det.engine.files import check_folder_of, write_text_whole
 
@@ -105,8 +106,8 @@ def run(args: argparse.Namespace) -> None:
                 found.truth, found.results, iou_type, label=f"Evaluating {title}", progress=True
             )
             record[iou_type] = {
-                "overall": _in_per_cent(evaluation.overall),
-                "classes": {name: _in_per_cent(t) for name, t in evaluation.classes.items()},
+                "overall": in_per_cent(evaluation.overall),
+                "classes": {name: in_per_cent(t) for name, t in evaluation.classes.items()},
             }
             tables.append(_table(title, evaluation))
         records[found.dataset] = record
@@ -159,17 +160,14 @@ def _from_model(args: argparse.Namespace) -> Iterator[Detections]:
     yield from detect(cfg, args.iou_type, progress=True)
 
 
-def _in_per_cent(metrics: Metrics) -> Metrics:
-    return {name: None if value is None else 100 * value for name, value in metrics.items()}
-
-
 def _table(title: str, evaluation: Evaluation) -> str:
     from tabulate import tabulate
 
     from repr_det.detection.coco_results import METRICS
+    from repr_det.detection.comparison import in_per_cent
 
     rows = [
-        [name, *_in_per_cent(metrics).values()]
+        [name, *in_per_cent(metrics).values()]
         for name, metrics in (("all classes", evaluation.overall), *evaluation.classes.items())
     ]
     return tabulate(rows, [title, *METRICS], tablefmt="github", floatfmt=".2f", missingval="")

@@ -13,7 +13,6 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -52,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from repr_det.engine.checkpoint import last_checkpoint
     from repr_det.engine.files import check_folder_of, write_text_whole
     from repr_det.engine.trainer import has_run
+    from repr_det.report.run import flat_settings
 
     target = args.output or args.old_target
     if target is None:
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
     text = yaml.safe_dump(settings, sort_keys=False, default_flow_style=None)
     write_text_whole(settings_file, text)
     print(f"Wrote {target} and {settings_file}. Settings for the detector:")
-    print(shlex.join(overrides(settings)))
+    words = (word for key, value in flat_settings(settings).items() for word in (key, str(value)))
+    print(shlex.join(words))
 
 
 def classifier_input(config: Path) -> tuple[list[float], list[float], str]:
@@ -99,14 +100,3 @@ def classifier_input(config: Path) -> tuple[list[float], list[float], str]:
             f"{config} does not hold MODEL.PIXEL_MEAN, MODEL.PIXEL_STD and INPUT.FORMAT. Set "
             "--config-file to the config.yaml of the classifier's run."
         ) from error
-
-
-def overrides(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    """Nested settings as ``KEY VALUE`` pairs of a command line."""
-    pairs = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            pairs += overrides(value, f"{prefix}{key}.")
-        else:
-            pairs += [prefix + key, str(value)]
-    return pairs

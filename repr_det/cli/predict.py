@@ -54,10 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=1, metavar="N", help="images in one forward pass"
     )
-    add_renamed(
-        *(parser, "--opts", "KEY VALUE at the end, without --opts", "old_opts"),
-        nargs=argparse.REMAINDER,
-    )
+    instead = "KEY VALUE at the end, without --opts"
+    add_renamed(parser, "--opts", instead, "old_opts", nargs=argparse.REMAINDER)
     add_overrides(parser)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repr_det.detection.bootstrap import Comparison, Difference, corrected_level, paired_bootstrap
+from repr_det.detection.bootstrap import Comparison, corrected_level, paired_bootstrap
 from repr_det.detection.coco_results import (
     check_iou_type,
     evaluable_types,
@@ -80,15 +80,13 @@ def compare_results(
 
 
 def _as_record(comparison: Comparison) -> dict[str, Any]:
-    classes = {name: _in_per_cent(table) for name, table in comparison.classes.items()}
-    return {"overall": _in_per_cent(comparison.overall), "classes": classes}
+    overall, *classes = (
+        {metric: in_per_cent(difference._asdict()) for metric, difference in table.items()}
+        for table in (comparison.overall, *comparison.classes.values())
+    )
+    return {"overall": overall, "classes": dict(zip(comparison.classes, classes, strict=True))}
 
 
-def _in_per_cent(table: dict[str, Difference]) -> dict[str, dict[str, float | None]]:
-    return {
-        metric: {
-            name: None if value is None else 100 * value
-            for name, value in difference._asdict().items()
-        }
-        for metric, difference in table.items()
-    }
+def in_per_cent(shares: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Shares of 1 in per cent; None stays None."""
+    return {name: None if share is None else 100 * share for name, share in shares.items()}
