@@ -44,7 +44,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_table(table: Table, scale: str, output: Path) -> str:
-    """Write ``table.md``, all of its rows, from what is recorded; returns these rows' text."""
+    """Write ``table.md`` with all rows of the whole table; returns the text of ``table`` alone."""
 
     def text(of: Table) -> str:
         return table_in_markdown(of, scale == QUICK, read_records(of, scale, output))
@@ -58,12 +58,12 @@ def write_table(table: Table, scale: str, output: Path) -> str:
 def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> str:
     """Train and record what is missing of a table, and write the table.
 
-    May be stopped at any moment; called again, it goes on with the run that was stopped. The table
-    is written again after every run.
+    It may be stopped at any moment. Called again, it resumes the run that was stopped. The table is
+    written after every run.
 
     Args:
-        table: which.
-        seeds: one run of each row for each of them.
+        table: the rows to train.
+        seeds: of the runs; each row is trained once with each.
         scale: :data:`FULL` or :data:`QUICK`.
         output: folder of all tables.
 
@@ -71,8 +71,8 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
         The table in Markdown.
 
     Raises:
-        UserError: before anything is trained, a mistake in config or data, data that is not there,
-            records of other settings, or another process that trains this table.
+        UserError: before anything is trained. A config or its data are wrong or missing, records
+            have other settings, or another process trains this table.
     """
     wanted = [(row, seed) for seed in seeds for row in table.rows]
     wanted += [
@@ -83,11 +83,11 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
     # Teachers first: they may be of a later seed.
     wanted.sort(key=lambda pair: pair[0].teacher is not None)
     todo = missing([plan(table, row, seed, scale, output) for row, seed in wanted])
-    quiet = 0.5 if sys.stderr.isatty() else 30.0
+    interval = 0.5 if sys.stderr.isatty() else 30.0
     total = sum(run.max_iter for run in todo)
     with (
         alone_in(table_folder(output, table, scale)),
-        tqdm(total=total, unit="it", mininterval=quiet, disable=not todo) as bar,
+        tqdm(total=total, unit="it", mininterval=interval, disable=not todo) as bar,
     ):
         for number, run in enumerate(todo, 1):
             name = f"{run.row.name} seed {run.seed}"

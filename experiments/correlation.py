@@ -26,7 +26,8 @@ Correlations = dict[str, dict[str, dict[str, float | None]]]
 def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
     """Correlations of every criterion's scores with the greedy oracle's, on a trained network.
 
-    Scores are of :data:`IMAGES` held-out training images, in as many batches as a criterion takes.
+    Scores are measured on :data:`IMAGES` held-out training images, split into as many batches as a
+    criterion reads.
 
     Args:
         trainer: with the network, and held-out images in its config.
@@ -52,16 +53,17 @@ def oracle_correlations(trainer: ClassificationTrainer) -> Correlations:
     for name, criterion in CRITERIA.items():
         generator = torch.Generator().manual_seed(cfg.REPR.SEED)
         data = Data(trainer.model, batches, training_loss, generator, filter_progress)
-        scores[name] = criterion(layers, data)
+        found = criterion(layers, data)
+        scores[name] = {layer: score.double().cpu() for layer, score in found.items()}
     oracle = scores.pop("oracle")
     names = [layer.name for layer in layers]
     places = {EVERYWHERE: names, **{name: [name] for name in names}}
     return {
         criterion: {
-            place: _agreement(*(torch.cat([s[n].double().cpu() for n in chosen]) for s in pair))
+            place: _agreement(*(torch.cat([by[n] for n in chosen]) for by in (found, oracle)))
             for place, chosen in places.items()
         }
-        for criterion, pair in ((name, (found, oracle)) for name, found in scores.items())
+        for criterion, found in scores.items()
     }
 
 

@@ -48,8 +48,8 @@ class Study:
         config: the config file.
         overrides: of it, in every run.
         settings: by name; the first one has the primary contrast.
-        key: of the config, what every arm chooses for itself.
-        grid: its values.
+        key: the config key whose value every arm chooses for itself.
+        grid: the values to choose from.
         seed_keys: keys that are set to the seed, in addition to ``SEED`` and ``REPR.SEED``.
         datasets: what is evaluated on, by stage.
         metric: in an evaluation of a record, in %.
@@ -68,7 +68,10 @@ class Study:
 
 
 def _finetune(share: float, steps: int, long: tuple[int, int], short: int) -> Setting:
-    """A number of images and of steps: cycles of ``long``, or seven of twice ``short``."""
+    """For a share of the images and a number of steps.
+
+    ``long`` is S1 and S2 of three cycles; ``short`` is S1, and also S2, of seven.
+    """
     drops = (round(0.8 * steps), round(0.9333 * steps))
     default = _cycles(3, *long)
     heads = ["backbone.fpn_*", "proposal_generator.rpn_head.conv", "roi_heads.box_head.conv*"]
@@ -292,7 +295,7 @@ def next_cell(values: Values, tries: Callable[[Cell], int]) -> Cell | None:
     """What to run next: the first that is not recorded, those that failed once after all others.
 
     Args:
-        values: what is recorded; of failed runs only those that are not tried again.
+        values: what is recorded; None for runs that failed too often to be tried again.
         tries: how often a run has failed.
     """
     missing = [cell for cell in all_cells(values) if cell not in values]

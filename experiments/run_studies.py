@@ -66,7 +66,7 @@ def record_path(cell: Cell, output: Path) -> Path:
 
 
 def failure_path(cell: Cell, output: Path) -> Path:
-    """Where it says how often a cell failed, and with what."""
+    """The record of how often a cell failed, and of its last error."""
     return record_path(cell, output).with_suffix(".failed.json")
 
 
@@ -115,7 +115,7 @@ def what_is_left(values: dict[Cell, float | None]) -> str:
 
 
 def run_all(output: Path, train: Train) -> None:
-    """Run and record every missing cell; the second stage's as the first stage's records choose.
+    """Run and record every missing cell; the records of stage 1 choose the cells of stage 2.
 
     Args:
         output: folder of all records.

@@ -148,7 +148,7 @@ def shortened(cfg: CfgNode, images: int) -> CfgNode:
 
     Args:
         cfg: not changed.
-        images: at most this many training images, of which ``DATASETS.TRAIN_SHARE`` is taken.
+        images: maximum number of training images; ``DATASETS.TRAIN_SHARE`` of these are used.
 
     Returns:
         Lengths in iterations.
@@ -161,12 +161,8 @@ def shortened(cfg: CfgNode, images: int) -> CfgNode:
     cfg.DATASETS.HELD_OUT = max(cfg.DATASETS.HELD_OUT, left_out)
     cfg.TEST.EVAL_EPOCHS = cfg.TEST.EVAL_PERIOD = 0
     cfg = trainer.in_iterations(cfg)
-    for key in _LENGTHS:
-        *path, name = key.split(".")
-        node = cfg
-        for part in path:
-            node = node[part]
-        node[name] = _scaled(node[name])
+    lengths = flat_settings(cfg)
+    cfg.merge_from_list([part for key in _LENGTHS for part in (key, _scaled(lengths[key]))])
     return cfg
 
 
@@ -320,7 +316,7 @@ class RunClock(HookBase):
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """Detectron2's log lines, and what pycocotools prints, go to a file instead of the console."""
+    """Send Detectron2's log lines and what pycocotools prints to a file, not to the console."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
     before = [(log.level, log.propagate, log.handlers) for log in loggers]
     handler = logging.FileHandler(path)
@@ -340,7 +336,7 @@ def _logged_to(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Makes a folder and keeps other processes from training in it.
+    """Make a folder, and keep other processes from training in it.
 
     Raises:
         UserError: another process does.
@@ -427,7 +423,7 @@ def _recorded(run: Run) -> bool:
 
 
 def missing(runs: Sequence[Run]) -> list[Run]:
-    """What is to be trained: what is not recorded, and the teachers of it that are not there."""
+    """Runs to train: those that are not recorded, and their teachers that were not trained."""
     new = [run for run in runs if not _recorded(run)]
     needed = {run.cfg.DISTILL.WEIGHTS for run in new if run.row.teacher}
     paths = {run.record_path for run in new} | {

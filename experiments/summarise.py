@@ -41,8 +41,8 @@ class Measure:
         last: a run's value is the mean of this many last evaluations, or of the last one alone
             where there are fewer.
         axis: of figures.
-        caption: what a table's numbers are, a sentence without its end.
-        compared: what a gain is a difference of.
+        caption: what a table's numbers are; the beginning of a sentence.
+        compared: the number whose difference is a gain.
     """
 
     metrics: dict[str, str]
@@ -201,7 +201,7 @@ def _gain(ours: dict[int, float], standard: dict[int, float]) -> str:
 
 
 def over_time(table: Table, records: Sequence[Record]) -> Figure:
-    """What the table compares, at every evaluation: means over the seeds that a pair has in common.
+    """Draw what a table compares at every evaluation: means over the seeds that a pair shares.
 
     A panel for each row that is compared with standard training; the spread is the sample standard
     deviation. Time is in epochs for classifiers, in iterations for detectors.

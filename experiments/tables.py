@@ -16,7 +16,7 @@ from repr_det.errors import UserError
 ACCURACY, ERROR, AP = "accuracy", "error", "AP"
 
 RECORDS = "seed_*[0-9].json"
-"""The records of a row in its folder; ``seed_1.failed.json`` is none."""
+"""The records of a row in its folder, without ``seed_1.failed.json``."""
 
 Overrides = dict[str, Any]
 """Values by dotted key of the config."""
@@ -61,7 +61,7 @@ class Table:
         quick_images: training images of the shortened runs.
         correlates: every trained network's criteria are correlated with the greedy oracle.
         paper_correlations: the paper's, (of ranks, of values) by criterion.
-        whole: the table that these rows were taken from, None where they are all.
+        whole: the table that these rows were taken from; None for a whole table.
     """
 
     name: str
@@ -173,7 +173,7 @@ def studies_of(output: Path) -> list[Table]:
         records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RECORDS}"))]
         by_row = {r["row"]: r for r in records if "cell" in r}
         if not by_row:
-            continue  # a table, whose runs are no cells of a study
+            continue  # the runs of a table are not cells of a study
         cells = {name: record["cell"] for name, record in by_row.items()}
         standards = {n: c for n, c in cells.items() if c["arm"] == "standard"}
         rows = []
@@ -184,8 +184,8 @@ def studies_of(output: Path) -> list[Table]:
             label = f"{cell['setting']}: {cell['arm']}, {cell['value']:g}"
             standard = None if name in standards or not against else against[0]
             rows.append(Row(name, label, None, by_row[name]["config"], {}, standard))
-        (first, *_), study = by_row.values(), next(iter(cells.values()))
-        evaluations = next(iter(first["evaluations"].values()), None)
+        first = next(iter(by_row.values()))
+        study, evaluations = first["cell"], next(iter(first["evaluations"].values()), None)
         metric = AP if evaluations and "AP" in evaluations[-1] else ACCURACY
         title = f"Study {study['study']}, {study['stage']} (experiments/PROTOCOL.md)"
         found.append(Table(folder.name, title, tuple(rows), metric))
