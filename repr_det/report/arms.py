@@ -10,7 +10,7 @@ from repr_det.report.metrics import MAIN
 from repr_det.report.run import RunFolder
 
 STANDARD, REPR, BEFORE = "standard", "RePr", "before training"
-"""What runs without and with RePr are called where nobody named them, and what all began with."""
+"""Default names of the arms without and with RePr, and the name of the network before training."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def arms_of(groups: Mapping[str, Sequence[RunFolder]], baseline: str | None = No
 
     Args:
         groups: runs by arm.
-        baseline: an arm; None for the first.
+        baseline: one of the arms; None for the first.
 
     Raises:
         UserError: see :func:`check_comparable`.
@@ -77,8 +77,8 @@ def check_comparable(runs: Sequence[RunFolder]) -> None:
     """Refuse runs whose metrics do not mean the same.
 
     Raises:
-        UserError: no runs, one named twice, or of different tasks or test sets; a held-out part
-            of another size holds other images.
+        UserError: there are no runs, a run is named twice, or tasks or test sets differ. Held-out
+            parts of different sizes are different test sets.
     """
     if not runs:
         raise UserError("There are no runs to report on. Set at least one folder.")

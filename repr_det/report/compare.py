@@ -120,10 +120,10 @@ class Outcome:
 def outcome(arms: Arms, resamples: int = 1000) -> Outcome:
     """Final metrics by arm, and intervals of their differences where there can be any.
 
-    They are paired over the seeds that every arm shares with the baseline, where these are at least
-    two and no arm has two runs of one seed. Else detection has a paired bootstrap over the images
-    of the last evaluation. With several comparisons the intervals are corrected for their number;
-    see :func:`repr_det.detection.bootstrap.corrected_level`.
+    The intervals are paired over seeds if every arm shares at least two with the baseline and no
+    arm has two runs of one seed. Otherwise, those of detectors come from a paired bootstrap over
+    the images of the last evaluation, and classifiers have none. Several comparisons widen the
+    intervals; see :func:`repr_det.detection.bootstrap.corrected_level`.
 
     Args:
         arms: comparable runs.
@@ -178,15 +178,12 @@ def _level_in_words(outcome: Outcome, arms: Arms) -> tuple[str, str]:
 
 
 def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
-    """Paired over seeds; None where an arm shares fewer than two, or has several runs of one."""
+    """Paired over seeds; None where an arm shares fewer than two or has two runs of one seed."""
     by_seed = {
         name: {run.cfg.SEED: run for run in group if run.cfg.SEED >= 0}
         for name, group in arms.groups.items()
     }
-    if any(
-        len(by_seed[name]) < sum(run.cfg.SEED >= 0 for run in group)
-        for name, group in arms.groups.items()
-    ):
+    if sum(map(len, by_seed.values())) < sum(run.cfg.SEED >= 0 for run in arms.runs):
         return None
     pairs = [by_seed[arms.baseline].keys() & by_seed[name].keys() for name in arms.others]
     if min(map(len, pairs)) < 2:
@@ -220,7 +217,7 @@ def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int) -> Outcome:
         if last != outcome.iteration:
             raise UserError(
                 f"{run.folder} was evaluated last at iteration {last}, not at {outcome.iteration}, "
-                "so its detections are of another moment."
+                "so its detections are those of another iteration."
             )
     truth = read_truth(*annotations_of(runs[0].cfg, runs[0].test_set))
     detected = [found for run in runs for found in read_results(run.folder, truth)]
@@ -244,26 +241,26 @@ def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int) -> Outcome:
                     differences = {**row.differences, name: ends}
                     rows[f"{iou_type}/{metric}"] = replace(row, differences=differences)
     level, several = _level_in_words(outcome, arms)
-    one_each = len(runs) == len(arms.groups)
+    mean, seeds = "", "with one run each they say nothing about other seeds"
+    if len(runs) > len(arms.groups):
+        mean, seeds = ", an arm being the mean of its runs", "seeds are not resampled"
     words = (
         f"Intervals ({level}) are of a paired bootstrap of {resamples:,} resamples of the "
-        f"{len(truth.imgs):,} images{'' if one_each else ', an arm being the mean of its runs'}. "
-        "They say how far a difference depends on the images; "
-        + (
-            "with one run each they say nothing about other seeds."
-            if one_each
-            else "seeds are not resampled."
-        )
-        + several
+        f"{len(truth.imgs):,} images{mean}. They say how far a difference depends on the images; "
+        f"{seeds}.{several}"
     )
     return replace(outcome, rows=rows, interval=words)
 
 
 def matches_of(run: RunFolder, iou_type: str) -> Matches:
-    """The evaluation of the detections that a run left in its folder.
+    """The matches of the detections that a run left in its folder, computed once.
+
+    Args:
+        run: of a detector.
+        iou_type: ``"bbox"`` or ``"segm"``.
 
     Raises:
-        UserError: no detections or no annotations, or others than those of the run's last
+        UserError: there are no detections or annotations, or they are not those of the run's last
             evaluation.
     """
     if iou_type in run.matches:

@@ -37,8 +37,8 @@ from repr_det.report.run import RunFolder
 from repr_det.tasks import CLASSIFICATION, DETECTION
 
 _MOST_CLASSES = 20
-_RECORDS = 60
-"""Curves of training are averaged until about this many points are left to tell apart."""
+_WINDOWS = 60
+"""A training curve is as long as this many windows of its running mean."""
 
 
 class Drawn(NamedTuple):
@@ -59,8 +59,8 @@ class Drawn(NamedTuple):
 
 
 def _smoothed(series: pd.Series) -> pd.Series:
-    """Running means that leave about :data:`_RECORDS` points to tell apart."""
-    window = max(1, len(series) // _RECORDS)
+    """Running means; see :data:`_WINDOWS`."""
+    window = max(1, len(series) // _WINDOWS)
     means = series.rolling(window).mean()
     means.index = series.index.to_series().rolling(window).mean()
     return means.iloc[window - 1 :]
@@ -242,12 +242,15 @@ def _dots(palette: Mapping[str, str], values: dict[str, dict[str, float]], label
 
 
 def _maps(material: Material, kind: str, compare: Callable[[Matrix], Matrix], label: str) -> Figure:
+    """Heat maps of the shown layers, from :class:`Responses` of one kind."""
     tables = {}
-    for layer, short in zip(material.layers, plots.shortened(material.layers), strict=True):
-        if layer in material.shown_layers:
-            found = {arm: getattr(r, kind).get(layer) for arm, r in material.responses.items()}
-            if any(x is not None for x in found.values()):
-                tables[short] = {n: None if x is None else compare(x) for n, x in found.items()}
+    short = dict(zip(material.layers, plots.shortened(material.layers), strict=True))
+    for layer in material.shown_layers:
+        found = {arm: getattr(seen, kind).get(layer) for arm, seen in material.responses.items()}
+        if any(array is not None for array in found.values()):
+            tables[short[layer]] = {
+                arm: None if array is None else compare(array) for arm, array in found.items()
+            }
     if not tables:
         raise UserError("None of the layers answers with maps of two dimensions.")
     return plots.heat_maps(tables, label, material.colours)
@@ -348,7 +351,7 @@ def _filters(material: Material) -> Drawn:
 
 
 def _ap(material: Material, what: str, names: Mapping[str, str], title: str) -> Drawn:
-    """Bars of some metrics at the last evaluation that all runs have; no objects, no AP."""
+    """Bars at the last evaluation that all runs have, of the metrics that every run has there."""
     material.check_detection()
     runs = material.arms.runs
     at = last_common_evaluation(runs)
@@ -444,4 +447,4 @@ FIGURES: dict[str, Entry] = {
     "classes": Entry("AP by class", DETECTION, _classes),
     "sizes": Entry("AP by size", DETECTION, _sizes),
 }
-"""By the name that `repr-det figure` and the page's anchors have for them, in a report's order."""
+"""In the order of a report, by the names of ``repr-det figure`` and of the page's anchors."""

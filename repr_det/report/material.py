@@ -109,9 +109,9 @@ class Material:
 
     @cached_property
     def networks(self) -> dict[str, Network]:
-        """What training began with, and the newest checkpoint of the first run of each arm.
+        """The network before training, and the newest checkpoint of the first run of each arm.
 
-        The former is left out where it is not known or cannot be had.
+        The network before training is left out where it is not known or cannot be loaded.
 
         Raises:
             UserError: no run has a checkpoint.
@@ -121,15 +121,15 @@ class Material:
         if not trained:
             raise UserError("There is no checkpoint yet whose filters could be looked at.")
         first = next(iter(trained.values()))
-        begun = _begun(first) if first.checkpoint is None else None
-        found = {} if begun is None else {BEFORE: begun}
+        initial = _initial(first) if first.checkpoint is None else None
+        found = {} if initial is None else {BEFORE: initial}
         for name, run in trained.items():
             found[name] = load_network(run.cfg, run.weights)
         return found
 
     @property
     def layers(self) -> list[str]:
-        """Names of the filter layers of all networks, in depth.
+        """Names of the filter layers that all networks have, in the order of :func:`in_depth`.
 
         Raises:
             UserError: no checkpoint, or no layer that all networks have.
@@ -149,7 +149,7 @@ class Material:
 
     @cached_property
     def responses(self) -> dict[str, Responses]:
-        """Of each network to the same held-out images.
+        """Responses of each network to the same held-out images.
 
         Raises:
             UserError: the images are not there.
@@ -182,7 +182,7 @@ class Material:
 
     @property
     def class_names(self) -> list[str]:
-        """Of the test set of detectors, once it was read."""
+        """Class names of the detectors' test set, known once :attr:`examples` has read it."""
         return list(MetadataCatalog.get(self.arms.runs[0].test_set).thing_classes)
 
     def check_detection(self) -> None:
@@ -195,10 +195,10 @@ class Material:
             raise UserError("This figure is only available for detection runs.")
 
 
-def _begun(run: RunFolder) -> Network | None:
-    """The network that a run began with; None where it is not known or cannot be had."""
+def _initial(run: RunFolder) -> Network | None:
+    """The network that a run began with; None where it is not known or cannot be loaded."""
     if run.cfg.SEED < 0 and not run.cfg.MODEL.WEIGHTS:
-        return None  # random numbers that nobody kept
+        return None  # drawn with an unknown seed
     try:
         return load_network(run.cfg, None)
     except UserError as error:
@@ -239,15 +239,16 @@ def overlap_over_time(run: RunFolder) -> tuple[pd.Series | None, pd.Series | Non
 
 
 def _overlap_of_checkpoints(run: RunFolder) -> tuple[pd.Series, pd.Series]:
-    moments = [(int(path.name[6:-4]) + 1, path) for path in run.checkpoints if path.name != FINAL]
+    numbered = [path for path in run.checkpoints if path.name != FINAL]
+    moments = [(int(path.stem.removeprefix("model_")) + 1, path) for path in numbered]
     if run.finished and (not moments or moments[-1][0] < run.iterations):
         moments.append((run.iterations, run.folder / FINAL))
     points = {}
-    if (network := _begun(run)) is not None:
+    if (network := _initial(run)) is not None:
         points[0] = overlap(network)
     else:
         network = load_network(run.cfg, run.weights)
-    step = max(1, -(-len(moments) // _MOST_CHECKPOINTS))
+    step = -(-len(moments) // _MOST_CHECKPOINTS)
     for iteration, path in moments[::-step]:
         SafeCheckpointer(network.model).load_whole(str(path))
         points[iteration] = overlap(network)
@@ -259,7 +260,7 @@ def _overlap_of_checkpoints(run: RunFolder) -> tuple[pd.Series, pd.Series]:
 
 
 def kept_contributions(run: RunFolder) -> dict[str, list[float]] | None:
-    """What was computed for the checkpoint that is looked at, by layer."""
+    """Contributions by layer that were computed for the run's checkpoint; None without any."""
     path = run.folder / CONTRIBUTIONS
     if not path.is_file():
         return None
@@ -274,10 +275,10 @@ def _sha256(path: Path) -> str:
 
 
 def compute_contributions(run: RunFolder) -> None:
-    """Compute a run's contributions by its newest checkpoint and keep them in its folder.
+    """Compute the contributions of a run's newest checkpoint, and keep them in its folder.
 
     Raises:
-        UserError: no checkpoint, or no data.
+        UserError: there is no checkpoint, or there are no data.
     """
     if kept_contributions(run):
         return

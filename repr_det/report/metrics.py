@@ -1,4 +1,4 @@
-"""The metrics of both tasks: each list stands with its task, and is found here."""
+"""The metrics of both tasks."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAIN = {task: metrics[0].name for task, metrics in METRICS.items()}
 
 BY_NAME = {metric.name: metric for metrics in METRICS.values() for metric in metrics}
 
-KINDS = tuple({name.partition("/")[0]: None for name in BY_NAME})
-"""What the names of evaluated metrics begin with; also those of single classes."""
+KINDS = tuple(dict.fromkeys(name.partition("/")[0] for name in BY_NAME))
+"""The part before the slash in names of evaluated metrics, those of single classes included."""
 
 
 def counted(name: str, value: float) -> float | None:
-    """What a value counts as; None for one that does not count.
+    """The value that a report uses; None for one that does not count.
 
     Args:
         name: of the metric, with or without a test set before it.

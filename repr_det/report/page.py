@@ -29,7 +29,7 @@ _TILE, _LARGEST_TILE = 480, 1440
 """Pixels of the longer side of a held-out image: smaller ones are enlarged, larger ones shrunk."""
 
 Missing = list[tuple[str, str]]
-
+"""Titles of what is not shown, with the reason."""
 
 _SECTIONS = {
     "training": (
@@ -61,20 +61,19 @@ def write_report(
 ) -> Path:
     """Write the report of runs, finished or not.
 
-    What the runs do not hold is left out, and the page says why.
+    What the runs have no data for is left out, and the page says why.
 
     Args:
         arms: of runs of one task and test set.
         path: of the page; an earlier one is replaced when the new one is whole.
         images: held-out images on which responses of filters are compared.
-        resamples: of the paired bootstrap, for detection without seeds to pair; 0 leaves it out.
+        resamples: of the paired bootstrap, used for detectors without seeds to pair; 0 for none.
 
     Returns:
         ``path``.
 
     Raises:
-        UserError: runs that cannot be compared, arguments out of range, or a folder as the page.
-        UserError: the folder of the page does not exist.
+        UserError: an argument is out of range, ``path`` is a folder, or its folder does not exist.
     """
     path = Path(path)
     check_folder_of("the report", path)
@@ -236,8 +235,8 @@ def _summary(arms: Arms, found: Outcome, names: Sequence[str]) -> list[str]:
     unfinished = [n for run, n in zip(arms.runs, names, strict=True) if not run.finished]
     if unfinished:
         sentences.append(
-            f"Not finished, still going or stopped: {', '.join(unfinished)}. What follows is what "
-            "there was until now."
+            f"Not finished, still going or stopped: {', '.join(unfinished)}. The page shows what "
+            "was recorded so far."
         )
     return sentences
 
@@ -263,14 +262,14 @@ def _difference(arms: Arms, row: Row, arm: str, level: float) -> str:
 
 
 def _runs(arms: Arms, names: Sequence[str]) -> list[dict[str, str | int]]:
-    owners = [number for number, group in enumerate(arms.groups.values()) for _ in group]
+    owners = [(i, arm) for i, (arm, group) in enumerate(arms.groups.items()) for _ in group]
     rows = []
-    for run, name, number in zip(arms.runs, names, owners, strict=True):
+    for run, name, (number, arm) in zip(arms.runs, names, owners, strict=True):
         steps = seconds_per_step(run)
         step = ", ".join(f"{1000 * value:,.0f} ms in {phase}" for phase, value in steps.items())
         rows.append(
             {
-                "arm": list(arms.groups)[number],
+                "arm": arm,
                 "number": number,
                 "name": name,
                 "state": f"{'finished' if run.finished else 'not finished'}, "

@@ -62,6 +62,9 @@ _LETTER = 0.08
 _ROW, _TALLEST = 0.19, 9.0
 """Height of a layer's row and the most that all rows have together, in inches."""
 
+_METADATA: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None, "Creator": None}}
+"""By suffix, what is left out of a file so that the same figure is the same file."""
+
 _SHARE_MAP = LinearSegmentedColormap.from_list("share", ["#ffffff", _SKY, _BLUE, "#00263e"])
 
 
@@ -554,7 +557,7 @@ def as_svg(figure: Figure) -> str:
     """A figure as SVG that follows the reader's light or dark colours, background left open."""
     buffer = io.StringIO()
     with _style():
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata=_METADATA[".svg"])
     text = re.sub(r"<\?xml.*?\?>\s*<!DOCTYPE[^>]*>\s*", "", buffer.getvalue(), flags=re.S)
     for number, colour in enumerate(_DARK):
         text = text.replace(colour, f"var(--c{number})")
@@ -599,6 +602,3 @@ def save(figure: Figure, path: str | Path) -> Path:
         kind = {"format": path.suffix[1:], "metadata": _METADATA[path.suffix]}
         write_whole(path, lambda file: figure.savefig(file, dpi=200, facecolor="white", **kind))
     return path
-
-
-_METADATA: dict[str, dict[str, None]] = {".png": {}, ".svg": {"Date": None, "Creator": None}}

@@ -126,8 +126,11 @@ def overlap(network: Network) -> dict[str, float]:
 def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     """The first images of the last test set, prepared as for evaluation.
 
+    Returns:
+        Batches of the test loader with at least ``count`` images, or all that there are.
+
     Raises:
-        UserError: the data are not there.
+        UserError: there is no test set, or its data are not there.
     """
     if not cfg.DATASETS.TEST:
         raise UserError(

@@ -94,7 +94,7 @@ class RunFolder:
         cfg: its config; ``MODEL.DEVICE`` is a device of this machine.
         metrics: its scalars, see :func:`read_metrics`.
         checkpoint: the one to look at; None for the newest.
-        matches: its matched detections by IoU type, as far as they were asked for.
+        matches: cache of :func:`repr_det.report.compare.matches_of`, by IoU type.
     """
 
     folder: Path
@@ -123,12 +123,12 @@ class RunFolder:
         """Whether training came to its end, and was not restarted or prolonged since."""
         if self._newest or not (self.folder / FINAL).is_file():
             return self._newest == FINAL
-        # Nothing says what was written last, for example after a restart.
+        # It is not recorded what was written last, for example after a restart.
         return read_checkpoint(self.folder / FINAL).get("iteration", -1) + 1 == self.iterations
 
     @cached_property
     def _newest(self) -> str:
-        """Name of the checkpoint that was written last; empty where nothing says so."""
+        """Name of the checkpoint that was written last; empty where that is not recorded."""
         return last_checkpoint(self.folder).name if (self.folder / _LAST).is_file() else ""
 
     @property
@@ -218,7 +218,7 @@ class RunFolder:
 
     @cached_property
     def history(self) -> recording.History | None:
-        """What each drop took; None for a run without RePr, or one that left no word of it.
+        """What each drop took; None for a run without RePr, or without a record of its drops.
 
         Raises:
             UserError: the record or the newest checkpoint is damaged.
@@ -238,7 +238,7 @@ def read_run(folder: str | Path) -> RunFolder:
         folder: its ``OUTPUT_DIR``.
 
     Raises:
-        UserError: no folder, or not a run's, or a config that cannot be read.
+        UserError: the folder holds no run, or its config cannot be read.
     """
     folder = Path(folder)
     path = folder / "config.yaml"
@@ -248,14 +248,14 @@ def read_run(folder: str | Path) -> RunFolder:
 
 
 def of_checkpoint(config: str, weights: Path) -> RunFolder:
-    """A checkpoint with a config, without what a run leaves in its folder.
+    """A checkpoint and a config in the form of a run without records.
 
     Args:
         config: a path, or the bare name of a file in ``configs/``.
         weights: the checkpoint.
 
     Raises:
-        UserError: one of them does not exist, or a config that cannot be read.
+        UserError: one of them does not exist, or the config cannot be read.
     """
     path = Path(config_path(config))
     if not weights.is_file():
@@ -273,7 +273,7 @@ def _read_config(path: Path) -> CfgNode:
 
 
 def short_names(runs: Sequence[RunFolder]) -> list[str]:
-    """What to call runs: the shortest end of each one's path that is no other's of these.
+    """The shortest end of each run's path that no other of these paths ends with.
 
     Args:
         runs: of different folders.
@@ -289,7 +289,7 @@ def short_names(runs: Sequence[RunFolder]) -> list[str]:
 def settings_that_differ(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
     """Config keys that are not the same in all runs, with each run's value, by dotted key.
 
-    Left out is what says where a run was and not what it was.
+    Keys that say where or how fast a run was computed are left out.
     """
     ignored = ("OUTPUT_DIR", "MODEL.DEVICE", "DATALOADER.NUM_WORKERS")
     flat = [flat_settings(run.cfg) for run in runs]
