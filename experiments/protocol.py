@@ -32,7 +32,7 @@ class Setting:
     """What the arms of a study have in common, and its arms.
 
     Attributes:
-        overrides: of the study's config.
+        overrides: values by dotted key of the study's config.
         arms: overrides of each arm, standard training first.
     """
 
@@ -46,7 +46,7 @@ class Study:
 
     Attributes:
         config: the config file.
-        overrides: of it, in every run.
+        overrides: values by dotted key of the config, in every run.
         settings: by name; the first one has the primary contrast.
         key: the config key whose value every arm chooses for itself.
         grid: the values to choose from.

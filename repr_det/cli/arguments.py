@@ -174,7 +174,7 @@ def named_arms(args: argparse.Namespace) -> dict[str, list[str]]:
     """What ``--arm`` names, by arm.
 
     Raises:
-        UserError: an arm without runs, a name given twice, or a baseline without arms.
+        UserError: an arm without runs, a name set twice, or a baseline without arms.
     """
     if args.baseline is not None and not args.arm:
         raise UserError("--baseline names an arm, but there are none. Set --arm NAME RUN...")
@@ -183,7 +183,7 @@ def named_arms(args: argparse.Namespace) -> dict[str, list[str]]:
         if not members:
             raise UserError(f"Arm {name} has no runs. Set --arm {name} RUN...")
         if name in found:
-            raise UserError(f"Arm {name} is given twice. Set another name for one of them.")
+            raise UserError(f"Arm {name} is set twice. Set another name for one of them.")
         found[name] = members
     return found
 

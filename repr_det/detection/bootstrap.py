@@ -168,9 +168,9 @@ class _Columns:
 class _Area:
     """A range of area of one class.
 
-    Precision matters at matched detections alone. Of all others it matters how many false positives
-    stand between them. These are the same at every IoU threshold, but for those that are matched at
-    another one.
+    Precision matters at matched detections alone. Of the detections between these, only the number
+    of false positives matters. It is the same at every IoU threshold, except for detections that
+    are matched at another threshold.
 
     Attributes:
         matched: (M,) columns that are a true positive at some threshold, or false positives at some
@@ -384,7 +384,7 @@ def class_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
 def _differences(
     first: NDArray[np.float64], second: NDArray[np.float64], level: float
 ) -> dict[str, Difference]:
-    """From (1 + R, METRICS) of each side, the first row without resampling."""
+    """By metric, from (1 + R, METRICS) of each arm; the first row is without resampling."""
     found = {}
     for metric, one, other in zip(METRICS, first.T, second.T, strict=True):
         difference = other - one

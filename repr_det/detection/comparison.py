@@ -1,4 +1,4 @@
-"""Comparison of results files in arms, as a record that JSON can hold."""
+"""Comparison of results files in arms, in a form that can be written as JSON."""
 
 from __future__ import annotations
 

@@ -21,13 +21,13 @@ MIN_SCORE = 0.5
 
 
 class Example(NamedTuple):
-    """An image with what is there and what was found.
+    """An image with its objects and what each arm detects.
 
     Attributes:
         image: uint8 (height, width, 3), RGB.
-        truth: what is there.
-        found: detections of each side, of :data:`MIN_SCORE` or more.
-        mistakes: missed objects and wrong detections of each side.
+        truth: the objects.
+        found: by arm, the detections with a score of at least :data:`MIN_SCORE`.
+        mistakes: by arm, the number of missed objects and wrong detections.
     """
 
     image: np.ndarray
@@ -51,11 +51,11 @@ def mistakes(matches: Matches) -> np.ndarray:
 
 
 def choose(first: np.ndarray, second: np.ndarray, number: int) -> list[int]:
-    """Positions of the images on which two sides differ most, in favour of each in turn.
+    """Positions of the images on which two arms differ most, those in favour of the second first.
 
     Args:
-        first: (images,) mistakes.
-        second: (images,)
+        first: (images,) mistakes of the first arm.
+        second: (images,) mistakes of the second arm.
         number: how many at most; images without a difference are left out.
     """
     difference = first - second
@@ -79,8 +79,8 @@ def example(
     Args:
         record: of the image in Detectron2's format.
         to_contiguous: classes by category id of the results.
-        results: COCO results of each side.
-        counts: mistakes of each side.
+        results: COCO results by arm.
+        counts: mistakes by arm.
 
     Raises:
         UserError: the image cannot be read.
@@ -93,13 +93,13 @@ def example(
             # A decoded mask is as large as the image, so only masks that are drawn are decoded.
             [
                 result
-                for result in side
+                for result in of_arm
                 if result["image_id"] == record["image_id"] and result["score"] >= MIN_SCORE
             ],
             image.shape[:2],
             to_contiguous,
         )
-        for side in results
+        for of_arm in results
     ]
     there = ground_truth(record, masks=all(each.has("pred_masks") for each in found))
     return Example(image, there, found, list(counts))

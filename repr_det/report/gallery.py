@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
     Attributes:
         figure: the figure.
         caption: in whole sentences.
-        values: what is drawn, by side and layer, where there is one number for each.
+        values: what is drawn, by network and layer, where there is one number for each.
     """
 
     figure: Figure
@@ -205,7 +205,7 @@ def _drops(material: Material) -> Drawn:
 def expected_by_chance(dropped: History) -> np.ndarray:
     """(drops + 1,), how many filters would be dropped 0, 1, ... times by chance.
 
-    That is if each drop had taken as many of each layer as it did, whichever.
+    By chance, a drop takes as many filters of each layer as it did, drawn at random.
     """
     expected = np.zeros(len(dropped.drops) + 1)
     filters = dropped.layers.values()

@@ -177,7 +177,7 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     of_boxes: set[str] = set()
 
     def look(name: str, out: Tensor) -> None:
-        if out.dim() != 4 or not len(out):  # such as of a mask head that was given no box
+        if out.dim() != 4 or not len(out):  # for example a mask head without boxes
             return
         if len(out) != size:
             of_boxes.add(name)
@@ -284,7 +284,7 @@ def similarity(first: Matrix, second: Matrix) -> float:
         second: (observations, other filters)
 
     Returns:
-        At most 1; NaN where a side is constant.
+        At most 1; NaN where a layer is constant.
     """
     x, y = first - first.mean(axis=0), second - second.mean(axis=0)
 

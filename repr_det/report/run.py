@@ -183,7 +183,7 @@ class RunFolder:
 
     @property
     def _prefix(self) -> str:
-        """What stands before the test set's metrics: its name, where there were several."""
+        """Prefix of the test set's metrics: its name where there are several, else nothing."""
         kinds = tuple(f"{self.test_set}/{kind}/" for kind in KINDS)
         return f"{self.test_set}/" if any(n.startswith(kinds) for n in self.metrics) else ""
 

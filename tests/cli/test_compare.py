@@ -238,7 +238,7 @@ def test_several_arms_are_compared_with_a_baseline(files, tmp_path, capsys):
         (("a", "b", "--arm", "x", "c"), "Set two results, or --arm"),
         (("--arm", "x", "a"), "One arm cannot be compared. Set a second one."),
         (("--arm", "x", "--arm", "y", "a"), "Arm x has no runs. Set --arm x RUN..."),
-        (("--arm", "x", "a", "--arm", "x", "b"), "Arm x is given twice."),
+        (("--arm", "x", "a", "--arm", "x", "b"), "Arm x is set twice."),
         (
             ("--arm", "x", "a", "--arm", "y", "b", "--baseline", "z"),
             "There is no arm 'z'. Set --baseline to x or y.",
