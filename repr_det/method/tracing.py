@@ -377,6 +377,7 @@ class _Tracer(TorchDispatchMode):
 
     def _enter_norm(self, name: str, x: Any, values: Any) -> None:
         self.found.ran.add(name)
+        self.found.used.update(self.parameters[id(p)] for p in self.modules[name].parameters())
         opened = self._open[-1] if self._open and not self._inside else None
         if opened is not None and not opened.seen and isinstance(x, Tensor) and not self._tag(x):
             # A norm inside a conv that runs outside of the dispatcher.

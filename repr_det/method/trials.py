@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,9 @@ def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
 def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[str, Any]) -> bool:
     """Whether a norm's output is zero in channels where its input, scale and shift are zero.
 
-    It is not where the scale is ``1 + weight`` after a mean over channels, where an activation
-    inside the norm does not keep zeros, or where something is added.
+    It is not where the scale is ``1 + weight`` after a mean over channels, where the norm
+    normalises along another dimension, where an activation inside it does not keep zeros, or where
+    something is added. Another norm inside it, which may run in training alone, has its own shift.
 
     Args:
         norm: the norm.
@@ -47,8 +49,9 @@ def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[
         args: with what it was called.
         kwargs: the same by name.
     """
-    if type(norm).forward.__module__.startswith("torch.nn."):
-        return True
+    inner = (part for part in norm.modules() if part is not norm and is_norm(part))
+    if any(getattr(part, "weight", None) is not None for part in inner):
+        return False
     chosen = torch.arange(x.shape[dim]) % 2 == 0
     channels = chosen.nonzero().flatten()
     link, places = NormLink("", norm, channels, channels, dim), chosen.to(x.device)
@@ -57,17 +60,31 @@ def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[
     def with_zeros(value: Any) -> Any:
         return zeroed if value is x else value
 
+    given = [with_zeros(value) for value in args]
+    named = {key: with_zeros(value) for key, value in kwargs.items()}
+    affine = list(link.affine.values())
     try:
-        with _disable_current_modes(), unchanged(norm), torch.no_grad():
-            norm.eval()  # synchronised norms wait for other processes in training
-            for tensor in (*link.affine.values(), *(mean for mean, _ in link.running_statistics())):
-                tensor[places.to(tensor.device)] = 0.0
-            out = norm.forward(
-                *map(with_zeros, args), **{key: with_zeros(value) for key, value in kwargs.items()}
-            )
-        return not out.movedim(dim, 0)[places].any()
+        with _disable_current_modes():
+            for _ in _with_other_values(norm, affine):
+                norm.eval()  # synchronised norms wait for other processes in training
+                means = (mean for mean, _ in link.running_statistics())
+                for tensor in (*affine, *means):
+                    tensor[places.to(tensor.device)] = 0.0
+                if norm.forward(*given, **named).movedim(dim, 0)[places].any():
+                    return False
+        return True
     except Exception:  # a norm of an unknown kind may raise anything
         return False
+
+
+def _with_other_values(module: nn.Module, own: Sequence[Tensor]) -> Iterator[None]:
+    """Change the parameters that are not in ``own``, which may be zero now and train later."""
+    others = [p for p in module.parameters() if all(p is not tensor for tensor in own)]
+    for change in (0.0, 0.5, -0.5) if others else (0.0,):
+        with unchanged(module), torch.no_grad():
+            for parameter in others:
+                parameter.add_(change)
+            yield
 
 
 def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
@@ -81,20 +98,23 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
     """
     layer = FilterLayer("", conv)
     chosen = torch.arange(layer.num_filters) % 2 == 0
+    weight, slots = layer.weight, layer.filter_slots(chosen)
     noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
-    weight = layer.weight
-    try:
-        with unchanged(conv), torch.no_grad(), eager(), _Convolutions() as convolutions:
-            for slot in layer.filter_slots(chosen):
-                slot.fill(0.0)
-            results = [conv(noise.to(weight.device, weight.dtype))]
-    except Exception:  # a conv of an unknown kind may raise anything
-        return False
-    if any(map(is_norm, conv.modules())):
-        results = convolutions.results  # before the norm, whose shift belongs to the filter
     places = chosen.nonzero().flatten().to(weight.device)
     dim = -(weight.dim() - 1)
-    return not any(result.index_select(dim, places).any() for result in results)
+    try:
+        for _ in _with_other_values(conv, [slot.tensor for slot in slots]):
+            with eager(), _Convolutions() as convolutions:
+                for slot in slots:
+                    slot.fill(0.0)
+                results = [conv(noise.to(weight.device, weight.dtype))]
+            if any(map(is_norm, conv.modules())):
+                results = convolutions.results  # before the norm, whose shift belongs to the filter
+            if any(result.index_select(dim, places).any() for result in results):
+                return False
+        return True
+    except Exception:  # a conv of an unknown kind may raise anything
+        return False
 
 
 class _Convolutions(TorchDispatchMode):

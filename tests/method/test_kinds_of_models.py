@@ -396,6 +396,23 @@ def test_conv_takes_part_only_if_zero_weights_make_zeros(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+class Shifted(nn.Conv2d):
+    """A conv with a shift that is zero until it trains."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__(8, 8, 1)
+        self.shift = nn.Parameter(torch.zeros(*shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.shift
+
+
+def test_conv_that_is_silent_until_a_shift_trains_takes_no_part():
+    for shape, takes_part in (((8, 1, 1), True), ((1, 8, 1, 1), False), ((1,), False)):
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), Shifted(*shape), *[nn.Conv2d(8, 8, 1)] * 2)
+        assert ("1" in names_of(model)) == takes_part
+
+
 # --- keyword arguments
 
 
@@ -755,6 +772,15 @@ class SigmoidAfter(nn.BatchNorm2d):
         return torch.sigmoid(super().forward(x))
 
 
+class Activated(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.activation = nn.PReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(super().forward(x))
+
+
 class Conditional(nn.BatchNorm2d):
     """It adds something that a layer inside it computes."""
 
@@ -766,8 +792,44 @@ class Conditional(nn.BatchNorm2d):
         return super().forward(x) + self.shift(x[:, :3].mean((2, 3)))[..., None, None]
 
 
+class Thresholded(nn.BatchNorm2d):
+    """Its threshold is zero until it trains, as in filter response normalisation."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.threshold = nn.Parameter(torch.zeros(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.maximum(super().forward(x), self.threshold)
+
+
+class Split(nn.BatchNorm2d):
+    """In training, half of the batch has a norm of its own."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.second = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        a, b = x.chunk(2)
+        return torch.cat([super().forward(a), self.second(b)])
+
+
+def replaced_forward(channels: int) -> nn.Module:
+    norm = nn.BatchNorm2d(channels)
+    before = norm.forward
+    norm.forward = lambda x: before(x) + 1
+    return norm
+
+
 NORMS = {
     "zero-centred scale": (lambda: ZeroCentred(1, 8), False),
+    "threshold that trains": (lambda: Thresholded(8), False),
+    "norm inside": (lambda: Split(8), False),
+    "replaced forward": (lambda: replaced_forward(8), False),
+    "activation that trains": (lambda: Activated(8), True),
     "sigmoid": (lambda: SigmoidAfter(8), False),
     "conditional shift": (lambda: Conditional(8), False),
     "threshold": (lambda: Shifting(8, lambda y: y.clamp(min=0.1)), False),
@@ -792,6 +854,25 @@ def test_filters_take_part_only_if_their_norm_keeps_zeros(name):
             method_of(nn.Sequential(*units), images(), linear=True)
     with nullcontext() if takes_part else pytest.raises(UserError, match="1 cannot lose filters"):
         method_of(model, images(), include=["1"])
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.InstanceNorm1d(12), nn.BatchNorm1d(12, affine=False, track_running_stats=False)],
+)
+@pytest.mark.parametrize("tokens", [5, 12])
+def test_norm_that_counts_another_dimension_hides_the_layer(norm, tokens):
+    """Both take any number of channels, and here their channels are the tokens."""
+    layers = nn.Linear(8, 8), nn.Linear(8, 12), norm, nn.SiLU(), nn.Linear(12, 8), nn.Linear(8, 4)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * tokens, 2))
+    data = torch.randn(2, tokens, 8), torch.tensor([0, 1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch mentions it, too
+        assert names_of(model, data, linear=True) == ["4"]
+
+
+def test_parameters_inside_a_norm_are_used():
+    assert trace(Between(Activated(8))).not_run == []
 
 
 def test_hook_that_changes_what_a_norm_returns_is_seen():
