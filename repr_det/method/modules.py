@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -67,6 +68,12 @@ def is_conv(module: nn.Module) -> bool:
         and weight.dim() >= 3
         and all(hasattr(module, a) for a in attributes)
     )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer that computes what torch's own does."""
+    own = type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return isinstance(module, nn.Linear) and own
 
 
 def num_filters(layer: nn.Module) -> int:
@@ -219,3 +226,16 @@ def still(model: nn.Module) -> Iterator[None]:
 def eager() -> Any:
     """While inside, compiled parts run uncompiled: they would skip hooks that were added later."""
     return torch.compiler.set_stance("force_eager")
+
+
+def with_input(function: Callable, name: str) -> Callable:
+    """A module hook that calls ``function(name, input, all arguments, *output)``."""
+
+    def hook(module: nn.Module, args: tuple, kwargs: dict, *output: Any) -> None:
+        x = args[0] if args else None
+        if not args and kwargs:
+            first = next(iter(inspect.signature(module.forward).parameters))
+            x = kwargs.get(first, next(iter(kwargs.values())))
+        function(name, x, (args, kwargs), *output)
+
+    return hook

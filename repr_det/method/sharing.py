@@ -55,3 +55,21 @@ def irregular_layers(modules: dict[str, nn.Module], shared: dict[str, set[str]])
         if computed or not all(is_layer(modules[other]) for other in shared.get(name, ())):
             found.add(name)
     return found
+
+
+def overlaid_layers(modules: dict[str, nn.Module]) -> set[str]:
+    """Layers with a parameter that is in the same memory as another one.
+
+    This is so after ``a.weight.data = b.weight.data``. To set one to zero changes the other.
+    """
+    places: dict[int, set[int]] = {}
+    for module in modules.values():
+        for parameter in module._parameters.values():
+            if type(parameter) is nn.Parameter and parameter.numel():
+                places.setdefault(parameter.data_ptr(), set()).add(id(parameter))
+    overlaid = {one for place, ids in places.items() if place and len(ids) > 1 for one in ids}
+    return {
+        name
+        for name, module in modules.items()
+        if is_layer(module) and any(id(p) in overlaid for p in module._parameters.values())
+    }

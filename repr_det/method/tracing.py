@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import inspect
 import itertools
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -49,14 +48,21 @@ from repr_det.method.modules import (
     eager,
     is_conv,
     is_norm,
+    is_plain_linear,
     mixes_channels,
     named_modules,
     norm_channels,
     num_filters,
     unchanged,
     unwrap,
+    with_input,
 )
-from repr_det.method.sharing import irregular_layers, names_and_holders, shared_layers
+from repr_det.method.sharing import (
+    irregular_layers,
+    names_and_holders,
+    overlaid_layers,
+    shared_layers,
+)
 from repr_det.method.trials import counts_channels, is_silent, keeps_zeros
 
 
@@ -119,6 +125,7 @@ class _Found:
         fixed: filters that must not be removed.
         shapes: by conv, the shape of its input.
         doubtful: convs whose output may not be zero where their filter is zero.
+        borrowed: layers that run with other parameters than theirs, or share memory with others.
     """
 
     ran: set[str] = field(default_factory=set)
@@ -136,6 +143,7 @@ class _Found:
     fixed: set[Filter] = field(default_factory=set)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
+    borrowed: set[str] = field(default_factory=set)
 
     def copy(self) -> _Found:
         return _Found(**{key: copy.copy(value) for key, value in vars(self).items()})
@@ -188,11 +196,15 @@ class _Tracer(TorchDispatchMode):
         super().__init__()
         self.modules = dict(named_modules(model))
         self.convs = {n: m for n, m in self.modules.items() if is_conv(m)}
-        self.linears = {n: m for n, m in self.modules.items() if _is_plain_linear(m)}
+        self.linears = {n: m for n, m in self.modules.items() if is_plain_linear(m)}
         self.spatial = {n: m.weight.dim() - 2 for n, m in self.convs.items()}
         self.parameters, self.holders = names_and_holders(self.modules)
         self.shared = shared_layers(self.modules, self.holders)
-        self.found = _Found(irregular=irregular_layers(self.modules, self.shared))
+        self.found = _Found(
+            irregular=irregular_layers(self.modules, self.shared),
+            borrowed=overlaid_layers(self.modules),
+        )
+        self._own = {n: [*map(id, m._parameters.values())] for n, m in self.modules.items()}
         # By identity, and weak: to keep all tensors of a batch would need more memory than a
         # training step.
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
@@ -288,9 +300,9 @@ class _Tracer(TorchDispatchMode):
             else:
                 continue
             if enter is not None:
-                hook = _with_input(enter, name)
+                hook = with_input(enter, name)
                 hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-            hook = _with_input(leave, name)
+            hook = with_input(leave, name)
             # On linear layers and norms before the user's hooks, which may change their output.
             first = leave in (self._leave_linear, self._leave_norm)
             hooks.enter_context(module.register_forward_hook(hook, with_kwargs=True, prepend=first))
@@ -300,12 +312,20 @@ class _Tracer(TorchDispatchMode):
     def _has_other_users(self, name: str) -> bool:
         return name in self.found.irregular or name in self.shared
 
+    def _enter(self, name: str) -> None:
+        """Record that a layer runs, and whether with its own parameters."""
+        self.found.ran.add(name)
+        present = [*map(id, self.modules[name]._parameters.values())]
+        if present != self._own[name]:  # torch.func.functional_call
+            self.found.borrowed.add(name)
+            self.found.irregular.update(*(self.holders.get(one, ()) for one in present))
+
     def _enter_conv(self, name: str, x: Any, values: Any) -> None:
         module, tag, origin = self.modules[name], self._tag(x), self._origin(values)
         if self._has_other_users(name) or module.in_channels == module.groups:
             # In a depthwise conv each filter has one input channel, which must stay with it.
             self.found.pin(tag)
-        self.found.ran.add(name)
+        self._enter(name)
         if isinstance(x, Tensor):
             self.found.shapes.setdefault(name, x.shape)
         if not origin.layers:
@@ -333,7 +353,7 @@ class _Tracer(TorchDispatchMode):
 
     def _enter_linear(self, name: str, x: Any, values: Any) -> None:
         module = self.modules[name]
-        self.found.ran.add(name)
+        self._enter(name)
         origin = self._origin(values)
         if not origin.layers and name in self.linears:
             self.found.stems.add(name)
@@ -376,7 +396,7 @@ class _Tracer(TorchDispatchMode):
         self.found.inputs[name] = sources
 
     def _enter_norm(self, name: str, x: Any, values: Any) -> None:
-        self.found.ran.add(name)
+        self._enter(name)
         self.found.used.update(self.parameters[id(p)] for p in self.modules[name].parameters())
         opened = self._open[-1] if self._open and not self._inside else None
         if opened is not None and not opened.seen and isinstance(x, Tensor) and not self._tag(x):
@@ -409,7 +429,7 @@ class _Tracer(TorchDispatchMode):
             # Its statistics shift a zero channel, and there is no scale to hold at zero.
             self.found.lose(f"the norm {name} without a scale", tag)
             return None
-        if not keeps_zeros(module, x, tag.dim, *values):
+        if name in self.found.borrowed or not keeps_zeros(module, x, tag.dim, *values):
             self.found.irregular.add(name)
             self.found.lose(f"the norm {name}, which does not keep zeros", tag)
         sources: list[Sources] = []
@@ -543,23 +563,6 @@ class _Tracer(TorchDispatchMode):
                 self._set_tag(other, None)
 
 
-def _with_input(function: Callable, name: str) -> Callable:
-    """A module hook that calls ``function(name, input, all arguments, *output)``."""
-
-    def hook(module: nn.Module, args: tuple, kwargs: dict, *output: Any) -> None:
-        x = args[0] if args else None
-        if not args and kwargs:
-            first = next(iter(inspect.signature(module.forward).parameters))
-            x = kwargs.get(first, next(iter(kwargs.values())))
-        function(name, x, (args, kwargs), *output)
-
-    return hook
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-
-
 def trace(model: nn.Module, batch: Callable[[], Any] | None = None) -> ChannelGraph:
     """Follow the channels of every conv and linear layer through a model.
 
@@ -645,6 +648,7 @@ def _run(tracer: _Tracer, model: nn.Module, batch: Callable[[], Any] | None) -> 
 
 def _graph(tracer: _Tracer) -> ChannelGraph:
     found = tracer.found
+    found.irregular |= found.borrowed
     convs = {name: conv for name, conv in tracer.convs.items() if name in found.ran}
     heads = convs.keys() - found.read
     used = found.ran | found.irregular  # attention uses its projection's weight without calling it
@@ -677,6 +681,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         heads=heads,
         gates={name for name, _ in found.gating - read},
         unsuitable={
+            *(convs.keys() & found.borrowed),
             *(
                 conv
                 for conv, norm, channel in found.links

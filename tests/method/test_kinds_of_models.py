@@ -339,6 +339,59 @@ def test_layer_whose_norm_has_another_user_takes_no_part():
     assert "c" not in names_of(model)
 
 
+class Borrows(nn.Module):
+    """Some layers compute with the parameters of others."""
+
+    def __init__(self, borrows: str = "") -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.conv, self.conv2 = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.norm, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+        self.unit, self.unit2, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+        self.borrows = borrows
+
+    def run(self, name: str, x: Tensor) -> Tensor:
+        layer = getattr(self, name)
+        if name != self.borrows:
+            return layer(x)
+        lent = dict(getattr(self, f"{name}2").named_parameters())
+        return torch.func.functional_call(layer, lent, (x,))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.silu(self.run("norm", self.run("conv", self.stem(x)))).mean((2, 3))
+        return self.head(F.silu(self.unit2(F.silu(self.run("unit", x)))))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("", ["conv", "unit", "unit2"]),
+        ("conv", ["unit", "unit2"]),
+        ("norm", ["unit", "unit2"]),
+        ("unit", ["conv"]),
+    ],
+)
+def test_layer_with_parameters_of_another_takes_no_part(name, left):
+    assert names_of(Borrows(name), images(), linear=True) == left
+    model = Borrows()
+    if name:
+        getattr(model, f"{name}2").weight.data = getattr(model, name).weight.data
+    assert names_of(model, images(), linear=True) == left
+
+
+def test_linear_layer_whose_forward_was_replaced_takes_no_part():
+    model = Borrows()
+    before = model.unit.forward
+    model.unit.forward = lambda x: before(x) + 1
+    assert names_of(model, images(), linear=True) == ["conv", "unit2"]
+
+
+def test_linear_layer_that_holds_anothers_weight_transposed_takes_no_part():
+    model = Borrows()
+    model.unit2.weight.data = model.unit.weight.data.T
+    assert names_of(model, images(), linear=True) == ["conv"]
+
+
 class TwoUses(nn.Module):
     """A norm after a layer, and what else goes into it."""
 
