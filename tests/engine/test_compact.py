@@ -429,6 +429,8 @@ class MagnifiesRounding(nn.Module):
 
     def forward(self, images):
         x = self.head(self.features(images).mean((2, 3)))
+        # Some processors round sums of fewer channels to the same bits, so this rounds as well.
+        x = x * (1 + self.features[2].out_channels * torch.finfo(x.dtype).eps)
         return x + (1e6 * x).sin().detach()
 
 
