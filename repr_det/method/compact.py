@@ -1,12 +1,12 @@
 """The sub-network of S2 as a physically smaller network.
 
-While a filter is pruned its weights are zeros that are multiplied all the same. :class:`Compact`
-removes them during S2: rows of the conv, channels of its norm, columns of the
-layers that read it, and their gradients and optimizer state. At the end everything is put back in
-place. What is taken out is exactly zero, so putting back is filling up with zeros; only norm
-buffers are kept aside. A running variance that training would have moved stays as it was at the
-drop: nothing reads it, and the return resets it. Losses and weights are those of the masked network
-up to the order in which floating-point numbers are added.
+While a filter is pruned, its weights are zeros that are multiplied all the same. :class:`Compact`
+removes them during S2: rows of the conv, channels of its norm, columns of the layers that read it,
+and their gradients and optimizer state. Before the return everything is put back in place. What was
+taken out is exactly zero, so it is filled up with zeros; only norm buffers are kept aside. A
+running variance that training would have moved stays as it was at the drop: nothing reads it, and
+the return resets it. Losses and weights are those of the masked network up to the order in which
+floating-point numbers are added.
 
 Parameters stay the same objects with other data, so optimizers, schedules and clipping go on with
 them, and so do averages that are passed as ``copies`` and are updated through their parameters.
@@ -43,7 +43,7 @@ from repr_det.method.controller import RePr
 from repr_det.method.layers import FilterLayer, NormLink
 from repr_det.method.modules import eager, named_modules, unchanged
 from repr_det.method.optimizers import state_tensors
-from repr_det.method.ranks import object_of_first_rank, objects_of_all_ranks
+from repr_det.method.ranks import objects_of_all_ranks
 from repr_det.method.removal import Removal
 
 MODES = ("auto", "on", "off")
@@ -175,8 +175,8 @@ class Compact:
         """Take out what can go of the filters that are pruned now.
 
         Raises:
-            RuntimeError: the network cannot be followed, what would go is not zero, or the smaller
-                network cannot be run or differs from the masked one; the network is as it was then.
+            RuntimeError: what would go is not zero, or the smaller network cannot be run or differs
+                from the masked one. The network is then as it was before.
         """
         removal = self._choose()
         runs: list[Callable[[], Any]] = []
@@ -220,8 +220,7 @@ class Compact:
         return Shrunk(before, after, removed, self._method.num_pruned - removed)
 
     def _choose(self) -> Removal:
-        """What can go. Every process must come here, and fails here if the first one does."""
-        removal: Removal | str
+        """What can go. All ranks choose the same, since they have the same graph and masks."""
         method = self._method
         if method.graph.not_run and not self._warned:
             self._warned = True
@@ -232,15 +231,8 @@ class Compact:
                 f"Delete what is never used, or set compact to off.",
                 stacklevel=3,
             )
-        try:
-            multiple = _multiple(method.layers[0].weight.device, self._precision)
-            removal = method.removable.choose(method.pruned, multiple)
-        except Exception as error:  # what running an unknown model raises
-            removal = f"the network could not be followed ({type(error).__name__}: {error})"
-        removal = object_of_first_rank(removal, method.group)
-        if isinstance(removal, str):
-            raise RuntimeError(removal)
-        return removal
+        multiple = _multiple(method.layers[0].weight.device, self._precision)
+        return method.removable.choose(method.pruned, multiple)
 
     def _remove(self, removal: Removal) -> None:
         method = self._method
@@ -288,7 +280,7 @@ class Compact:
         return found
 
     def _outputs(self, run: Callable[[], Any], arithmetic: Callable[[], Any]) -> list[Tensor]:
-        """What a run returns, in the precision of the weights; in that of the run if need be."""
+        """What a run returns, in the precision of the weights; mixed precision if that fails."""
         for precision in (nullcontext, self._precision):
             try:
                 with unchanged(self._model), torch.no_grad(), eager(), precision(), arithmetic():
