@@ -1,15 +1,14 @@
 """Zeroes filters, holds them at exactly zero, and restores the weights that read them.
 
-A pruned filter's parameters (weight row, bias, gamma, beta) and the weights that read its channel
-become zero, together with their optimizer state, and the gradients of its parameters are set to
-zero as backward accumulates them. An accepted optimizer then leaves all of it at exactly zero:
-weight decay and momentum of zero are zero. So nothing is added to the forward pass, and any loop
-that calls ``optimizer.step()`` is supported.
+A pruned filter's parameters (weight row, bias, gamma, beta) become zero, and so does their
+optimizer state. Their gradients are set to zero as backward accumulates them. An accepted optimizer
+then leaves all of it at exactly zero: weight decay and momentum of zero are zero. So nothing is
+added to the forward pass, and any loop that calls ``optimizer.step()`` is supported.
 
 Every pruned filter is held, also where nothing but zeros reads it: what reads it may change.
 
-The weights that read a pruned channel are zero meanwhile, with their optimizer state, and come back
-as they were, times a factor. They read zeros, so their gradients are zero by themselves.
+The weights that read a pruned channel become zero, too, with their optimizer state. They read
+zeros, so their gradients are zero by themselves. They come back as they were, times a factor.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class _Held:
             self.fill()
 
     def hook(self) -> Any:
-        """Call :meth:`fill` after each accumulation, also once the parameter trains.
+        """Call :meth:`fill` after each accumulation, even if the parameter trains only later.
 
         Torch refuses to hook a parameter that does not train yet.
         """
@@ -67,13 +66,13 @@ class _Held:
 class GradientMask:
     """Sets the gradients of pruned filters to zero as soon as backward has accumulated them.
 
-    Before clipping, unscaling and the step, wherever these happen, and before
+    That is before clipping, unscaling and the step, wherever these happen, and before
     DistributedDataParallel averages them. What was written since then, or by hand, is set to zero
     when the optimizer steps.
 
     Args:
         slots: what is held. A parameter that does not train is held once it does.
-        optimizer: trains it.
+        optimizer: trains the parameters.
     """
 
     def __init__(self, slots: Iterable[Slot], optimizer: Optimizer) -> None:
@@ -180,7 +179,8 @@ def _columns(
     for slot in column_slots(reader.module, dead):
         staying = None
         if filters is not None and filters.any():
-            group = 0 if slot.rows is None else groups * slot.rows.start // len(slot.tensor)
+            rows = slot.rows or slice(0, len(slot.tensor))  # of one group
+            group = rows.start // (rows.stop - rows.start)
             kept = ~filters.reshape(groups, -1)[group].to(slot.index.device)
             staying = kept.nonzero().flatten()
         factor = 1.0 if len(slot.index) == inputs else factors[reader.name]
@@ -199,7 +199,7 @@ def set_aside(
     Args:
         readers: the layers that read filters.
         pruned: bool of shape (J,) by layer name.
-        optimizer: whose state to treat likewise; None for a model that is not trained.
+        optimizer: whose state is treated in the same way; None for a model that is not trained.
         factors: by reader name, the same as for :func:`put_back`. With 0, values that it would not
             use are not copied, and neither are those of filters that are pruned themselves.
         keep_moments: whether first moments come back with the weights; else they start at zero.

@@ -37,13 +37,13 @@ SECOND_MOMENTS = {
 """Optimizer state that scales a step: a new filter starts with the survivors' mean of it."""
 
 _ROWS, _COLUMNS = 140, 134
-"""Of a weight that is tried. Some optimizers factor moments from 128 on."""
+"""Size of a weight that is tried. Some optimizers factor moments from 128 by 128 on."""
 
 _TOLERANCE = 1e-12
 """Largest difference that counts as rounding, relative to the weight."""
 
 _SCALES = [10.0**exponent for exponent in range(-4, 4)]
-"""Of the gradients of one step after another: clips and trust ratios set in somewhere."""
+"""Of the gradients, one step after another: at some of them, clipping and trust ratios act."""
 
 _STEPS_AFTER_RETURN = 24
 """Slow weights are averaged in every few steps."""
@@ -78,7 +78,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         warnings.simplefilter("ignore")
         try:
             problem = _keeps_zeros(optimizer) or _lets_rows_return(optimizer)
-        except Exception as error:  # whatever a foreign optimizer raises
+        except Exception as error:  # an unknown optimizer may raise anything
             problem = f"it could not be tried on a small weight ({type(error).__name__}: {error})"
     if problem is not None:
         raise UserError(
@@ -106,7 +106,7 @@ class _Weight(NamedTuple):
 
 
 def _weights(dimensions: set[int], generator: torch.Generator) -> Iterator[_Weight]:
-    """One weight of each number of dimensions, and a grouped conv's for four."""
+    """A weight for each number of dimensions; for four, also that of a grouped conv."""
     rows = torch.arange(_ROWS)[torch.arange(_ROWS) % 20 != 4]
     columns = torch.arange(_COLUMNS)[torch.arange(_COLUMNS) % 35 != 2]
     second_group = (rows >= _ROWS // 2).long()[:, None]
@@ -121,7 +121,10 @@ def _weights(dimensions: set[int], generator: torch.Generator) -> Iterator[_Weig
 
 
 def _options(optimizer: Optimizer, decay: bool) -> list[tuple[dict[str, Any], set[int]]]:
-    """The different options of parameter groups, and how many dimensions their weights have."""
+    """The different options of parameter groups, and how many dimensions their weights have.
+
+    Without ``decay``, options that shrink weights are 0.
+    """
     found: dict[str, tuple[dict[str, Any], set[int]]] = {}
     for group in optimizer.param_groups:
         options = {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -136,17 +139,14 @@ def _options(optimizer: Optimizer, decay: bool) -> list[tuple[dict[str, Any], se
             if options["lr"] == 0:
                 options["lr"] = 0.1
         for name, value in options.items():
-            if not decay and _decays(name) and type(value) in (int, float):
+            decays = "decay" in name or name.startswith(("lambd", "l1", "l2"))
+            if not decay and decays and type(value) in (int, float):
                 options[name] = type(value)(0)
         dimensions = {p.dim() for p in group["params"]}
         # The rate alone makes no difference, and some loops set one for each layer.
         alike = repr({**options, "lr": None, "initial_lr": None})
         found.setdefault(alike, (options, set()))[1].update(dimensions)
     return list(found.values())
-
-
-def _decays(name: str) -> bool:
-    return "decay" in name or name.startswith(("lambd", "l1", "l2"))
 
 
 class _Trial(NamedTuple):
@@ -164,7 +164,7 @@ class _Trial(NamedTuple):
 def _trial(
     optimizer: Optimizer, options: list[dict[str, Any]], values: list[list[Tensor]]
 ) -> _Trial:
-    """Try an optimizer on some weights, one list of them for each group of options."""
+    """The same kind of optimizer on other weights, a list of them for each group of options."""
     parameters = [[nn.Parameter(v.clone()) for v in some] for some in values]
     groups = [{**o, "params": some} for o, some in zip(options, parameters, strict=True)]
     accepted = inspect.signature(type(optimizer).__init__).parameters
@@ -217,12 +217,12 @@ def _keeps_zeros(optimizer: Optimizer) -> str | None:
             if one.count_nonzero() > kept.count_nonzero():
                 return "zero weights with zero gradients do not stay zero"
             if not _same(kept, other.detach()):
-                return "a weight that is partly zero steps otherwise than the smaller weight"
+                return "a weight that is partly zero does not step as the smaller weight does"
     for parameter in whole.parameters:
-        if any(
-            isinstance(leaf, Tensor) and leaf.numel() > 1
-            for leaf in tree_leaves(_unlike(whole.optimizer, parameter))
-        ):
+        alike = state_tensors(whole.optimizer, parameter)
+        state = whole.optimizer.state.get(parameter, {})
+        others = tree_leaves([value for key, value in state.items() if key not in alike])
+        if any(isinstance(leaf, Tensor) and leaf.numel() > 1 for leaf in others):
             return "its state of a weight is more than numbers and tensors of the weight's shape"
     return None
 
@@ -253,7 +253,7 @@ def _lets_rows_return(optimizer: Optimizer) -> str | None:
 
 
 def _reset(trial: _Trial, rows: Tensor, values: list[Tensor]) -> None:
-    """Set rows of each weight, and their state as :func:`reset_state` does."""
+    """Set rows of each weight and their state, as a drop does for zeros and a return for others."""
     for parameter, new in zip(trial.parameters, values, strict=True):
         parameter.detach()[rows] = new
         for key, state in state_tensors(trial.optimizer, parameter).items():
@@ -264,13 +264,6 @@ def _reset(trial: _Trial, rows: Tensor, values: list[Tensor]) -> None:
 def _same(a: Tensor, b: Tensor) -> bool:
     # Written so that NaN is a difference.
     return bool((a - b).abs().max() <= _TOLERANCE * b.abs().max())
-
-
-def _unlike(optimizer: Optimizer, parameter: Tensor) -> list[Any]:
-    """The state of a parameter that is not a tensor of its shape."""
-    alike = state_tensors(optimizer, parameter)
-    state = optimizer.state.get(parameter, {})
-    return [value for key, value in state.items() if key not in alike]
 
 
 def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
@@ -284,11 +277,11 @@ def state_tensors(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
 
 
 def reset_state(layer: FilterLayer, returned: Tensor, optimizer: Optimizer) -> None:
-    """Give returned filters (bool of shape (J,)) a fresh optimizer state.
+    """Start the optimizer state of returned filters (bool of shape (J,)) afresh.
 
     First moments start at zero. Second moments (:data:`SECOND_MOMENTS`) start at the mean of the
-    survivors' in the layer: at zero, late in training, Adam's first steps of a new filter would be
-    several times its neighbours'.
+    survivors' in the layer. From zero, late in training, Adam's first steps of a new filter would
+    be several times as long as a survivor's.
     """
     survivors = ~returned
     for key, state in state_tensors(optimizer, layer.weight).items():
