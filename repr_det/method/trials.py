@@ -22,17 +22,13 @@ def counts_channels(norm: nn.Module, x: Tensor, dim: int) -> bool:
     # Another dimension has the same length by chance. Try one where only this dimension has it.
     shape = [2 if width != 2 else 3] * x.dim()
     shape[dim] = width
-    training = [(module, module.training) for module in norm.modules()]
     try:
-        with _disable_current_modes():
+        with _disable_current_modes(), unchanged(norm):
             norm.eval()
             norm.forward(torch.zeros(shape, device=x.device, dtype=x.dtype))
         return True
     except Exception:  # what an unknown module raises
         return False
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
 def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[str, Any]) -> bool:
