@@ -39,6 +39,7 @@ A rule runs after the operation, and only if an argument has a tag. It uses
   and returns one is responsible for its channels. Tags that it does not ask for are pinned;
 - ``call[name]``, the value of an argument or its default, ``call.shape(name)``, the shape of a
   tensor before the operation, and ``call.out``, the result;
+- ``call.tags(name)`` and ``call.shapes(name)``, the same of an argument that is a list of tensors;
 - ``call.axis(dim)``, a dimension counted from the front: -1 of a 4-d tensor is 3. ``Tag.dim`` is
   always counted from the front;
 - ``call.pin(tag)``, which pins channels and may be followed by returning a tag. It is for
@@ -46,8 +47,7 @@ A rule runs after the operation, and only if an argument has a tag. It uses
   keeps zeros, but draws other random numbers then;
 - ``call.tie(a, b)``, for operations that combine two lists of channels one by one, such as a sum:
   the channels are removed together or not at all. It returns the sources of the results.
-  Both may be parts of one tag, such as ``tag.sources[::2]``, and more than two are tied in turn;
-- ``merged(a, b)``, the same sources without tying them. Pin both lists where you use it.
+  Both may be parts of one tag, such as ``tag.sources[::2]``, and more than two are tied in turn.
 
 A rule returns the tag of the result. None means that nothing is known: the channels of all
 arguments are pinned. For several results it returns a list with a tag or None for each; a single
@@ -194,7 +194,7 @@ class Call:
         return [self._checked(tag, out) for tag, out in zip(listed, outputs, strict=True)]
 
     def _checked(self, tag: Tag | None, out: Tensor) -> Tag | None:
-        """The tag, or None where it does not fit its tensor."""
+        """The tag; where it does not fit its tensor, None, and its channels are pinned."""
         if tag is None or (tag.dim < out.dim() and out.shape[tag.dim] == len(tag.sources)):
             return tag
         self.pin(tag)
@@ -576,6 +576,7 @@ def _attended(call: Call) -> Tag | None:
 @rule("aten::copy", "aten::copy_")
 def _copied(call: Call) -> Tag | None:
     tag, old = call.tag("src"), call.tag("self")
+    # Into a part of a tensor, or over other channels.
     if call.out._is_view() or (old is not None and any(old.sources)):
         call.pin(tag, old)
     return tag if call.shape("src") == call.shape("self") else None
@@ -597,4 +598,5 @@ def _put(call: Call) -> Tag | None:
 def _zeros(call: Call) -> Tag | None:
     if call.out.dim() < 2:
         return None
+    # Dimension 1 counts the channels of images. Where another one does, no rule keeps this tag.
     return Tag(1, (frozenset(),) * call.out.shape[1])

@@ -76,8 +76,8 @@ class LayerReport(NamedTuple):
         name: dotted name of the layer.
         filters: number of filters.
         pruned: how many of them were dropped or came back.
-        mean_score: mean over its filters, without scores of infinity, which a criterion may give
-            to a filter that must go or stay; NaN if all are infinite, None on a return.
+        mean_score: mean over its filters, without scores of infinity, which a criterion may set
+            for a filter that must go or stay; NaN if all are infinite, None on a return.
     """
 
     name: str
@@ -610,7 +610,7 @@ class RePr:
             warnings.warn(
                 f"RePr: weights of {', '.join(names[:3])}{' ...' * (len(names) > 3)} that read "
                 f"dropped filters did not stay zero, so the sub-network was not exactly a smaller "
-                f"one. Some batches use these filters otherwise than the first did, or something "
+                f"one. Other batches use these filters in other ways than the first, or something "
                 f"else writes to these weights. Exclude the layers before them (REPR.EXCLUDE).",
                 stacklevel=4,
             )

@@ -72,7 +72,7 @@ def gradients(layers: Sequence[FilterLayer], data: Data) -> Scores:
             totals[layer.name] += layer.matrix(gradient).double().abs().mean(dim=1)
         batches += 1
     totals, _, _ = _over_ranks(data, batches, totals)
-    return _negative(_per_layer_norm(totals))
+    return _negative(_per_layer_norm(totals))  # the number of batches cancels
 
 
 def taylor(layers: Sequence[FilterLayer], data: Data) -> Scores:
@@ -121,8 +121,7 @@ def hessian(layers: Sequence[FilterLayer], data: Data) -> Scores:
     Raises:
         RuntimeError: the loss has no second derivatives; see :func:`check_derivatives`.
     """
-    totals = _zeros(layers)
-    batches = 0
+    totals, batches = _zeros(layers), 0
     for batch in _batches(data):
         for name, saliency in _saliencies(layers, data, batch, HESSIAN_PROBES).items():
             totals[name] += saliency
@@ -246,7 +245,8 @@ class _Site:
 
     Attributes:
         module: a norm, or a conv or linear layer that no norm follows.
-        dim: the dimension of its output that counts channels; the first of single images.
+        dim: the dimension of its output that counts channels. Negative where no norm follows, since
+            single images have no batch dimension.
     """
 
     def __init__(self, module: nn.Module, dim: int) -> None:

@@ -35,7 +35,7 @@ def examples(model: nn.Module, first: nn.Module, seen: torch.Size | None) -> Ite
     Args:
         model: the model.
         first: its first conv, or its first linear layer where it has no conv.
-        seen: shape of that conv's input when the model ran on a batch; None if it did not.
+        seen: shape of the input of the first conv that ran on a batch; None if none did.
     """
     device, dtype = first.weight.device, first.weight.dtype
     is_linear = isinstance(first, nn.Linear)

@@ -77,8 +77,8 @@ class ChannelGraph:
         readers: every conv and linear layer that ran, by dotted name.
         stems: layers that read the image: no layer with weights is before them.
         heads: prediction layers: convs with no layer with weights between them and the output.
-        gates: layers whose zero becomes a constant that multiplies other channels, and with filters
-            that no layer reads: squeeze-and-excitation, softmax over branches.
+        gates: layers with a filter that no layer reads, and whose zero becomes a constant that
+            multiplies other channels: squeeze-and-excitation, softmax over branches.
         unsuitable: layers whose filters cannot be held. Their norm is used elsewhere, or their
             output may not be zero where all that belongs to a filter is zero.
         groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group are

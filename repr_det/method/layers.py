@@ -183,7 +183,10 @@ class FilterLayer:
         return grouped.transpose(1, 2).reshape(self.num_filters, -1)
 
     def write_rows(self, chosen: Tensor, rows: Tensor, tensor: Tensor | None = None) -> None:
-        """Set the chosen filters (bool of shape (J,)) to rows of shape (chosen, d), in place."""
+        """Set the chosen filters (bool of shape (J,)) to rows of shape (chosen, d), in place.
+
+        Writes into the weight, or into a tensor of its shape.
+        """
         counts = chosen.reshape(self.groups, -1).sum(dim=1)
         parts = rows.split(counts[counts > 0].tolist() if self.transposed else [len(rows)])
         kernel = self.weight.shape[2:]
@@ -238,7 +241,7 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _indices(chosen: Tensor, tensor: Tensor) -> Tensor:
-    """Where ``chosen`` is True, on the device of a tensor. Does not wait for a GPU."""
+    """Where ``chosen`` is True, on the device of a tensor. A mask on the CPU waits for no GPU."""
     return chosen.cpu().nonzero().flatten().to(tensor.device)
 
 

@@ -17,7 +17,7 @@ BETA_CHOICES = ("zero", "survivors", "previous")
 
 @dataclass(frozen=True)
 class Reinit:
-    """What a returned filter starts with. The paper sets the direction and names nothing else.
+    """What a returned filter starts with. The paper defines only the direction.
 
     Attributes:
         direction: ``"orthogonal"``, as in the paper, or ``"previous"``, which is ours: a filter
@@ -79,8 +79,8 @@ class Reinit:
 
 
 _SHORTEST = {torch.float32: 3e-6, torch.float64: 1e-7}
-"""Unit filters are dependent where a combination of them (a unit vector of factors) is no longer
-than this: rounding alone makes it so long. New filters may overlap with it by as much."""
+"""Unit filters count as dependent if a combination of them (a unit vector of factors) is at most
+this long, since rounding alone makes it so long. New filters may overlap with them by as much."""
 
 _STURDY = 1e-3
 """Where no combination is shorter, a Cholesky decomposition makes a basis. It is orthonormal up to
@@ -205,7 +205,7 @@ def lengths_of(choice: Reinit, lengths: Tensor, dropped: Tensor) -> Tensor:
         dropped: which are the dropped ones, bool of the same shape.
 
     Returns:
-        of the same shape; what it says of survivors has no meaning.
+        of the same shape; entries of survivors have no meaning.
     """
     others = ~dropped & (lengths > 0)
     known = others.any(dim=-1, keepdim=True)

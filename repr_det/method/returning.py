@@ -205,7 +205,7 @@ def reset_statistics(
 def hand_over(
     source: Sequence[FilterLayer], target: Sequence[FilterLayer], returned: dict[str, Tensor]
 ) -> None:
-    """Copy returned filters and the statistics of their norms from one model into another."""
+    """Copy returned filters (bool of shape (J,) by layer) and their norms' statistics to a copy."""
     for mine, theirs in zip(source, target, strict=True):
         chosen = returned[mine.name]
         for a, b in zip(mine.filter_slots(chosen), theirs.filter_slots(chosen), strict=True):

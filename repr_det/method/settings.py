@@ -1,4 +1,4 @@
-"""Settings that a resumed run must share with the run that wrote its checkpoint."""
+"""Checks of arguments, and of the settings that a resumed run shares with its checkpoint."""
 
 from __future__ import annotations
 

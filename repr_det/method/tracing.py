@@ -1,9 +1,12 @@
 """Follows every channel through a real run of a model.
 
-Shows which norm follows a layer and which layers and operations read its channels. What operations
-do with channels is in :mod:`repr_det.method.channels`. Symbolic tracing fails, since Detectron2's
-backbones branch on their inputs. Types and names of modules say too little: Detectron2's
-FrozenBatchNorm2d is no torch BatchNorm.
+Shows which norm follows a layer and which layers and operations read its channels. :func:`trace`
+runs the model under a :class:`_Tracer`, which notes in a :class:`_Found` what it sees.
+:func:`_graph` makes a graph of the notes. What operations do with channels is in
+:mod:`repr_det.method.channels`.
+
+Symbolic tracing fails, since Detectron2's backbones branch on their inputs. Types and names of
+modules say too little: Detectron2's FrozenBatchNorm2d is no torch BatchNorm.
 """
 
 from __future__ import annotations
@@ -210,7 +213,7 @@ class _Tracer(TorchDispatchMode):
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
         self._origins: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
         # The further results of an operation (the indices of a pooling) have the channels of the
-        # first, but are not zero. The value is the first's tag, pinned where one is used.
+        # first, but are not zero. The value is the first's tag. It is pinned where they are used.
         self._companions: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
         self._open: list[_OpenConv] = []
         self._inside = 0  # number of norms and linear layers that are running
@@ -247,7 +250,7 @@ class _Tracer(TorchDispatchMode):
         """Lose the channels of all tensors in some values, attributes of objects included.
 
         Args:
-            what: sees them.
+            what: what they go into, for messages.
             values: tensors, containers and objects.
         """
         seen: set[int] = set()
@@ -268,7 +271,7 @@ class _Tracer(TorchDispatchMode):
 
         For example, a forward hook keeps features for a loss, or the model keeps an attribute.
         """
-        if any(True for _ in self._tags):
+        if self._tags:
             gc.collect()  # nobody uses what only a cycle of references keeps
         self.found.pin(*self._tags.values(), *self._companions.values())
 
@@ -364,7 +367,7 @@ class _Tracer(TorchDispatchMode):
             self._inside += 1
         else:
             self.found.irregular.add(name)
-            self._lose_all(f"a layer of its own kind, {name}", values)
+            self._lose_all(f"{name}, a linear layer with its own forward", values)
         if self._has_other_users(name):
             self.found.pin(self._tag(x))
 
@@ -380,7 +383,7 @@ class _Tracer(TorchDispatchMode):
             self._set_tag(out, self._fresh(name, out.dim() - 1))
 
     def _leave_other(self, name: str, x: Any, values: Any, out: Any) -> None:
-        """A module with parameters that is no layer. It may run outside of the dispatcher."""
+        """Other modules with parameters are the origin of an output that comes from no layer."""
         if not self._inside and not self._origin(out).layers:
             self.found.read |= self._origin(values).layers
             self._set_origin(out, _Origin(frozenset([name])))
@@ -488,9 +491,9 @@ class _Tracer(TorchDispatchMode):
         known = [tag.sources for tag in tags if tag is not None]
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
-        for given in (tag.sources for tags in call.given.values() for tag in tags if tag):
-            if not any(sources is given for sources in known):
-                for name, _ in _filters_of(given).difference(*map(_filters_of, known)):
+        for tag in filter(None, itertools.chain.from_iterable(call.given.values())):
+            if not any(sources is tag.sources for sources in known):
+                for name, _ in _filters_of(tag.sources).difference(*map(_filters_of, known)):
                     self.found.lost.setdefault(name, call.op)
 
     def _notice_use(self, args: tuple, kwargs: dict) -> None:
@@ -538,6 +541,7 @@ class _Tracer(TorchDispatchMode):
         """The tag of the result of a convolution inside a conv."""
         opened = self._open[-1]
         module, x = self.modules[opened.name], self._tag(call["input"])
+        # A single image has no batch dimension until here, so its channels were counted by another.
         same = x == (opened.input and Tag(1, opened.input.sources))
         plain = call["weight"] is module._parameters.get("weight")
         if opened.seen or not plain or not same:
@@ -765,8 +769,8 @@ def _around_norms(found: _Found, several: Collection[str]) -> None:
 def _readers(tracer: _Tracer) -> dict[str, Reader]:
     """Layers and the sources of their input channels.
 
-    Layers that share one weight are one reader. Its sources are merged, or all unknown where
-    something other than these layers uses the weight.
+    Layers that share one weight are one reader. Its sources are merged. They are all unknown where
+    something else uses the weight, a layer did not run, or the layers read it in different ways.
     """
     inputs = tracer.found.inputs
     readers: dict[str, Reader] = {}
