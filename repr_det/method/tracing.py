@@ -224,8 +224,9 @@ class _Tracer(TorchDispatchMode):
         try:
             with unchanged(model), torch.no_grad(), eager(), self._watching():
                 model.train(training)
-                self._lose_all("the output of the model", run())
-                self._pin_what_is_kept()
+                output = run()
+                self._lose_all("the output of the model", output)
+                self._lose_what_is_kept()
         except BaseException:
             self.found = before
             raise
@@ -266,14 +267,16 @@ class _Tracer(TorchDispatchMode):
             elif hasattr(value, "__dict__") and not isinstance(value, (type, nn.Module)):
                 waiting += tree_leaves(list(vars(value).values()))
 
-    def _pin_what_is_kept(self) -> None:
-        """Pin the channels of tensors that outlive the run: something may still use them.
+    def _lose_what_is_kept(self) -> None:
+        """Lose the channels of tensors that outlive the run: something may still use them.
 
-        For example, a forward hook keeps features for a loss, or the model keeps an attribute.
+        For example, a forward hook keeps features for a loss, or the model keeps an attribute. The
+        output may be an object of any kind.
         """
         if self._tags:
             gc.collect()  # nobody uses what only a cycle of references keeps
-        self.found.pin(*self._tags.values(), *self._companions.values())
+        self.found.lose("something that outlives the forward pass", *self._tags.values())
+        self.found.pin(*self._companions.values())
 
     def _origin(self, values: Any) -> _Origin:
         return _together(

@@ -589,6 +589,42 @@ def test_hook_that_changes_what_a_layer_returns_is_seen():
     assert names(model) == ["body.2", "fc1"]
 
 
+class Outputs(dict):
+    """A container of its own kind."""
+
+
+KEPT: list[Tensor] = []
+SHOWN = {
+    "attribute": lambda model, y, h: (setattr(model, "features", h), y)[1],
+    "list outside": lambda model, y, h: (KEPT.append(h), y)[1],
+    "container of its own kind": lambda model, y, h: Outputs(y=y, h=h),
+    "generator": lambda model, y, h: (part for part in (y, h)),
+    "function": lambda model, y, h: (y, lambda: h),
+}
+
+
+class Shows(nn.Module):
+    def __init__(self, show) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Linear(8, 8), nn.Linear(8, 12)
+        self.second, self.head, self.show = nn.Linear(12, 8), nn.Linear(8, 2), show
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.first(self.stem(x)))
+        return self.show(self, self.head(F.silu(self.second(h))), h)
+
+
+@pytest.mark.parametrize("show", SHOWN)
+def test_units_that_outlive_the_forward_pass_are_not_hidden(show):
+    """A loss may read them."""
+    given = {"batches": None, "loss": None}
+    assert names(Shows(lambda model, y, h: y), **given) == ["first", "second"]
+    try:
+        assert names(Shows(SHOWN[show]), **given) == ["second"]
+    finally:
+        KEPT.clear()
+
+
 class LastFrozen(nn.Module):
     """A norm over the last dimension whose statistics do not train."""
 
