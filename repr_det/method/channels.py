@@ -234,6 +234,11 @@ def merged(a: Channels, b: Channels) -> Channels:
     return tuple(None if x is None or y is None else x | y for x, y in pairs)
 
 
+def filters_of(channels: Channels) -> set[Filter]:
+    """All filters that channels are known to be computed from."""
+    return {one for sources in channels for one in sources or ()}
+
+
 # --- kinds of operations
 
 CONVOLUTIONS = {

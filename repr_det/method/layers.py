@@ -265,3 +265,9 @@ def column_slots(module: nn.Module, dead: Tensor) -> list[Slot]:
         for g, part in enumerate(dead.reshape(groups, -1))
         if part.any()
     ]
+
+
+def column_layout(module: nn.Module) -> tuple:
+    """What decides which weights multiply which input channel."""
+    groups = getattr(module, "groups", 1)
+    return isinstance(module, _ConvTransposeNd), groups

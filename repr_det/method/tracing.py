@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -41,12 +40,13 @@ from repr_det.method.channels import (
     Filter,
     Sources,
     Tag,
+    filters_of,
     keeps_places,
     merged,
 )
 from repr_det.method.examples import Example, examples
 from repr_det.method.graph import ChannelGraph, Reader, groups_of, reader_of
-from repr_det.method.layers import NormLink
+from repr_det.method.layers import NormLink, column_layout
 from repr_det.method.modules import (
     eager,
     is_conv,
@@ -72,11 +72,6 @@ from repr_det.method.trials import counts_channels, is_silent, keeps_zeros
 def _tensors_in(values: Any) -> list[Tensor]:
     """All tensors in nested containers."""
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-def _filters_of(channels: Channels) -> set[Filter]:
-    """All filters that channels are known to be computed from."""
-    return {one for sources in channels for one in sources or ()}
 
 
 class _Origin(NamedTuple):
@@ -161,7 +156,7 @@ class _Found:
         """Pin these channels, and record that they could not be followed into ``what``."""
         self.pin(*tags)
         for tag in tags:
-            for name, _ in _filters_of(tag.sources if tag else ()):
+            for name, _ in filters_of(tag.sources if tag else ()):
                 self.lost.setdefault(name, what)
 
     def tie(self, a: Channels, b: Channels) -> None:
@@ -496,7 +491,7 @@ class _Tracer(TorchDispatchMode):
             return
         for tag in filter(None, itertools.chain.from_iterable(call.given.values())):
             if not any(sources is tag.sources for sources in known):
-                for name, _ in _filters_of(tag.sources).difference(*map(_filters_of, known)):
+                for name, _ in filters_of(tag.sources).difference(*map(filters_of, known)):
                     self.found.lost.setdefault(name, call.op)
 
     def _notice_use(self, args: tuple, kwargs: dict) -> None:
@@ -535,10 +530,10 @@ class _Tracer(TorchDispatchMode):
     def _note_gates(self, convs: Collection[str], tag: Tag | None) -> None:
         """Record the filters of a tag as gates, or without a tag all filters of these convs."""
         if tag is not None and None not in tag.sources:
-            self.found.gating |= _filters_of(tag.sources)
+            self.found.gating |= filters_of(tag.sources)
             return
         for name in convs:
-            self.found.gating |= _filters_of(self._fresh(name).sources)
+            self.found.gating |= filters_of(self._fresh(name).sources)
 
     def _convolved(self, call: Call) -> Tag:
         """The tag of the result of a convolution inside a conv."""
@@ -786,7 +781,7 @@ def _readers(tracer: _Tracer) -> dict[str, Reader]:
         sharing = [name] if weight is None else tracer.holders[id(weight)]
         taken.update(sharing)
         alone = not tracer.found.irregular.intersection(sharing)
-        alike = len({_column_layout(tracer.modules[other]) for other in sharing}) == 1
+        alike = len({column_layout(tracer.modules[other]) for other in sharing}) == 1
         sources: Channels = (None,) * len(inputs[name])
         if alone and alike and inputs.keys() >= set(sharing):
             sources = inputs[name]
@@ -794,9 +789,3 @@ def _readers(tracer: _Tracer) -> dict[str, Reader]:
                 sources = merged(sources, inputs[other])
         readers[name] = reader_of(name, module, sources)
     return readers
-
-
-def _column_layout(module: nn.Module) -> tuple:
-    """What decides which weights multiply which input channel."""
-    groups = getattr(module, "groups", 1)
-    return isinstance(module, _ConvTransposeNd), groups
