@@ -190,6 +190,8 @@ class _Tracer(TorchDispatchMode):
     on tensors pass through :meth:`__torch_dispatch__`.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.modules = dict(named_modules(model))
@@ -455,6 +457,11 @@ class _Tracer(TorchDispatchMode):
         if self._inside:
             return func(*args, **kwargs)
         self._notice_use(args, kwargs)
+        if not hasattr(func, "_schema"):  # takes functions: torch.cond, flex_attention
+            self._lose_all(str(func), (args, kwargs))
+            out = func(*args, **kwargs)
+            self._set_origin(out, self._origin((args, kwargs)))
+            return out
         call = Call(func, args, kwargs, self._tag)
         origin = self._next_origin(call)
         tags = call.run()

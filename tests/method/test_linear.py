@@ -490,6 +490,10 @@ class Gated(nn.Module):
     def kept(self, x):
         return self.up(x) + 1.0
 
+    def chosen(self, x):
+        x = self.up(x)
+        return torch.cond(x.sum() > 0, lambda y: y * 2, lambda y: y * 3, (x,))
+
     def alone(self, x):
         x, y = self.up(x)[:, None], self.gate(x)[:, None]
         return F.scaled_dot_product_attention(y, y, x)[:, 0]
@@ -499,7 +503,7 @@ class Gated(nn.Module):
     ("form", "expected"),
     [
         ("swiglu", ["up"]), ("packed_swiglu", []), ("glu", []), ("sigmoid", []), ("softmax", []),
-        ("normed", ["up"]), ("squared", ["up"]), ("kept", []), ("alone", ["up"]),
+        ("normed", ["up"]), ("squared", ["up"]), ("kept", []), ("alone", ["up"]), ("chosen", []),
     ],
 )  # fmt: skip
 def test_only_units_that_stay_zero_take_part(form, expected):
