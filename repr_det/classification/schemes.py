@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from detectron2.engine import HookBase
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from repr_det.errors import UserError
+from repr_det.method.modules import unwrap
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
 from repr_det.method.settings import check_same_settings
 
@@ -233,7 +233,7 @@ class DenseSparseDenseHook(HookBase):
         """Remove weights, or let them train again, where it is time."""
         iteration = self.trainer.iter
         if iteration == self.dense_iters:
-            self.masks = sparsity_masks(self._model, self.sparsity)
+            self.masks = sparsity_masks(unwrap(self.trainer.model), self.sparsity)
             self._hold()
         elif iteration == self.dense_iters + self.sparse_iters:
             self._bring_back()
@@ -264,15 +264,10 @@ class DenseSparseDenseHook(HookBase):
             "DSD.SPARSITY": self.sparsity,
         }
 
-    @property
-    def _model(self) -> nn.Module:
-        model = self.trainer.model
-        return model.module if isinstance(model, DistributedDataParallel) else model
-
     def _masked(self) -> Iterator[tuple[nn.Parameter, Tensor, dict[str, Tensor]]]:
         """Each masked parameter, where its weights are removed, and its optimizer state."""
         for name, mask in self.masks.items():
-            parameter = self._model.get_parameter(name)
+            parameter = unwrap(self.trainer.model).get_parameter(name)
             state = state_tensors(self.trainer.optimizer, parameter)
             yield parameter, ~mask.to(parameter.device), state
 

@@ -34,7 +34,6 @@ class CocoEvaluator(COCOEvaluator):
             super().__init__(
                 dataset,
                 output_dir=str(Path(cfg.OUTPUT_DIR, RESULTS.parent)),
-                use_fast_impl=_has_fast_evaluation(),
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
                 # What is kept of a held-out part in OUTPUT_DIR may be another config's.
                 allow_cached_coco=False,
@@ -56,12 +55,3 @@ def _reading(truth: Truth) -> Iterator[None]:
         yield
     finally:
         coco_evaluation.COCO = before
-
-
-def _has_fast_evaluation() -> bool:
-    """Whether Detectron2's compiled extension, and so its own COCOeval, is there."""
-    try:
-        from detectron2 import _C  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
 
 from repr_det.engine.files import read_records
@@ -42,10 +40,7 @@ class SeedEveryStep(HookBase):
 
     def before_step(self) -> None:
         """Seed Python, NumPy and torch, GPUs included."""
-        seed = mixed_seed(self._seed, self.trainer.iter, comm.get_rank())
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        seed_all_rng(mixed_seed(self._seed, self.trainer.iter, comm.get_rank()))
 
 
 class SharedStatistics(HookBase):

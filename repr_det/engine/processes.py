@@ -38,7 +38,7 @@ def launch(
         ProcessExitedException: a process ended by itself; the others are ended then.
         ProcessRaisedException: a process raised an error.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if dist.is_torchelastic_launched():
         _join_torchrun()
         _take_part(main, args)
     elif processes * num_machines == 1:
