@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repr_det.engine.checkpoint import read_checkpoint
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError
 
@@ -37,15 +37,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file, or a file of another kind.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist: give a checkpoint or a state dict.")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{path} is no PyTorch file that holds only weights: give a checkpoint or a state dict."
-        ) from error
-    state = state.get("model", state) if isinstance(state, dict) else {}
+    state = read_checkpoint(path)
+    state = state.get("model", state)
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if isinstance(v, Tensor)}
     if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
         raise UserError(

@@ -9,7 +9,6 @@ the network.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from detectron2.engine import HookBase
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from repr_det.engine.checkpoint import read_checkpoint
 from repr_det.errors import UserError
 from repr_det.method.modules import unwrap
 from repr_det.method.optimizers import SECOND_MOMENTS, state_tensors
@@ -129,13 +129,12 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
             f"The teacher's checkpoint {path!r} does not exist: train the teacher first and set "
             "DISTILL.WEIGHTS to its model_final.pth."
         )
+    state, prefix = read_checkpoint(path), "network."
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-        prefix = "network."
         teacher.load_state_dict(
-            {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
         )
-    except (RuntimeError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is no checkpoint of a {type(teacher).__name__} teacher with these classes: "
             "DISTILL.TEACHER and DISTILL.WEIGHTS must belong together."

@@ -88,7 +88,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         for candidate in self._newest_first():
             try:
                 self._torch_load(str(candidate))
-            except ValueError as error:
+            except UserError as error:
                 logger.warning(f"{error} Going back to the checkpoint before it.")
                 continue
             return self.load_whole(str(candidate))
@@ -153,14 +153,18 @@ def last_checkpoint(folder: str | Path) -> Path:
     return tag.with_name(name)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """The content of a ``.pth`` file, on the CPU. No code in it is executed.
+
+    Args:
+        path: of the file.
+        mmap: map the file into memory, so that tensors are read only when they are used.
 
     Raises:
         UserError: there is no such file, or it is damaged or no checkpoint.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"Checkpoint {path} does not exist.") from None
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:

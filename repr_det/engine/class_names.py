@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from detectron2.engine import HookBase
 
+from repr_det.engine.checkpoint import read_checkpoint
 from repr_det.errors import UserError, shown
 
 STATE_KEY = "ClassNames"
@@ -41,7 +39,7 @@ class ClassNames(HookBase):
         check_names(state.get("names"), self._names, self._dataset)
 
 
-def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
+def recorded_names(weights: str | Path) -> list[str] | None:
     """The names of the classes that a checkpoint was trained on; None where it has none.
 
     Args:
@@ -49,12 +47,10 @@ def recorded_names(weights: str | os.PathLike[str]) -> list[str] | None:
     """
     if Path(weights).suffix != ".pth" or not Path(weights).is_file():
         return None
-    try:  # mapped into memory, so that tensors are not read
-        content = torch.load(weights, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = read_checkpoint(weights, mmap=True)
         return list(content["trainer"]["hooks"][STATE_KEY]["names"])
-    except (OSError, RuntimeError, ValueError, EOFError, LookupError, TypeError):
-        return None
-    except pickle.UnpicklingError:
+    except (UserError, LookupError, TypeError):
         return None
 
 

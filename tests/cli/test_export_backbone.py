@@ -133,7 +133,7 @@ def test_command_line_reads_the_config_beside_the_checkpoint(tmp_path, capsys):
     ("source", "target", "words"),
     [
         ("none.pth", "b.pth", "does not exist"),
-        ("text.pth", "b.pth", "is no PyTorch file"),
+        ("text.pth", "b.pth", "is damaged or is no checkpoint"),
         ("other.pth", "b.pth", "holds no ResNet"),
         ("other.pth", "b.pkl", "must end in .pth"),
     ],
