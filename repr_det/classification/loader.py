@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
-from repr_det.engine.data import check_depth, first_line
+from repr_det.engine.data import check_batch_size, check_depth, first_line
 from repr_det.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -84,18 +84,6 @@ class Share:
         """This process's rows of ``(B, ...)``; B is a multiple of the world size."""
         size = len(batch) // self.world_size
         return batch[self.rank * size : (self.rank + 1) * size]
-
-
-def check_batch_size(batch_size: int, world_size: int) -> None:
-    """Refuse a batch that cannot be shared out.
-
-    Raises:
-        UserError: a batch size that is not a positive multiple of the world size.
-    """
-    if batch_size < 1 or batch_size % world_size:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH is {batch_size}; give a multiple of the {world_size} processes."
-        )
 
 
 def crop_and_flip(

@@ -143,7 +143,7 @@ def build_deterministic_loader(
         mapper: makes a training example of a record, or None to skip it.
 
     Raises:
-        UserError: a sampler other than TrainingSampler; a batch that ranks cannot share evenly.
+        UserError: a sampler other than TrainingSampler.
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise UserError(
@@ -151,11 +151,6 @@ def build_deterministic_loader(
             f"DATALOADER.SAMPLER_TRAIN to TrainingSampler or DETERMINISTIC to False."
         )
     world_size = comm.get_world_size()
-    if cfg.SOLVER.IMS_PER_BATCH % world_size:
-        raise UserError(
-            f"SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH} cannot be shared by {world_size} "
-            f"processes: make it a multiple of that."
-        )
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING
     plan = BatchPlan(
         [record["width"] > record["height"] for record in records] if grouped else None,

@@ -1,4 +1,4 @@
-"""Folders of datasets, their held-out parts, and images that are refused, for every task."""
+"""Folders of datasets, their held-out parts, and what is refused, for every task."""
 
 from __future__ import annotations
 
@@ -58,6 +58,23 @@ def part_indices(size: int, held_out: int = 0, share: float = 1.0) -> tuple[Tens
     order = torch.randperm(size, generator=torch.Generator().manual_seed(0))
     count = max(1, round(share * (size - held_out)))
     return order[held_out : held_out + count].sort().values, order[:held_out].sort().values
+
+
+def check_batch_size(batch_size: int, processes: int) -> None:
+    """Refuse a batch that processes cannot share evenly.
+
+    Args:
+        batch_size: images of one iteration, over all processes.
+        processes: how many there are.
+
+    Raises:
+        UserError: the batch size is not a positive multiple of their number.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}. Set a positive multiple of the number of "
+            f"processes, {processes}."
+        )
 
 
 def is_hidden(path: Path) -> bool:

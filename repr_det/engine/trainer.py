@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from repr_det.engine import solver
 from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
 from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.data import check_batch_size
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.engine.hooks import LossNormalizer, RecordKeeper, SeedEveryStep, SharedStatistics
 from repr_det.engine.randomness import use_deterministic_algorithms
@@ -57,6 +58,7 @@ class RePrTrainer(DefaultTrainer):
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
         cfg = _scaled_to(cfg, comm.get_world_size(), self.LENGTHS)
+        _check_solver(cfg)
         device = torch.device(cfg.MODEL.DEVICE).type
         precision = None
         if cfg.SOLVER.AMP.ENABLED:
@@ -282,14 +284,28 @@ def check_weights(weights: str, *, required: bool = False) -> None:
         )
 
 
+def _check_solver(cfg: CfgNode) -> None:
+    """Refuse lengths and batches that Detectron2 divides by, where they are zero or do not fit."""
+    for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
+        if cfg.SOLVER[key] < 1:
+            raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}. Set 1 or more.")
+    check_batch_size(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
+
+
 def _scaled_to(cfg: CfgNode, num_workers: int, lengths: Sequence[str]) -> CfgNode:
     """Scale to the number of workers as Detectron2 does, also these lengths in iterations."""
+    reference, batch_size = cfg.SOLVER.REFERENCE_WORLD_SIZE, cfg.SOLVER.IMS_PER_BATCH
+    if reference and batch_size % reference:
+        raise UserError(
+            f"SOLVER.IMS_PER_BATCH is {batch_size}. Set a multiple of "
+            f"SOLVER.REFERENCE_WORLD_SIZE, {reference}."
+        )
     scaled = DefaultTrainer.auto_scale_workers(cfg, num_workers)
     if scaled is cfg:
         return cfg
     frozen = scaled.is_frozen()
     scaled.defrost()
-    scale = num_workers / cfg.SOLVER.REFERENCE_WORLD_SIZE
+    scale = num_workers / reference
     for length in lengths:
         section, key = length.split(".")
         scaled[section][key] = round(scaled[section][key] / scale)
