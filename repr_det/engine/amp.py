@@ -76,6 +76,7 @@ class MixedPrecisionTrainer(SimpleTrainer):
             total = losses if isinstance(losses, torch.Tensor) else sum(losses.values())
         self.optimizer.zero_grad()
         self.grad_scaler.scale(total).backward()
+        self.after_backward()
         self._write_metrics(
             {"total_loss": total} if isinstance(losses, torch.Tensor) else losses, data_time
         )

@@ -1,13 +1,17 @@
-"""Schedules that are scaled to the number of workers."""
+"""Schedules that are scaled to the number of workers, and steps in mixed precision."""
 
 from __future__ import annotations
 
 from operator import attrgetter
 
 import pytest
+import torch
+from detectron2.engine import HookBase
+from torch import nn
 
 from repr_det.classification import add_classification_config
 from repr_det.classification.trainer import ClassificationTrainer
+from repr_det.engine.amp import MixedPrecisionTrainer
 from repr_det.engine.config import get_cfg
 from repr_det.engine.trainer import RePrTrainer, _scaled_to
 
@@ -48,3 +52,27 @@ def test_lengths_and_rates_are_scaled_together(workers, trainer, keys, additions
 def test_nothing_is_scaled_where_workers_are_as_many_as_meant():
     cfg = cfg_for_8_workers(LENGTHS)
     assert _scaled_to(cfg, 8, RePrTrainer.LENGTHS) is cfg
+
+
+class Summed(nn.Linear):
+    def forward(self, batch):
+        return {"loss": super().forward(batch).sum()}
+
+
+class SeesGradients(HookBase):
+    def after_backward(self):
+        self.seen = self.trainer.model.weight.grad.clone()
+
+
+def test_hooks_run_after_backward_in_mixed_precision():
+    model, hook = Summed(2, 1), SeesGradients()
+    trainer = MixedPrecisionTrainer(
+        model,
+        [torch.ones(3, 2)],
+        torch.optim.SGD(model.parameters(), 0.1),
+        device_type="cpu",
+        precision=torch.bfloat16,
+    )
+    trainer.register_hooks([hook])
+    trainer.train(0, 1)
+    assert hook.seen.tolist() == [[3, 3]]
