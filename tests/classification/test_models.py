@@ -196,7 +196,8 @@ def test_unknown_name_gets_close_matches(name, close):
 
 
 @pytest.mark.parametrize(
-    ("name", "size"), [("inception_v3", 32), ("c3_32", 4), ("alexnet", 32), ("densenet121", 16)]
+    ("name", "size"),
+    [("inception_v3", 32), ("c3_32", 4), ("alexnet", 32), ("densenet121", 16), ("resnet18", -1)],
 )
 def test_image_size_that_does_not_fit(name, size):
     with pytest.raises(ValueError, match=f"{size} x {size}"):

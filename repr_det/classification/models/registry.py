@@ -156,8 +156,8 @@ def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
     """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
     try:
+        images = torch.empty(2, 3, image_size, image_size, device="meta")
         with torch.random.fork_rng(devices=[]):
             for training in (False, True):
                 functional_call(network.train(training), shapes, images)
