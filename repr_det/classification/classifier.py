@@ -41,13 +41,13 @@ def _record_accuracy(logits: Tensor, labels: Tensor) -> None:
 
 @META_ARCH_REGISTRY.register()
 class ImageClassifier(nn.Module):
-    """A network for whole images behind the interface of Detectron2's models.
+    """A network for whole images with the interface of Detectron2's models.
 
     A batch is a mapping ``{"image": (B, 3, H, W), "label": (B,)}`` of tensors (what this package's
     loaders yield; no work per image), or Detectron2's list of one dict per image with ``"image"``
     ``(3, H, W)`` and, for training, ``"label"``, or, in evaluation mode, just images
-    ``(B, 3, H, W)``. Pixels are 0 to 255 in the order
-    ``cfg.INPUT.FORMAT``; the model subtracts ``pixel_mean`` and divides by ``pixel_std``.
+    ``(B, 3, H, W)``. Pixels are 0 to 255 in the order ``cfg.INPUT.FORMAT``; the model subtracts
+    ``pixel_mean`` and divides by ``pixel_std``.
 
     In training mode the model returns ``{"loss_cls": scalar, ...}`` and, where an EventStorage is
     open, records the batch's accuracy in per cent as ``train/top1``, as Detectron2's heads do. In
@@ -62,7 +62,7 @@ class ImageClassifier(nn.Module):
         label_weight: weight of the losses on the labels, auxiliary outputs' included.
         extra_losses: further losses by name, each a callable of the normalised images and the
             logits.
-        channels_last: hand the images to the network channels last in memory.
+        channels_last: pass the images to the network channels last in memory.
     """
 
     @configurable
@@ -91,9 +91,8 @@ class ImageClassifier(nn.Module):
         """Arguments of the constructor from a config.
 
         Raises:
-            UserError: an unknown network, an image size that it cannot take, or settings of a
-                loss that are out of range.
-            UserError: a teacher's checkpoint that does not exist.
+            UserError: an unknown network, an image size that it cannot take, settings of a loss
+                that are out of range, or a teacher's checkpoint that cannot be loaded.
         """
         keys = cfg.MODEL.CLASSIFIER
         size = cfg.INPUT.IMAGE_SIZE
@@ -138,12 +137,11 @@ class ImageClassifier(nn.Module):
             sizes = {tuple(item["image"].shape) for item in batch}
             if len(sizes) > 1:
                 raise UserError(
-                    f"A batch holds images of different shapes {sorted(sizes)}: "
-                    "resize them to one size."
+                    f"A batch holds images of different shapes {sorted(sizes)}. Resize them to one."
                 )
             images = torch.stack([item["image"] for item in batch])
         images = images.to(self.device, non_blocking=True)
-        # While they are small: everything behind keeps this order of memory.
+        # Here, before they are normalised to float32: all later tensors keep this memory format.
         return self.normalized(images.contiguous(memory_format=self.memory_format))
 
     def normalized(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Configuration keys of classification."""
+"""Config keys for classification."""
 
 from __future__ import annotations
 

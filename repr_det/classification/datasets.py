@@ -1,8 +1,8 @@
 """Where images and labels come from: names, folders, files and arrays.
 
 A dataset is registered under a name in Detectron2's ``DatasetCatalog``, where generic tools find
-it as a list of one dict per image. The loaders of this package take the short way that lies beside
-it in ``MetadataCatalog``: arrays, or file names, of the whole dataset at once.
+it as a list of one dict per image. The loaders of this package take a shorter way, the function
+``read_images`` in ``MetadataCatalog``. It returns the arrays or file names of the whole dataset.
 
 Datasets are found below the folder in the environment variable ``DETECTRON2_DATASETS`` (by
 default ``./datasets``), as everywhere in Detectron2.
@@ -156,13 +156,13 @@ def use_image_folder(cfg: CfgNode, split: str, name: str, folder: str) -> None:
         register_image_folder(name, folder)
         known.set(image_folder=folder)
     elif known.get("image_folder") != folder:
-        raise UserError(f"A dataset called {name} is registered already: give it another name.")
+        raise UserError(f"A dataset called {name} is registered already. Set another name.")
     known.read_images()
     cfg.DATASETS[split] = (name,)
 
 
 def take_num_folders(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
-    """Set the number of classes to that of a registered folder, unless an override gives it."""
+    """Set the number of classes to that of a registered folder, unless an override sets it."""
     if "MODEL.CLASSIFIER.NUM_CLASSES" not in overrides:
         cfg.MODEL.CLASSIFIER.NUM_CLASSES = len(MetadataCatalog.get(name).read_images().classes)
 
@@ -192,8 +192,8 @@ def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is no folder of class folders with images "
-            f"({str(error).splitlines()[0].rstrip('.')}): give the folder above the classes, or "
-            "set DETECTRON2_DATASETS."
+            f"({str(error).splitlines()[0].rstrip('.')}). Set the folder above the classes, or "
+            f"DETECTRON2_DATASETS."
         ) from error
     files, labels = zip(*found.samples, strict=True)
     return ImageFiles(files, torch.tensor(labels), tuple(found.classes))
@@ -250,8 +250,8 @@ def read_cifar(release: CifarRelease, split: str, root: Path) -> ImageArrays:
         data = release.reader(place, train=split == "train")
     except (RuntimeError, EOFError, KeyError) as error:
         raise UserError(
-            f"{place / release.reader.base_folder} is incomplete or damaged: delete it and let it "
-            "be downloaded again."
+            f"{place / release.reader.base_folder} is incomplete or damaged. Delete it, so that "
+            f"it is downloaded again."
         ) from error
     return _cifar_arrays(release, split, data.data, np.asarray(data.targets), place)
 
@@ -262,8 +262,7 @@ def _read_npz(path: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             return arrays[f"x_{split}"], arrays[f"y_{split}"]
     except (KeyError, ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path} cannot be read as arrays x_{split} and y_{split} ({error}): it is damaged or "
-            "something else, so make it again."
+            f"{path} cannot be read as arrays x_{split} and y_{split} ({error}). Make it again."
         ) from error
 
 
@@ -275,8 +274,8 @@ def _cifar_arrays(
     if images.shape != wanted or images.dtype != np.uint8 or labels.shape != (size,):
         raise UserError(
             f"{source} holds {images.dtype} images of shape {images.shape} and labels of shape "
-            f"{labels.shape} for the {split} split where uint8 {wanted} and {(size,)} belong: "
-            "it is truncated or another dataset, so make it again."
+            f"{labels.shape} for the {split} split instead of uint8 {wanted} and {(size,)}, so it "
+            f"is truncated or another dataset. Make it again."
         )
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     return ImageArrays(tensor, torch.from_numpy(labels.astype(np.int64)), release.classes)
@@ -286,7 +285,7 @@ def _download(release: CifarRelease, folder: Path) -> Path:
     """Download the official release below ``folder``: whole or not at all, by one process."""
     target = folder / release.reader.base_folder
     timeout = socket.getdefaulttimeout()
-    # The lock lies in the system's folder: without a network nothing is written below ours.
+    # In the system's temporary folder, so that nothing is written below ours without a network.
     with file_lock(str(Path(tempfile.gettempdir(), f"repr_det_{release.name}"))):
         if target.is_dir():
             return folder
@@ -302,7 +301,7 @@ def _download(release: CifarRelease, folder: Path) -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{release.name} was not found as {folder / release.name}.npz or in {target}, and "
-                f"could not be downloaded ({type(error).__name__}): put it there, or set "
+                f"could not be downloaded ({type(error).__name__}). Put it there, or set "
                 "DETECTRON2_DATASETS to the folder that holds it."
             ) from error
         finally:
@@ -328,7 +327,7 @@ def _read(name: str) -> ImageData:
     if read is None:
         known = [n for n in DatasetCatalog if MetadataCatalog.get(n).get("read_images")]
         raise UserError(
-            f"There is no classification dataset named {name!r}: take one of {', '.join(known)}, "
+            f"There is no classification dataset named {name!r}. Set one of {', '.join(known)}, "
             "or register yours with register_image_folder."
         )
     return read()
@@ -337,19 +336,19 @@ def _read(name: str) -> ImageData:
 def _check(data: ImageData, name: str, cfg: CfgNode) -> ImageData:
     classes = cfg.MODEL.CLASSIFIER.NUM_CLASSES
     if not len(data):
-        raise UserError(f"{name} has no images: give it some, or take it out of DATASETS.")
+        raise UserError(f"{name} has no images. Set another dataset.")
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= classes:
         raise UserError(
             f"{name} has labels from {low} to {high}, but MODEL.CLASSIFIER.NUM_CLASSES is "
-            f"{classes}: labels must lie between 0 and {classes - 1}."
+            f"{classes}. Set labels from 0 to {classes - 1}, or another number of classes."
         )
     if isinstance(data, ImageArrays):
         side = cfg.INPUT.IMAGE_SIZE
         if tuple(data.images.shape[1:]) != (3, side, side):
             raise UserError(
                 f"{name} has images of shape {tuple(data.images.shape[1:])}, but INPUT.IMAGE_SIZE "
-                f"asks for {(3, side, side)}: set it to the size of the images."
+                f"asks for {(3, side, side)}. Set it to the size of the images."
             )
     return data
 
@@ -369,8 +368,8 @@ def training_set(cfg: CfgNode) -> str:
     """
     if len(cfg.DATASETS.TRAIN) != 1:
         raise UserError(
-            f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}: classification trains on one dataset, "
-            "so name one that is registered, or give images with --train-folder."
+            f"DATASETS.TRAIN is {tuple(cfg.DATASETS.TRAIN)}, but classification trains on one "
+            f"dataset. Set one that is registered, or images with --train-folder."
         )
     return cfg.DATASETS.TRAIN[0]
 
@@ -383,15 +382,15 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     ``DATASETS.TRAIN_SHARE`` is taken.
 
     Raises:
-        UserError: a name that is not registered, or a dataset that is missing.
-        UserError: none or several training sets, a part that cannot be had, a dataset that is
-            damaged, labels or images that do not fit the config.
+        UserError: a name that is not registered, a dataset that is missing or damaged, none or
+            several training sets, a part out of range, or labels or images that do not fit the
+            config.
     """
     train_name = training_set(cfg)
     count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     if name == held_out_name(train_name) and not count:
         raise UserError(
-            f"{name} is empty: set DATASETS.HELD_OUT to the number of training images to hold out."
+            f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to hold out."
         )
     parted = (train_name, held_out_name(train_name)) if count else (train_name,)
     if (count or share != 1) and name in parted:
@@ -406,8 +405,8 @@ def training_images(cfg: CfgNode) -> ImageData:
     """What a config trains on: :func:`load_images` of its training set, with its random labels.
 
     Raises:
-        UserError: ``DATASETS.RANDOM_LABELS`` or its seed out of range.
-        KeyError, FileNotFoundError, ValueError: see :func:`load_images`.
+        UserError: ``DATASETS.RANDOM_LABELS`` or its seed out of range; also see
+            :func:`load_images`.
     """
     data = load_images(cfg, training_set(cfg))
     share, seed = cfg.DATASETS.RANDOM_LABELS, cfg.DATASETS.RANDOM_LABELS_SEED

@@ -1,4 +1,4 @@
-"""From epochs to iterations, in this one place."""
+"""Converts lengths in epochs to iterations."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
     and WARMUP of RePr are in epochs where ``REPR.UNIT`` is ``"epoch"``. In the result the keys in
     epochs are zero and the unit is ``"iteration"``, so resolving it again changes nothing.
 
-    Every key is rounded up on its own, and what is due every so many epochs is then due every so
-    many iterations. Where the batch does not divide the images it comes later from time to time:
-    50,000 images in batches of 64 are 781.25 iterations an epoch, so with ``EVAL_EPOCHS`` 1 the
-    20th evaluation comes at iteration 15,640, 15 iterations after an S1 of 20 epochs has ended.
+    Every key is rounded up on its own. So a period is longer than its epochs where the batch does
+    not divide the images: 50,000 images in batches of 64 are 781.25 iterations an epoch. With
+    ``EVAL_EPOCHS`` 1, the 20th evaluation comes at iteration 15,640, 15 iterations after the end of
+    an S1 of 20 epochs.
 
     Args:
         cfg: a config with the keys of classification; it is not changed.
@@ -41,14 +41,14 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
         UserError: a negative number of epochs, an unknown unit, or an empty batch.
     """
     if cfg.SOLVER.IMS_PER_BATCH < 1:
-        raise UserError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}; give at least 1.")
+        raise UserError(f"SOLVER.IMS_PER_BATCH is {cfg.SOLVER.IMS_PER_BATCH}. Set 1 or more.")
     frozen = cfg.is_frozen()
     cfg = cfg.clone()
     cfg.defrost()
 
     def convert(epochs: float, key: str) -> int:
         if epochs < 0:
-            raise UserError(f"{key} is {epochs}; give a number of epochs of at least 0.")
+            raise UserError(f"{key} is {epochs}. Set 0 or more.")
         return iterations_for(epochs, images, cfg.SOLVER.IMS_PER_BATCH)
 
     for node, name, target in (
@@ -68,7 +68,7 @@ def resolve_epochs(cfg: CfgNode, images: int) -> CfgNode:
         cfg.SOLVER.STEPS_EPOCHS = ()
     if cfg.REPR.UNIT != "iteration":
         if cfg.REPR.UNIT != "epoch":
-            raise UserError(f'REPR.UNIT is {cfg.REPR.UNIT!r}; give "iteration" or "epoch".')
+            raise UserError(f'REPR.UNIT is {cfg.REPR.UNIT!r}. Set "iteration" or "epoch".')
         for name in ("S1", "S2", "WARMUP"):
             cfg.REPR[name] = convert(cfg.REPR[name], f"REPR.{name}")
         cfg.REPR.UNIT = "iteration"

@@ -52,7 +52,7 @@ class AccuracyEvaluator(DatasetEvaluator):
             return None
         top1, top5, loss, count = (sum(values) for values in zip(*gathered, strict=True))
         if not count:
-            raise UserError("There was nothing to evaluate: the test set has no images.")
+            raise UserError("The test set has no images. Set another one in DATASETS.TEST.")
         return {
             "accuracy": {
                 "top1": 100 * top1 / count,

@@ -1,4 +1,4 @@
-"""From a classifier to the backbone of a Detectron2 detector."""
+"""Exports a classifier as the backbone of a Detectron2 detector."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     weights = {k.removeprefix(_PREFIX): v for k, v in state.items() if isinstance(v, Tensor)}
     if "conv1.weight" not in weights or "layer4.0.conv1.weight" not in weights:
         raise UserError(
-            f"{path} holds no ResNet of torchvision's form: only resnet*, resnext* and "
-            "wide_resnet* become a Detectron2 backbone."
+            f"{path} holds no ResNet of torchvision's form. Set a checkpoint of resnet*, resnext* "
+            f"or wide_resnet*."
         )
     return weights
 
@@ -55,8 +55,8 @@ def backbone_weights(weights: dict[str, Tensor], bgr: bool = False) -> dict[str,
 
     Args:
         weights: state dict of a torchvision ResNet.
-        bgr: turn the first layer's input channels round, for a detector that reads the channels
-            in the other order than the classifier.
+        bgr: reverse the first layer's input channels, for a detector that reads the channels in
+            the other order than the classifier.
 
     Returns:
         State dict with Detectron2's names: ``stem.conv1.weight``, ``res2.0.conv1.norm.bias``, ...
@@ -92,7 +92,9 @@ def backbone_settings(weights: dict[str, Tensor]) -> dict[str, Any]:
     bottleneck = "layer1.0.conv3.weight" in weights
     depth = _DEPTHS.get((tuple(stages), bottleneck))
     if depth is None:
-        raise UserError(f"Detectron2 has no ResNet with {stages} blocks in its four stages.")
+        raise UserError(
+            f"Detectron2 has no ResNet with {stages} blocks in its four stages. Set another one."
+        )
     settings = {"DEPTH": depth, "STRIDE_IN_1X1": False}
     if not bottleneck:
         return {**settings, "RES2_OUT_CHANNELS": 64}
@@ -125,8 +127,7 @@ def export_backbone(
         Settings of the detector in the shape of a config: ``MODEL`` and ``INPUT``.
 
     Raises:
-        UserError: no such source.
-        UserError: a source of another kind, or a target that is no ``.pth`` file.
+        UserError: no such source, one of another kind, or a target that is no ``.pth`` file.
     """
     if Path(target).suffix != ".pth":
         raise UserError(f"{target} must end in .pth, which Detectron2 reads as plain weights.")

@@ -2,7 +2,7 @@
 
 What a training batch holds is a function of the seed and the iteration alone. Draws are made for
 the whole batch of all processes and each takes its share, so a run on several processes sees the
-images and crops that a run on one would, and a resumed run goes on where it stopped.
+images and crops that a run on one would, and a resumed run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SampleOrder:
         return torch.cat(parts)
 
 
-@functools.lru_cache(maxsize=64)  # networks that are trained at once have one each
+@functools.lru_cache(maxsize=64)  # networks that train together each have their own
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_for(seed, "order", epoch))
 
@@ -114,7 +114,7 @@ def crop_and_flip(
 
 
 class ArrayTrainLoader:
-    """Endless training batches of a dataset that lies on the training device.
+    """Endless training batches of a dataset that is on the training device.
 
     Yields ``{"image": uint8 (b, 3, H, W), "label": int64 (b,)}`` on the device, with b this
     process's share of the batch. No worker processes, no copies of the dataset.
@@ -212,7 +212,7 @@ class StackedTrainLoader:
 
     Yields ``{"image": uint8 (B, K, 3, H, W), "label": int64 (B, K)}`` on the device, where number k
     of the second dimension is the batch of loader k. Networks of one order share the work, and the
-    choices of several iterations are handed to the device at once.
+    choices of several iterations are copied to the device at once.
 
     Args:
         loaders: K loaders of one dataset, see :meth:`ArrayTrainLoader.with_seed`.

@@ -56,7 +56,7 @@ class OrthogonalityLoss:
 
     def __init__(self, network: nn.Module, weight: float) -> None:
         if weight < 0:
-            raise UserError(f"The orthogonality loss has weight {weight}; give at least 0.")
+            raise UserError(f"MODEL.CLASSIFIER.ORTHO_LOSS is {weight}. Set 0 or more.")
         self.network = network
         self.weight = weight
 
@@ -102,9 +102,9 @@ class Distillation:
 
     def __init__(self, teacher: nn.Module, temperature: float, alpha: float) -> None:
         if temperature <= 0:
-            raise UserError(f"DISTILL.TEMPERATURE is {temperature}; give a value above 0.")
+            raise UserError(f"DISTILL.TEMPERATURE is {temperature}. Set a value above 0.")
         if not 0 <= alpha <= 1:
-            raise UserError(f"DISTILL.ALPHA is {alpha}; give a share from 0 to 1.")
+            raise UserError(f"DISTILL.ALPHA is {alpha}. Set a share from 0 to 1.")
         self.teacher = teacher.eval().requires_grad_(False)
         self.temperature = temperature
         self.alpha = alpha
@@ -126,8 +126,8 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
     """
     if not path or not Path(path).is_file():
         raise UserError(
-            f"The teacher's checkpoint {path!r} does not exist: train the teacher first and set "
-            "DISTILL.WEIGHTS to its model_final.pth."
+            f"DISTILL.WEIGHTS {path!r} does not exist. Train the teacher first and set it to the "
+            f"teacher's model_final.pth."
         )
     state, prefix = read_checkpoint(path), "network."
     try:
@@ -136,8 +136,8 @@ def load_teacher(teacher: nn.Module, path: str) -> None:
         )
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is no checkpoint of a {type(teacher).__name__} teacher with these classes: "
-            "DISTILL.TEACHER and DISTILL.WEIGHTS must belong together."
+            f"{path} is no checkpoint of a {type(teacher).__name__} teacher with these classes. "
+            f"Set DISTILL.TEACHER and DISTILL.WEIGHTS that belong together."
         ) from error
 
 
@@ -188,11 +188,11 @@ class DenseSparseDenseHook(HookBase):
     def __init__(self, dense_iters: int, sparse_iters: int, sparsity: float) -> None:
         if dense_iters < 1 or sparse_iters < 1:
             raise UserError(
-                f"DSD trains dense for {dense_iters} and sparse for {sparse_iters} iterations: "
-                "give at least 1 for DSD.DENSE_ITERS and DSD.SPARSE_ITERS."
+                f"DSD.DENSE_ITERS is {dense_iters} and DSD.SPARSE_ITERS is {sparse_iters}. Set 1 "
+                f"or more for both."
             )
         if not 0 < sparsity < 1:
-            raise UserError(f"DSD.SPARSITY is {sparsity}; give a share above 0 and below 1.")
+            raise UserError(f"DSD.SPARSITY is {sparsity}. Set a share above 0 and below 1.")
         self.dense_iters = dense_iters
         self.sparse_iters = sparse_iters
         self.sparsity = sparsity
@@ -209,21 +209,21 @@ class DenseSparseDenseHook(HookBase):
         if end >= max_iter:
             raise UserError(
                 f"DSD needs {self.dense_iters} + {self.sparse_iters} = {end} iterations and then "
-                f"some of the dense network, but training ends after {max_iter}: lower "
-                "DSD.DENSE_ITERS or DSD.SPARSE_ITERS, or train longer."
+                f"some of the dense network, but training ends after {max_iter}. Lower "
+                f"DSD.DENSE_ITERS or DSD.SPARSE_ITERS, or raise SOLVER.MAX_ITER."
             )
 
     def before_train(self) -> None:
         """Hold what a run that is resumed had removed.
 
         Raises:
-            UserError: the run goes on in its sparse part and no state was loaded.
+            UserError: the run resumes in its sparse part and no state was loaded.
         """
         start, end = self.trainer.start_iter, self.dense_iters + self.sparse_iters
         if self.dense_iters < start < end and not self.masks:
             raise UserError(
-                f"This run goes on at iteration {start}, in the sparse part of DSD, but its "
-                f"checkpoint holds no masks (made without DSD?): start a new run with it as "
+                f"This run resumes at iteration {start}, in the sparse part of DSD, but its "
+                f"checkpoint holds no masks (made without DSD?). Start a new run with it as "
                 f"MODEL.WEIGHTS."
             )
         self._hold()
@@ -248,7 +248,7 @@ class DenseSparseDenseHook(HookBase):
         return {"settings": self._settings(), "masks": dict(self.masks)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the masks of :meth:`state_dict`.
+        """Restore the masks of :meth:`state_dict`.
 
         Raises:
             UserError: the state was written with other settings.

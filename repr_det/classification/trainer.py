@@ -1,4 +1,4 @@
-"""The trainer of classification."""
+"""The trainer for classification."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from repr_det.classification.loader import (
     train_transform,
 )
 from repr_det.classification.schemes import DenseSparseDenseHook
-from repr_det.engine.class_names import ClassNames, check_names, recorded_names
+from repr_det.engine.class_names import ClassNames, check_names, difference, recorded_names
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
 
@@ -55,18 +55,18 @@ class ClassificationTrainer(RePrTrainer):
         """Read every dataset that the config names, so that mistakes come before training.
 
         Raises:
-            UserError: also where a test set has other classes than the training set, and settings
-                that do not exist here or do not go together.
+            UserError: a mistake in the data, a test set of other classes than the training set, or
+                settings that classification does not have or that exclude each other.
         """
         if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal"):
             raise UserError(
-                f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}; for classification give none or "
-                "horizontal."
+                f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}. Set none or horizontal for "
+                f"classification."
             )
         if cfg.DSD.ENABLED and cfg.REPR.ENABLED:
             raise UserError(
-                "DSD.ENABLED and REPR.ENABLED each take weights out and bring them back without "
-                "regard to the other: turn one of them off."
+                "DSD.ENABLED and REPR.ENABLED are True, but both take weights out and bring them "
+                "back. Set one of them to False."
             )
         train = training_set(cfg)
         classes = training_images(cfg).classes
@@ -74,9 +74,8 @@ class ClassificationTrainer(RePrTrainer):
             found = load_images(cfg, name).classes
             if found != classes:
                 raise UserError(
-                    f"{name} has other classes than {train} ({len(found)} and "
-                    f"{len(classes)}): labels would not mean the same, so give both the same "
-                    "folders."
+                    f"{name} has other classes than {train}, or in another order "
+                    f"({difference(classes, found)}). Set datasets with the same ones."
                 )
 
     @classmethod
@@ -119,7 +118,7 @@ class ClassificationTrainer(RePrTrainer):
         if state.get("masks") and not self.cfg.DSD.ENABLED:
             raise UserError(
                 "This checkpoint was written in the sparse part of a DSD run, and DSD.ENABLED is "
-                "False: resume with DSD, or start a new run from it as MODEL.WEIGHTS."
+                "False. Resume with DSD, or start a new run from it as MODEL.WEIGHTS."
             )
         super().load_state_dict(state_dict)
 

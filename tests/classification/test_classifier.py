@@ -119,7 +119,7 @@ def test_images_of_different_sizes_in_a_batch(model):
 def test_mistakes_in_the_config_come_when_it_is_built():
     cfg = small_cfg()
     cfg.MODEL.CLASSIFIER.NAME = "resnet20"
-    with pytest.raises(ValueError, match="did you mean"):
+    with pytest.raises(ValueError, match="Did you mean"):
         build_model(cfg)
     cfg.MODEL.CLASSIFIER.NAME = "inception_v3"
     with pytest.raises(ValueError, match="16 x 16"):

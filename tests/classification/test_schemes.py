@@ -139,7 +139,7 @@ def test_teacher_that_is_missing_or_another(tmp_path, teacher_file):
     path, _ = teacher_file
     network = build_model(small_cfg()).network
     for missing in ("", str(tmp_path / "none.pth")):
-        with pytest.raises(UserError, match="train the teacher first"):
+        with pytest.raises(UserError, match="Train the teacher first"):
             load_teacher(network, missing)
     with pytest.raises(ValueError, match="is no checkpoint of a Sequential teacher"):
         load_teacher(nn.Sequential(nn.Linear(2, 2)), str(path))
@@ -170,7 +170,7 @@ def test_distillation_out_of_range(t, alpha):
 
 
 def test_negative_orthogonality_loss():
-    with pytest.raises(ValueError, match="at least 0"):
+    with pytest.raises(ValueError, match="ORTHO_LOSS is -0.1. Set 0 or more"):
         OrthogonalityLoss(nn.Identity(), -0.1)
 
 
@@ -310,7 +310,7 @@ def test_dense_sparse_dense_that_ends_sparse():
     hook = DenseSparseDenseHook(6, 3, 0.3)
     hook.check_fits(10)
     for max_iter in (9, 6, 5):
-        with pytest.raises(ValueError, match=rf"6 \+ 3 = 9 .* ends after {max_iter}:"):
+        with pytest.raises(ValueError, match=rf"6 \+ 3 = 9 .* ends after {max_iter}\."):
             hook.check_fits(max_iter)
 
 
@@ -323,7 +323,7 @@ def test_dense_sparse_dense_out_of_range(arguments):
 def test_dense_sparse_dense_resumed_without_masks_is_refused():
     """A checkpoint made without DSD, in the part that would have to be sparse."""
     trainer = dsd_trainer(DenseSparseDenseHook(3, 4, 0.3))
-    with pytest.raises(ValueError, match="goes on at iteration 5, in the sparse part of DSD"):
+    with pytest.raises(ValueError, match="resumes at iteration 5, in the sparse part of DSD"):
         trainer.train(5, 10)
     trainer = dsd_trainer(DenseSparseDenseHook(3, 4, 0.3))
     trainer.train(7, 10)  # behind it
@@ -335,7 +335,7 @@ def test_sparse_part_resumed_without_dense_sparse_dense_is_refused(tmp_path):
     trainer = ClassificationTrainer(cfg)
     state = trainer.state_dict()
     state.setdefault("hooks", {})["DenseSparseDenseHook"] = {"masks": {"a": torch.ones(1)}}
-    with pytest.raises(ValueError, match="DSD.ENABLED is False: resume with DSD"):
+    with pytest.raises(ValueError, match="DSD.ENABLED is False. Resume with DSD"):
         trainer.load_state_dict(state)
 
 

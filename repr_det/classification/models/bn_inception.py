@@ -9,7 +9,7 @@ from torchvision.models.googlenet import BasicConv2d
 # Filters of each module: 1x1; 3x3 reduce, 3x3; double 3x3 reduce, double 3x3; pool projection.
 # Without a 1x1 branch and projection the module halves the image and passes its pooled input on.
 # For 4c and 4d the figure prints a projection of 128, which contradicts the 576 output channels
-# beside it; 96 gives the 576.
+# next to it; 96 makes 576.
 MODULES: dict[str, tuple[int, int, int, int, int, int]] = {
     "3a": (64, 64, 64, 64, 96, 32),
     "3b": (64, 64, 96, 64, 96, 64),

@@ -66,7 +66,7 @@ class CifarDenseNet(nn.Module):
             block_lengths = [(depth - 4) // 3] * 3
         else:
             raise UserError(
-                f"A CIFAR DenseNet has 3 n + 4 layers or {SHALLOW}, not {depth}: take 40 or 100."
+                f"A CIFAR DenseNet has 3 n + 4 layers or {SHALLOW}, not {depth}. Set 40 or 100."
             )
         channels = STEM_CHANNELS
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]

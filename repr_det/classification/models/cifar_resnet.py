@@ -56,7 +56,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
-            raise UserError(f"A CIFAR ResNet has 6 n + 2 layers, not {depth}: take 20, 32 or 110.")
+            raise UserError(f"A CIFAR ResNet has 6 n + 2 layers, not {depth}. Set 20, 32 or 110.")
         self.conv1 = nn.Conv2d(3, WIDTHS[0], 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(WIDTHS[0])
         channels = WIDTHS[0]

@@ -45,7 +45,7 @@ class PlainConvNet(nn.Module):
         if side < 1:
             raise UserError(
                 f"Images of {image_size} x {image_size} pixels are too small for C^{depth}({width})"
-                f", which halves them {min(depth, POOLED_LAYERS)} times: use larger ones."
+                f", which halves them {min(depth, POOLED_LAYERS)} times. Set larger ones."
             )
         layers: list[nn.Module] = []
         for index in range(depth):

@@ -27,7 +27,7 @@ PAPER_NAMES = (
 
 _PLAIN = re.compile(r"c(\d+)_(\d+)(_bn)?(_k5)?")
 _CIFAR = re.compile(r"cifar_(resnet|densenet)(\d+)")
-# Both warn about their own default initial weights unless told what to do.
+# Both warn of their default initial weights unless ``init_weights`` is set.
 _WITH_INIT_WEIGHTS = ("googlenet", "inception_v3")
 
 Builder = Callable[[int, int], nn.Module]
@@ -62,8 +62,8 @@ def classifier_names() -> list[str]:
 
     ``c3_32`` is the paper's ``C^3(32)`` without norm, ``c3_32_bn`` the one with BatchNorm;
     ``cifar_resnet20`` and ``cifar_densenet40`` are networks for small images. Other depths and
-    widths are understood too (``c4_64``, ``cifar_resnet56``), and ``_k5`` at the end of a plain
-    network's name gives it the 5x5 kernels of the authors' public code.
+    widths are understood too (``c4_64``, ``cifar_resnet56``). A plain network whose name ends in
+    ``_k5`` has the 5x5 kernels of the authors' public code.
     """
     return sorted({*PAPER_NAMES, *_torchvision_names()})
 
@@ -95,7 +95,7 @@ class DropoutLinear(nn.Linear):
 
 
 def add_dropout(network: nn.Module, probability: float) -> None:
-    """Give the last linear layer of a network dropout on its input, in place.
+    """Add dropout to the input of a network's last linear layer, in place.
 
     Args:
         network: any network whose last layer is an ``nn.Linear``.
@@ -105,12 +105,12 @@ def add_dropout(network: nn.Module, probability: float) -> None:
         UserError: a probability out of range, or a network without a linear layer.
     """
     if not 0 <= probability < 1:
-        raise UserError(f"Dropout is {probability}; give a probability of at least 0 and below 1.")
+        raise UserError(f"Dropout is {probability}. Set a probability of at least 0 and below 1.")
     linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     if not linear:
         raise UserError(
-            f"{type(network).__name__} has no linear layer to put dropout in front of: "
-            "train it with dropout 0."
+            f"{type(network).__name__} has no linear layer to put dropout in front of. Set "
+            f"dropout 0."
         )
     parent, _, name = linear[-1].rpartition(".")
     old = network.get_submodule(linear[-1])
@@ -141,7 +141,7 @@ def build_classifier(
     builder = _find_builder(name)
     if builder is None:
         close = ", ".join(_close_names(name)) or "one of classifier_names()"
-        raise UserError(f"There is no classifier named {name!r}: did you mean {close}?")
+        raise UserError(f"There is no classifier named {name!r}. Did you mean {close}?")
     network = builder(num_classes, image_size)
     _check_image_size(name, network, image_size)
     if dropout:
@@ -164,5 +164,5 @@ def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"{name} cannot take images of {image_size} x {image_size} pixels "
-            f"({str(error).splitlines()[0].rstrip('.')}): set INPUT.IMAGE_SIZE to its size."
+            f"({str(error).splitlines()[0].rstrip('.')}). Set INPUT.IMAGE_SIZE to its size."
         ) from error
