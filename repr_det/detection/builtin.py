@@ -1,4 +1,4 @@
-"""Datasets of detection that have names from the start, beside Detectron2's own."""
+"""The detection datasets that this package registers, in addition to Detectron2's."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ NEU_DET = {"neu_det_train": "instances_train.json", "neu_det_test": "instances_v
 
 
 def register_builtin() -> None:
-    """Register the drawn shapes and NEU-DET, which are looked for when they are first asked for.
+    """Register the drawn shapes and NEU-DET. A name that is registered stays as it is.
 
-    Does nothing for a name that is registered.
+    Files are drawn or looked for when a dataset is first read.
     """
     register_shapes()
     folder = datasets_root() / "neu_det"

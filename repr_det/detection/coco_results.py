@@ -53,7 +53,7 @@ class Annotations(NamedTuple):
 class Truth(COCO):
     """Annotations to compare on, by pycocotools' class; objects are numbered from 1.
 
-    pycocotools takes a match with an object of id 0 for none.
+    To pycocotools, a match with an object of id 0 is none.
 
     Args:
         file: checked.
@@ -87,16 +87,16 @@ def read_truth(annotations: str | Path, images: Collection[int] | None = None) -
 
 
 def results_path(path: str | Path) -> Path:
-    """The results file that is meant by a file or by a run folder.
+    """The results file that a path names: itself, or in a run folder.
 
     Raises:
-        UserError: neither is there.
+        UserError: there is no such file.
     """
     path = Path(path)
     if path.is_dir():
         if not (path / RESULTS).is_file():
             raise UserError(
-                f"Run folder {path} holds no {RESULTS}: evaluate the run on a COCO-format dataset "
+                f"Run folder {path} holds no {RESULTS}. Evaluate the run on a COCO-format dataset "
                 "first, or set a results file."
             )
         return path / RESULTS
@@ -162,7 +162,7 @@ def _problem(result: Any, truth: Truth) -> str | None:
 
 
 def record_categories(folder: str | Path, truth: Truth) -> None:
-    """Write, next to a run's results, what the categories are called that they are of."""
+    """Write ids and names of the categories next to a run's results."""
     categories = [{"id": c["id"], "name": c["name"]} for c in truth.dataset["categories"]]
     write_text_whole(Path(folder) / CATEGORIES, json.dumps(categories, indent=1) + "\n")
 

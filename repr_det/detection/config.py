@@ -1,10 +1,10 @@
-"""Configuration keys of detection."""
+"""Config keys for detection."""
 
 from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-# Enters the backbone that the keys below describe into Detectron2's registry.
+# Registers the backbone that the keys below describe.
 from repr_det.detection import convnext  # noqa: F401
 
 

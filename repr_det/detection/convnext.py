@@ -20,8 +20,6 @@ class ConvNeXtStages(Backbone):
         depths: blocks of each stage.
         widths: channels of each stage, as many numbers.
         stochastic_depth: how often the last block is skipped in training; the others less often.
-
-    Returns of ``forward``: ``c2``, ``c3``, ... with strides 4, 8, ...: (N, width, H / s, W / s).
     """
 
     def __init__(self, depths: list[int], widths: list[int], stochastic_depth: float) -> None:
@@ -31,7 +29,7 @@ class ConvNeXtStages(Backbone):
             CNBlockConfig(width, after, depth)
             for width, after, depth in zip(widths, following, depths, strict=True)
         ]
-        # Layers begin with a scale of 1e-6 where networks of 27 blocks are trained for weeks.
+        # torchvision's scale of 1e-6 is meant for deeper networks and longer training.
         model = ConvNeXt(settings, stochastic_depth, layer_scale=0.1)
         self.features = model.features
         self._out_features = [f"c{i + 2}" for i in range(len(depths))]
@@ -39,7 +37,11 @@ class ConvNeXtStages(Backbone):
         self._out_feature_strides = {f: 4 * 2**i for i, f in enumerate(self._out_features)}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Feature maps of all stages of images of shape (N, 3, H, W)."""
+        """Feature maps of images of shape (N, 3, H, W).
+
+        Returns:
+            ``c2``, ``c3``, ... with strides s of 4, 8, ...: (N, width, H / s, W / s).
+        """
         outputs = []
         # The stem and downsampling convs alternate with the stages.
         for index, part in enumerate(self.features):
@@ -54,7 +56,7 @@ def build_convnext_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The backbone that ``cfg.MODEL.CONVNEXT`` and ``cfg.MODEL.FPN`` describe.
 
     Raises:
-        UserError: as many widths as depths are needed, and two stages at least.
+        UserError: numbers of widths and depths differ, or there are fewer than two stages.
     """
     keys = cfg.MODEL.CONVNEXT
     if len(keys.DEPTHS) != len(keys.WIDTHS) or len(keys.DEPTHS) < 2:

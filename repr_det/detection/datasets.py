@@ -1,4 +1,4 @@
-"""Datasets of detection: any COCO-format one by its files, and checks of those a config names."""
+"""Registers COCO-format datasets by their files, and checks the datasets that a config names."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def uses_of(cfg: CfgNode) -> tuple[str, ...]:
 def records_of(content: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     """The content of a checked file in Detectron2's format, by ascending image id.
 
-    As :func:`detectron2.data.datasets.load_coco_json`, but that an object without a sound mask
-    keeps its box.
+    As :func:`detectron2.data.datasets.load_coco_json`, but an object without a sound mask keeps
+    its box.
 
     Args:
-        content: of an :class:`repr_det.detection.annotations.CocoFile`.
+        content: of a :class:`repr_det.detection.annotations.CocoFile`.
         folder: of the images.
 
     Raises:
@@ -64,14 +64,14 @@ def records_of(content: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     objects: dict[Any, list[dict[str, Any]]] = {image["id"]: [] for image in content["images"]}
     sizes = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     for entry in content["annotations"]:
-        known = {key: entry[key] for key in ("iscrowd", "bbox") if key in entry}
+        known = {key: entry[key] for key in ("iscrowd", "bbox")}
         known |= {"category_id": classes[entry["category_id"]], "bbox_mode": BoxMode.XYWH_ABS}
         if "segmentation" in entry:
             mask = entry["segmentation"]
             is_rle = type(mask) is dict
             known["segmentation"] = as_rle(mask, *sizes[entry["image_id"]]) if is_rle else mask
         if "keypoints" in entry:
-            # Pixel indices become places, as in Detectron2: the middle of a pixel.
+            # From the index of a pixel to the coordinate of its middle, as in Detectron2.
             known["keypoints"] = [
                 value if i % 3 == 2 else value + 0.5 for i, value in enumerate(entry["keypoints"])
             ]
@@ -152,8 +152,8 @@ def _read(name: str, annotations: str, uses: Collection[str]) -> dict[str, Any]:
     return file.content
 
 
-def _is_read_by_us(name: str) -> bool:
-    """Whether a dataset's records come from :func:`register_coco`, or Detectron2's own reader."""
+def _has_coco_reader(name: str) -> bool:
+    """Whether :func:`register_coco` or Detectron2 reads a dataset, and not a user's own code."""
     of_loader = DatasetCatalog[name].__module__
     return of_loader in (__name__, "detectron2.data.datasets.coco")
 
@@ -163,7 +163,7 @@ def check_annotations(cfg: CfgNode, datasets: Sequence[str]) -> None:
 
     Args:
         cfg: of the model.
-        datasets: names. Those that no COCO file is known of are left out.
+        datasets: names. Those without a known COCO file are left out.
 
     Raises:
         UserError: see :func:`repr_det.detection.annotations.check`.
@@ -176,7 +176,7 @@ def check_annotations(cfg: CfgNode, datasets: Sequence[str]) -> None:
 
 
 def is_coco(metadata: Metadata) -> bool:
-    """Whether a dataset's annotation file is COCO's and somebody's own: LVIS's is not."""
+    """Whether a dataset has a COCO-format file of its own: not drawn, held out or of LVIS."""
     own = not metadata.get("drawn_on_first_use") and not metadata.get("held_out_of")
     return own and metadata.get("evaluator_type") == "coco"
 
@@ -192,8 +192,7 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
         images: its image folder.
 
     Raises:
-        UserError: files that do not exist, are not COCO's or contradict
-            themselves; a name in use.
+        UserError: files that do not exist, are not COCO's or contradict themselves; a name in use.
     """
     known = MetadataCatalog.get(name)
     files = known.get("json_file"), known.get("image_root")
@@ -213,7 +212,7 @@ def use_coco_data(cfg: CfgNode, split: str, name: str, annotations: str, images:
 
 
 def check_same_classes(train: str, test: str) -> None:
-    """Refuse two datasets of different classes, which were read: labels would not mean the same.
+    """Refuse two datasets that were read where their classes differ.
 
     Raises:
         UserError: names or their order by id differ.
@@ -227,7 +226,7 @@ def check_same_classes(train: str, test: str) -> None:
 
 
 def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
-    """Set what the model's heads have to count to what a dataset that was read has.
+    """Set the model's numbers of classes and keypoints to those of a dataset that was read.
 
     Args:
         cfg: changed in place.
@@ -250,14 +249,14 @@ def check_datasets(cfg: CfgNode) -> None:
 def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
     """Refuse a dataset that is not there.
 
-    A COCO file that Detectron2 would read is read by :func:`register_coco` from here on.
+    From then on, :func:`register_coco` reads a COCO file that Detectron2 would have read.
 
     Args:
         name: of the dataset.
         uses: what it is for.
 
     Raises:
-        UserError: a name that nobody registered, or annotations or images that do not exist.
+        UserError: a name that is not registered, or annotations or images that do not exist.
     """
     if name not in DatasetCatalog.list():
         raise UserError(
@@ -275,7 +274,7 @@ def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
                 f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)}. "
                 f"`repr-det demo` needs no data."
             )
-    if is_coco(metadata) and _is_read_by_us(name):
+    if is_coco(metadata) and _has_coco_reader(name):
         register_coco(name, metadata.json_file, metadata.image_root, uses)
 
 
@@ -294,7 +293,7 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
         UserError: their number differs, or their names.
     """
     count = num_classes(cfg)
-    first: tuple[str, Sequence[str]] | None = None
+    first: str | None = None
     for name in datasets:
         metadata = MetadataCatalog.get(name)
         if metadata.get("thing_classes") is None:
@@ -307,16 +306,12 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
                 f"{num_classes_key(cfg)} is {count}, but dataset {name} has {len(classes)} "
                 f"classes. Set it to {len(classes)}, or another dataset."
             )
-        first = first or (name, classes)
-        if list(classes) != list(first[1]):
-            raise UserError(
-                f"Dataset {name} has other classes than {first[0]}, or in another order. Set "
-                f"datasets with the same ones."
-            )
+        first = first or name
+        check_same_classes(first, name)
 
 
 def check_trained_classes(weights: str, datasets: Sequence[str]) -> None:
-    """Refuse datasets, which were read, of other classes than a checkpoint was trained on.
+    """Refuse datasets that were read and have other classes than a checkpoint was trained on.
 
     Args:
         weights: path of the checkpoint.
@@ -335,11 +330,11 @@ def check_training_objects(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> N
 
     Args:
         cfg: the model's config.
-        records: in Detectron2's format, by whatever loader.
+        records: in Detectron2's format, from any reader.
 
     Raises:
-        UserError: an object without a mask, or with RLE where polygons are asked for, or another
-            number of keypoints than the model's.
+        UserError: an object without a mask, or with RLE where ``INPUT.MASK_FORMAT`` is
+            polygon, or another number of keypoints than the model's.
     """
     if cfg.MODEL.KEYPOINT_ON:
         for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):

@@ -37,11 +37,11 @@ class _SeededDataset(Dataset):
                 example = self._mapper(copy.deepcopy(record))
                 if example is not None:
                     return example
-        raise UserError("None of the training images can be read: see the warnings above.")
+        raise UserError("None of the training images can be read. See the warnings above.")
 
 
 class BatchPlan(Sampler):
-    """Which images every iteration of one rank sees, without end.
+    """Which images one rank sees in each iteration, without end.
 
     Epochs are permutations of all images, dealt out to the ranks in turn. With aspect-ratio
     grouping a batch holds only wide or only tall images; the plan is always worked out from its
@@ -147,8 +147,8 @@ def build_deterministic_loader(
     """
     if cfg.DATALOADER.SAMPLER_TRAIN != "TrainingSampler":
         raise UserError(
-            f"DETERMINISTIC knows no {cfg.DATALOADER.SAMPLER_TRAIN}: set "
-            f"DATALOADER.SAMPLER_TRAIN to TrainingSampler or DETERMINISTIC to False."
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}. With DETERMINISTIC, set "
+            f"TrainingSampler."
         )
     world_size = comm.get_world_size()
     grouped = cfg.DATALOADER.ASPECT_RATIO_GROUPING

@@ -83,7 +83,7 @@ def annotation_file(dataset: str) -> Path:
         DatasetCatalog.get(dataset)
     if metadata.get("json_file") is None:
         raise UserError(
-            f"Dataset {dataset} has no COCO-format annotation file: write its annotations as one."
+            f"Dataset {dataset} has no COCO-format annotation file. Write its annotations as one."
         )
     return Path(metadata.json_file)
 
@@ -97,7 +97,7 @@ def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
     train = None
     if dataset in map(held_out_name, cfg.DATASETS.TRAIN):
         register_held_out(cfg)
-        # None for a dataset of somebody's that happens to be called so.
+        # None for a user's own dataset of that name.
         train = MetadataCatalog.get(dataset).get("held_out_of")
     if train is None:
         return Annotations(annotation_file(dataset))
@@ -113,7 +113,7 @@ def evaluate(
     label: str = "Evaluating",
     progress: bool = False,
 ) -> Evaluation:
-    """COCO's metrics, 100 detections an image; see :func:`repr_det.detection.matching.match`."""
+    """COCO's metrics, at most 100 detections an image; see :mod:`repr_det.detection.matching`."""
     found = match(truth, results, iou_type, label=label, progress=progress)
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
     values = average_precision(found, once)
@@ -152,8 +152,8 @@ def detect(
         progress: show a bar for each dataset.
 
     Raises:
-        UserError: datasets, annotations or weights that are not there or do not
-            fit one another; an image that cannot be read.
+        UserError: datasets, annotations or weights that are not there or do not fit one another;
+            an image that cannot be read.
     """
     truths = {}
     for dataset in cfg.DATASETS.TEST:
@@ -214,7 +214,7 @@ def coco_entries(
 def category_ids(dataset: str) -> list[int]:
     """The category id of each contiguous class id of a dataset that was read.
 
-    Where a dataset has no ids of its own, the contiguous ones are meant, as in Detectron2.
+    Where a dataset has none, these are the contiguous ids, as in Detectron2.
     """
     metadata = MetadataCatalog.get(dataset)
     contiguous = metadata.get("thing_dataset_id_to_contiguous_id")

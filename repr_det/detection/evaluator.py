@@ -17,7 +17,7 @@ from repr_det.detection.datasets import is_coco
 
 
 class CocoEvaluator(COCOEvaluator):
-    """COCO's metrics; records with the results what their categories are called.
+    """COCO's metrics; records the names of the categories next to the results.
 
     Args:
         cfg: of the model; results go to its ``OUTPUT_DIR``.
@@ -35,7 +35,7 @@ class CocoEvaluator(COCOEvaluator):
                 dataset,
                 output_dir=str(Path(cfg.OUTPUT_DIR, RESULTS.parent)),
                 kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
-                # What is kept of a held-out part in OUTPUT_DIR may be another config's.
+                # A cached held-out part in OUTPUT_DIR may be another config's.
                 allow_cached_coco=False,
             )
 
@@ -49,7 +49,7 @@ class CocoEvaluator(COCOEvaluator):
 
 @contextmanager
 def _reading(truth: Truth) -> Iterator[None]:
-    """Hand these annotations to COCOEvaluator, which opens its file itself."""
+    """Let COCOEvaluator, which opens its file itself, find these annotations."""
     before, coco_evaluation.COCO = coco_evaluation.COCO, lambda path: truth
     try:
         yield

@@ -1,4 +1,4 @@
-"""Keypoints by what categories say of them: names, skeleton, and pairs that a flip swaps."""
+"""Keypoints as categories describe them: names, skeleton, and pairs that a flip swaps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from repr_det.errors import UserError
 logger = logging.getLogger(f"detectron2.{__name__}")
 
 SIGMA = 0.05
-"""Of the distance at which a keypoint counts as found, where nobody has measured it for a dataset.
-COCO's own, measured for people, are 0.025 to 0.107."""
+"""The sigma of COCO's keypoint similarity where none was measured for a dataset. COCO's own sigmas
+were measured for people and are 0.025 to 0.107."""
 
 _OF_PEOPLE = 17
 """How many keypoints COCO's people have: pycocotools knows the sigmas of these."""
@@ -46,7 +46,7 @@ def flip_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def set_metadata(metadata: Metadata, path: str, content: dict[str, Any]) -> None:
-    """Tell Detectron2 what keypoints are called, unless the metadata say so already.
+    """Set the names, pairs and skeleton of keypoints, unless the metadata have names.
 
     Args:
         metadata: of the dataset, changed in place.
@@ -110,11 +110,11 @@ def check_number(cfg: CfgNode, name: str, metadata: Metadata) -> None:
     names = metadata.get("keypoint_names")
     if not names:
         return
-    key, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
-    if key != len(names):
+    count, sigmas = cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS, cfg.TEST.KEYPOINT_OKS_SIGMAS
+    if count != len(names):
         raise UserError(
-            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {key}, but dataset {name} has {len(names)} "
-            f"keypoints. Set it to {len(names)}."
+            f"MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS is {count}, but dataset {name} has "
+            f"{len(names)} keypoints. Set it to {len(names)}."
         )
     if len(sigmas or range(_OF_PEOPLE)) != len(names):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Images of a loader: those that cannot be read are named, and skipped if that is wanted."""
+"""Names images that a loader cannot read, or skips them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class NamedImages:
 
     Args:
         mapper: Detectron2's.
-        skip: return None for such an image, for which the loader takes another, and count it.
+        skip: return None for such an image, so that the loader takes another, and count it.
         longest: of the sides of an image as the model sees it, in pixels; None where images are not
             resized.
 

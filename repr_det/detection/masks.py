@@ -1,4 +1,4 @@
-"""What a mask of COCO's format must be, before pycocotools reads memory that is not there."""
+"""Checks masks of COCO's format, since pycocotools reads outside its memory for damaged ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from repr_det.errors import shown
 
 FURTHEST = 1_000_000
-"""Pixels. A number beyond it is no place in an image."""
+"""In pixels. A larger number is no place in an image."""
 
 NO_MASK = "has no mask. Set a segmentation."
 """What :func:`mask_fault` says where there is none."""

@@ -41,12 +41,12 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
         return records
     if (sampler := cfg.DATALOADER.SAMPLER_TRAIN).startswith("Weighted"):
         raise UserError(
-            f"{sampler} weighs the images of whole datasets: with DATASETS.HELD_OUT or "
+            f"{sampler} weighs the images of whole datasets. With DATASETS.HELD_OUT or "
             "TRAIN_SHARE, set DATALOADER.SAMPLER_TRAIN to TrainingSampler."
         )
     # Positions count the images without annotations, too: those to be held out must not depend on
     # what training leaves out.
-    files = _files(record for name in cfg.DATASETS.TRAIN for record in _read(name))
+    files = _files(record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name))
     chosen = {files[position] for position in part_indices(len(files), held_out, share)[0]}
     records = [record for record in records if record["file_name"] in chosen]
     if not records:
@@ -65,9 +65,10 @@ def _least_keypoints(cfg: CfgNode) -> int:
 def _why_nothing(cfg: CfgNode) -> str | None:
     """Why no image is left to train on; None where some are."""
     for name in cfg.DATASETS.TRAIN:
-        if not len(_read(name)):
+        if not len(DatasetCatalog.get(name)):
             return f"Dataset {name} is empty. Set another dataset."
-    objects = [r.get("annotations", ()) for name in cfg.DATASETS.TRAIN for r in _read(name)]
+    records = [record for name in cfg.DATASETS.TRAIN for record in DatasetCatalog.get(name)]
+    objects = [record.get("annotations", ()) for record in records]
     single = [[o for o in found if not o.get("iscrowd")] for found in objects]
     if cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS and not any(single):
         return (
@@ -123,7 +124,7 @@ def register_held_out(cfg: CfgNode) -> None:
         MetadataCatalog.remove(name)
 
     def load() -> list[dict[str, Any]]:
-        records = _read(train)
+        records = DatasetCatalog.get(train)
         of_train = MetadataCatalog.get(train)
         classes = {key: of_train.get(key) for key in _OF_CLASSES}
         MetadataCatalog.get(name).set(**{k: v for k, v in classes.items() if v is not None})
@@ -136,14 +137,10 @@ def register_held_out(cfg: CfgNode) -> None:
 
 
 def _files(records: Iterable[dict[str, Any]]) -> list[str]:
-    """The image files of a dataset, each once: a file may stand there once for each object."""
+    """The image files of a dataset, each once: a dataset may list a file once for each object."""
     return list(dict.fromkeys(record["file_name"] for record in records))
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether somebody else has registered a dataset under a name."""
+    """Whether a dataset of a name is registered and is not a held-out part of ours."""
     return name in DatasetCatalog.list() and not MetadataCatalog.get(name).get("held_out_of")
-
-
-def _read(name: str) -> list[dict[str, Any]]:
-    return DatasetCatalog.get(name)

@@ -46,7 +46,7 @@ _MOST_TICKS = 65535
 """Ticks a second that MPEG-4 can count."""
 
 
-# --- what is asked for
+# --- inputs and labels
 
 
 class Source(NamedTuple):
@@ -67,24 +67,25 @@ class Source(NamedTuple):
 
 
 def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Source]:
-    """The images and videos that are meant by files and folders.
+    """The images and videos in files and folders.
 
     Args:
-        inputs: images, videos, and folders, whose images are taken with those of their subfolders,
-            but for hidden files and folders.
+        inputs: images, videos, and folders, whose images are taken with those of their subfolders.
+            Hidden files and folders are left out.
         output: folder in which pictures will be drawn, or None.
 
     Raises:
-        UserError: an input that does not exist.
-        UserError: nothing to look at, files that are neither, a video that cannot be read,
-            pictures that would replace one another or the inputs.
+        UserError: an input that does not exist or is of neither kind, a folder without images, a
+            video that cannot be read, or pictures that would replace one another or the inputs.
     """
     sources = []
     for path in inputs:
         if path.is_dir():
             found = images_below(path)
             if not found:
-                raise UserError(f"Folder {path} holds no images ({', '.join(SUFFIXES)}).")
+                raise UserError(
+                    f"Folder {path} holds no images ({', '.join(SUFFIXES)}). Set another one."
+                )
             sources += [Source(p, p.relative_to(path)) for p in found]
         elif not path.exists():
             raise UserError(f"Input {path} does not exist. Set images, folders or videos.")
@@ -96,7 +97,7 @@ def find_sources(inputs: Sequence[Path], output: Path | None = None) -> list[Sou
         else:
             raise UserError(
                 f"Input {path} is neither an image ({', '.join(SUFFIXES)}) nor a video "
-                f"({', '.join(VIDEOS)})."
+                f"({', '.join(VIDEOS)}). Set another one."
             )
     if output is not None:
         _check_drawn(sources, output)
@@ -121,7 +122,7 @@ def _check_drawn(sources: Sequence[Source], output: Path) -> None:
 
 
 class Labels(NamedTuple):
-    """What classes and images are called.
+    """Names and ids of classes, and ids of images.
 
     Attributes:
         names: of the classes, by contiguous id.
@@ -137,12 +138,12 @@ class Labels(NamedTuple):
 def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
     """Labels of a COCO annotation file, or of a registered dataset that the config names.
 
-    Where neither is known, classes are called as the checkpoint of the run says, or else by their
-    number, and counted from 1.
+    Where neither is known, the names are those in the checkpoint, or else ``class 1``, ``class 2``,
+    and so on, and the ids are counted from 1.
 
     Raises:
-        UserError: no such file, not COCO's, or of another number of classes
-            than the model, or of other classes than it was trained on.
+        UserError: no such file, not COCO's, or of another number of classes than the model, or of
+            other classes than it was trained on.
     """
     count, recorded = num_classes(cfg), recorded_names(cfg.MODEL.WEIGHTS)
     if annotations is not None:
@@ -167,7 +168,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
 
 
 def _labels_of(dataset: str) -> Labels | None:
-    """Labels of a registered dataset, whether it was read yet or not; None where nobody knows."""
+    """Labels of a registered dataset, whether it was read yet or not; None where unknown."""
     if dataset not in MetadataCatalog.list():
         return None
     metadata = MetadataCatalog.get(dataset)
@@ -183,7 +184,7 @@ def _labels_in(content: dict[str, Any]) -> Labels:
     return Labels(category_names(content), sorted(c["id"] for c in content["categories"]), {})
 
 
-# --- looking
+# --- detection
 
 
 class Detector:
@@ -203,7 +204,7 @@ class Detector:
         if not 0 <= min_score <= 1:
             raise UserError(f"--score-threshold is {min_score}. Set a score from 0 to 1.")
         if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
-            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}: only RGB and BGR can be read.")
+            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT}. Set RGB or BGR.")
         self._min_score = min_score
         self._bgr = cfg.INPUT.FORMAT == "BGR"
         self._resize = T.ResizeShortestEdge(
@@ -270,12 +271,12 @@ def predict(
 
     Args:
         detector: what detects.
-        labels: what the results are called. ``image_id`` is the one that the labels know for a file
-            name (as it stands in a folder); other images and frames are numbered after those.
+        labels: names and ids for the results. ``image_id`` is that of the labels for a file name,
+            relative to its folder; other images and frames are numbered after those.
         sources: from :func:`find_sources`.
         output: folder for the pictures and videos, made when there is something to write; None to
             draw nothing.
-        batch_size: images at once.
+        batch_size: images in a batch.
         longest: side of an image as the detector sees it, in pixels; an image that would be less
             than half a pixel wide then is left out. None for no limit.
         progress: show a bar.
@@ -436,7 +437,7 @@ def _read_frames(video: Source, numbers: Iterator[int], faults: list[str]) -> It
 
 @contextmanager
 def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels], None] | None]:
-    """What writes pictures into a video, which is there only when it is whole; None for no video.
+    """A function that writes pictures into a video, whole or not at all; None for no video.
 
     Raises:
         UserError: it cannot be written.

@@ -216,7 +216,7 @@ def _place_objects(
                 centres.append(centre)
                 break
     raise UserError(
-        f"{count} objects do not fit into an image of {size} pixels: lower the number of objects."
+        f"{count} objects do not fit into an image of {size} pixels. Lower the number of objects."
     )
 
 
@@ -345,7 +345,7 @@ def draw_scene(rng: np.random.Generator, size: int, objects: tuple[int, int]) ->
 def _polygons(mask: np.ndarray, corner: np.ndarray) -> list[list[float]]:
     """Outlines of an oversampled mask as COCO polygons in pixels of the image.
 
-    ``corner`` (x, y) is where the mask's first pixel lies in the oversampled image.
+    ``corner`` (x, y) is the position of the mask's first pixel in the oversampled image.
 
     Polygons cannot have holes, so a mask with one is cut along a column through it, and the two
     parts are outlined on their own.
@@ -422,7 +422,7 @@ def _write_json(path: Path, spec: ShapesSpec, drawn: list[tuple[dict, list[dict]
 def write_shapes(folder: Path, spec: ShapesSpec) -> None:
     """Draw the whole dataset into ``folder``, which must exist.
 
-    Leaves ``train/`` and ``val/`` with the images and, beside them, ``train.json``, ``val.json``
+    Leaves ``train/`` and ``val/`` with the images and, next to them, ``train.json``, ``val.json``
     and a JSON for each of :data:`SUBSETS` (``train_10pct.json``), which names the first of the
     training images.
 
@@ -442,7 +442,7 @@ def write_shapes(folder: Path, spec: ShapesSpec) -> None:
 
 
 def shapes_folder(spec: ShapesSpec = ShapesSpec()) -> Path:
-    """Where the dataset of ``spec`` lies or will lie; nothing is written.
+    """The folder of the dataset of ``spec``, whether it is drawn yet or not; nothing is written.
 
     The folder is below ``REPR_DET_CACHE``, or below ``~/.cache/repr_det`` where that variable is
     not set, and its name changes with everything that changes the files.

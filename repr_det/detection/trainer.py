@@ -1,4 +1,4 @@
-"""The trainer of detection and instance segmentation."""
+"""The trainer for detection and instance segmentation."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class DetectionTrainer(RePrTrainer):
         cfg: a config from :func:`repr_det.tasks.get_cfg`.
 
     Raises:
-        UserError: datasets that are not there or do not fit the model, and
-            whatever :class:`RePrTrainer` refuses.
+        UserError: datasets that are not there or do not fit the model, and what
+            :class:`RePrTrainer` refuses.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
