@@ -168,7 +168,7 @@ class _Faults:
         """Note that an annotation cannot be used; one that is damaged comes before missing ones."""
         self._counts[use] += 1
         if use not in self._first or not missing and use not in self.damaged:
-            self._first[use] = _fault(self._path, entry, fault)
+            self._first[use] = f"{self._path}: annotation {shown(entry['id'])} {fault}"
         if not missing:
             self.damaged.add(use)
 
@@ -261,11 +261,10 @@ def _images(path: str, entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]
         if not _is_text(image.get("file_name")):
             raise UserError(f"{_lacks(whose, image, 'file_name')}. Set the image's file name.")
         for side in ("width", "height"):
-            image[side] = _whole(image.get(side, ...))
-            if type(image[side]) is not int or not 0 < image[side] < MOST_PIXELS:
-                if image[side] is ...:
-                    del image[side]
+            length = _whole(image.get(side))
+            if type(length) is not int or not 0 < length < MOST_PIXELS:
                 raise UserError(f"{_lacks(whose, image, side)}. Set the image's size in pixels.")
+            image[side] = length
         if image["width"] * image["height"] >= MOST_PIXELS:
             raise UserError(
                 f"{whose} has the width {image['width']} and height {image['height']}. Set the "
@@ -300,7 +299,7 @@ def _linked(
     images: Sequence[dict[str, Any]],
     categories: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Copies of annotations, which point to images and categories that there are."""
+    """Copies of annotations whose images and categories exist."""
     annotations = _with_ids(path, "annotations", entries)
     links = [
         ("image_id", {image["id"] for image in images}),
@@ -308,41 +307,35 @@ def _linked(
     ]
     for entry in annotations:
         for key, known in links:
-            number = entry[key] = _whole(entry.get(key, ...))
+            number = _whole(entry.get(key))
             if type(number) not in (int, str) or number not in known:
                 whose = f"{path}: annotation {shown(entry['id'])}"
-                if number is ...:
+                if key not in entry:
                     raise UserError(f"{whose} has no {key}. Set one.")
                 raise UserError(
                     f"{whose} has {key} {shown(number)}, which the file does not define. Correct "
                     f"or remove it."
                 )
+            entry[key] = number
     return annotations
-
-
-def _fault(path: str, entry: dict[str, Any], fault: str) -> str:
-    return f"{path}: annotation {shown(entry['id'])} {fault}"
 
 
 def _repair_object(path: str, entry: dict[str, Any]) -> None:
     """Refuse an annotation without a sound box, or repair ``iscrowd`` in place."""
-    box = entry.get("bbox")
+    whose, box = f"{path}: annotation {shown(entry['id'])}", entry.get("bbox")
     if type(box) is not list or len(box) != 4 or not are_pixels(box) or min(box[2:]) < 0:
         raise UserError(
-            f"{_lacks(_fault(path, entry, '').rstrip(), entry, 'bbox')}. Set four numbers in "
-            f"pixels: x, y, width, height."
+            f"{_lacks(whose, entry, 'bbox')}. Set four numbers in pixels: x, y, width, height."
         )
     crowd = entry.get("iscrowd")
     try:
         entry["iscrowd"] = _CROWD[crowd]
     except (KeyError, TypeError):
-        raise UserError(
-            _fault(path, entry, f"has the iscrowd {shown(crowd)}. Set 0 or 1.")
-        ) from None
+        raise UserError(f"{whose} has the iscrowd {shown(crowd)}. Set 0 or 1.") from None
     if entry.get("ignore"):
         raise UserError(
-            f"{_fault(path, entry, 'has the key ignore')}, which COCO's format does not know. Set "
-            f"iscrowd 1, or remove it."
+            f"{whose} has the key ignore, which COCO's format does not know. Set iscrowd 1, or "
+            f"remove it."
         )
 
 
