@@ -31,7 +31,7 @@ class SafeCheckpointer(DetectionCheckpointer):
     newest file is damaged, this is reported and the one before it is used.
     """
 
-    _whole = False
+    _whole = False  # whether the file that is being loaded must hold every entry of the model
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` and then ``last_checkpoint``.

@@ -40,10 +40,13 @@ class ClassNames(HookBase):
 
 
 def recorded_names(weights: str | Path) -> list[str] | None:
-    """The names of the classes that a checkpoint was trained on; None where it has none.
+    """The names of the classes that a checkpoint was trained on.
 
     Args:
-        weights: a path or URL as in ``MODEL.WEIGHTS``. None, too, where it cannot be loaded.
+        weights: a path or URL as in ``MODEL.WEIGHTS``.
+
+    Returns:
+        The names in order; None where the checkpoint has none or cannot be loaded.
     """
     if Path(weights).suffix != ".pth" or not Path(weights).is_file():
         return None

@@ -111,7 +111,7 @@ def run(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor)
 
 
 def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: TrainerFor) -> None:
-    with told_in_one_sentence():
+    with _mistakes_in_one_sentence():
         cfg = configure(args)
         cfg.freeze()
         trainer_class = trainer_for(cfg)
@@ -176,7 +176,7 @@ def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -
 
 
 @contextmanager
-def told_in_one_sentence() -> Iterator[None]:
+def _mistakes_in_one_sentence() -> Iterator[None]:
     """Turn a user's mistake into one sentence, printed by one process, and exit status 2."""
     try:
         yield

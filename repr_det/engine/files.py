@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from repr_det.errors import UserError, shown
 
 
-def write_whole(target: Path, write: Any) -> None:
+def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a temporary file and rename it, so that the file is whole or not there at all."""
     # With a name of its own, since another process may write the same file.
     aside = target.with_name(f".{target.name}.{os.getpid()}.writing")

@@ -74,7 +74,7 @@ class History(NamedTuple):
 
 
 class LateJSONWriter(JSONWriter):
-    """Detectron2's writer of scalars, but the file is made only when there is a line to write.
+    """Detectron2's writer of scalars, but the file is made when it is first written to.
 
     Args:
         json_file: path of ``metrics.json``; new lines are appended.

@@ -53,8 +53,8 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     if solver.FUSED:
         if solver.OPTIMIZER == "RMSprop":
             raise UserError(
-                "SOLVER.FUSED: PyTorch has no fused RMSprop. Turn it off or choose another "
-                "SOLVER.OPTIMIZER."
+                "SOLVER.FUSED is True, but PyTorch has no fused RMSprop. Set it to False, or set "
+                "another SOLVER.OPTIMIZER."
             )
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = True, False

@@ -274,7 +274,7 @@ def check_weights(weights: str, *, required: bool = False) -> None:
     except Exception as error:  # whatever the network layer raises
         raise UserError(
             f"MODEL.WEIGHTS {weights} could not be downloaded ({type(error).__name__}). Fetch it "
-            f"where there is network and give its path, or train from scratch with "
+            f"where there is a network and set its path, or train from scratch with "
             f"MODEL.WEIGHTS ''."
         ) from error
     if not os.path.isfile(path):
