@@ -48,9 +48,8 @@ def run(args: argparse.Namespace) -> None:
         UserError: no such weights or config, or a network that Detectron2 does not have.
     """
     from repr_det.classification.export import export_backbone
-    from repr_det.engine.checkpoint import last_checkpoint
+    from repr_det.engine.checkpoint import has_run, last_checkpoint
     from repr_det.engine.files import check_folder_of, write_text_whole
-    from repr_det.engine.trainer import has_run
     from repr_det.report.run import flat_settings
 
     target = args.output or args.old_target

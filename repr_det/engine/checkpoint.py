@@ -137,6 +137,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         return incompatible
 
 
+def has_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run's checkpoint to resume from."""
+    return (Path(folder) / "last_checkpoint").is_file()
+
+
 def last_checkpoint(folder: str | Path) -> Path:
     """The checkpoint that ``last_checkpoint`` in a run's folder names.
 

@@ -15,11 +15,11 @@ from detectron2.utils import comm
 from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
-from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
+from repr_det.engine.checkpoint import SafeCheckpointer, has_run, last_checkpoint
 from repr_det.engine.config import config_path
 from repr_det.engine.processes import launch
 from repr_det.engine.run_folder import open_run_folder, set_up_process
-from repr_det.engine.trainer import RePrTrainer, check_weights, has_run
+from repr_det.engine.trainer import RePrTrainer, check_weights
 from repr_det.errors import UserError, sentence
 
 GRACE_S = 60.0

@@ -9,9 +9,9 @@ import torch
 from detectron2.config import CfgNode
 from torch import nn
 
-from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
+from repr_det.engine.checkpoint import SafeCheckpointer, has_run, last_checkpoint
 from repr_det.engine.command_line import merge_config_file, merge_overrides
-from repr_det.engine.trainer import RePrTrainer, check_weights, has_run
+from repr_det.engine.trainer import RePrTrainer, check_weights
 from repr_det.errors import UserError
 
 
@@ -36,7 +36,7 @@ def merge_trained(
         merge_config_file(cfg, config_file or "")
     else:
         config = run / "config.yaml"
-        if not config.is_file() or not has_run(str(run)):
+        if not config.is_file() or not has_run(run):
             raise UserError(
                 f"{run} holds no run ({config.name} and last_checkpoint). Pass the OUTPUT_DIR of "
                 "one, or a config file and MODEL.WEIGHTS."

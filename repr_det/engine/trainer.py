@@ -313,8 +313,3 @@ def _scaled_to(cfg: CfgNode, num_workers: int, lengths: Sequence[str]) -> CfgNod
     if frozen:
         scaled.freeze()
     return scaled
-
-
-def has_run(output_dir: str) -> bool:
-    """Whether a folder holds a run's checkpoint to resume from."""
-    return (Path(output_dir) / "last_checkpoint").is_file()
