@@ -70,7 +70,7 @@ clean:
 	rm -rf output/demo build docs/_build repr_det.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find repr_det experiments tests tools docs -name __pycache__ -prune -exec rm -rf {} +
 
-# The stamp is written last, so an installation that was interrupted goes on at the next call.
+# The stamp is written last, so an installation that was interrupted continues at the next call.
 .venv/.installed: setup.py repr_det/cli/install_detectron2.py
 	python3 -m venv .venv
 	.venv/bin/python -m pip install torch==2.14.1 torchvision==0.29.1

@@ -1,4 +1,4 @@
-"""Which task a config is of: its keys, its data, its trainer."""
+"""The task of a config: its keys, its data, its trainer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def get_cfg() -> CfgNode:
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
-    """The config that parsed arguments describe, datasets given by their files registered."""
+    """The config that parsed arguments describe; registers datasets that they name by files."""
     cfg = get_cfg()
     command_line.merge_arguments(cfg, args)
     use_data(cfg, args, args.opts)
@@ -45,7 +45,7 @@ def configure(args: argparse.Namespace) -> CfgNode:
 
 
 def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = ()) -> None:
-    """Register the datasets that parsed arguments give by their files, and name them in a config.
+    """Register the datasets that parsed arguments name by files, and set them in a config.
 
     Args:
         cfg: changed in place.
@@ -94,4 +94,4 @@ def task_of(cfg: CfgNode) -> str:
 
 def trainer_for(cfg: CfgNode) -> type[RePrTrainer]:
     """The trainer of a config's task."""
-    return {DETECTION: DetectionTrainer, CLASSIFICATION: ClassificationTrainer}[task_of(cfg)]
+    return DetectionTrainer if task_of(cfg) == DETECTION else ClassificationTrainer
