@@ -116,8 +116,8 @@ def register_held_out(cfg: CfgNode) -> None:
     name = held_out_name(train)
     if _is_foreign(name):
         raise UserError(
-            f"A dataset called {name} is registered already, which is how the images of "
-            "DATASETS.HELD_OUT would be called. Set another name for it."
+            f"A dataset called {name} is registered already, but the images of DATASETS.HELD_OUT "
+            f"need that name. Set another one for it."
         )
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)

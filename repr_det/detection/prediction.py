@@ -229,7 +229,7 @@ class Detector:
 
 
 class _Frame(NamedTuple):
-    """An image, or one of a video, with what its detections are called in COCO's results."""
+    """An image or a frame of a video, with the id and other keys of its detections."""
 
     source: Source
     image: Pixels

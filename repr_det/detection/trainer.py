@@ -111,7 +111,7 @@ class DetectionTrainer(RePrTrainer):
         return CocoEvaluator(cfg, dataset_name)
 
     def build_hooks(self) -> list[HookBase]:
-        """The hooks of every task, and one that records what the classes are called."""
+        """The hooks of every task, and one that records the names of the classes."""
         train = self.cfg.DATASETS.TRAIN[0]
         names = MetadataCatalog.get(train).get("thing_classes")
         return [ClassNames(f"Dataset {train}", names), *super().build_hooks()]
