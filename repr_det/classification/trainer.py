@@ -51,6 +51,16 @@ class ClassificationTrainer(RePrTrainer):
         super().__init__(self.in_iterations(cfg))
 
     @classmethod
+    def check(cls, cfg: CfgNode) -> None:
+        """Refuse settings that no batch can be made with."""
+        for key, value, least in (
+            ("INPUT.CROP_PADDING", cfg.INPUT.CROP_PADDING, 0),
+            ("TEST.IMS_PER_BATCH", cfg.TEST.IMS_PER_BATCH, 1),
+        ):
+            if value < least:
+                raise UserError(f"{key} is {value}. Set {least} or more.")
+
+    @classmethod
     def check_to_train(cls, cfg: CfgNode) -> None:
         """Read every dataset that the config names, so that mistakes come before training.
 
@@ -58,6 +68,7 @@ class ClassificationTrainer(RePrTrainer):
             UserError: a mistake in the data, a test set of other classes than the training set, or
                 settings that classification does not have or that exclude each other.
         """
+        cls.check(cfg)
         if cfg.INPUT.RANDOM_FLIP not in ("none", "horizontal"):
             raise UserError(
                 f"INPUT.RANDOM_FLIP is {cfg.INPUT.RANDOM_FLIP!r}. Set none or horizontal for "

@@ -381,6 +381,15 @@ def test_flip_that_classification_does_not_have(cfg, flip):
         ClassificationTrainer(cfg)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "least"), [("INPUT.CROP_PADDING", -1, 0), ("TEST.IMS_PER_BATCH", 0, 1)]
+)
+def test_settings_that_no_batch_can_be_made_with(cfg, key, value, least):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=f"{key} is {value}. Set {least} or more"):
+        ClassificationTrainer(cfg)
+
+
 def test_test_set_with_other_classes(cfg):
     register("corners_test", *make_arrays(50), ["a", "b", "d", "c"])
     with pytest.raises(ValueError, match="corners_test has other classes than corners_train"):
