@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -172,7 +171,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
         raise UserError(f"Checkpoint {path} does not exist.") from None
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError) as error:
+    except Exception as error:  # of many kinds, depending on which byte is wrong
         raise UserError(
             f"{path} is damaged or is no checkpoint ({type(error).__name__})."
         ) from error

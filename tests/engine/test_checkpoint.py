@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.checkpoint import SafeCheckpointer, read_checkpoint
+from repr_det.errors import UserError
 
 
 def small_model(width=4):
@@ -87,6 +88,23 @@ def test_not_a_checkpoint(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"weights.pth is damaged or is no checkpoint"):
         SafeCheckpointer(small_model(), str(tmp_path)).resume_or_load(str(path), resume=False)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
+def test_a_changed_byte_never_ends_in_an_error_of_torch(tmp_path):
+    path = tmp_path / "model_0000004.pth"
+    SafeCheckpointer(small_model(), str(tmp_path)).save("model_0000004", iteration=4)
+    content = path.read_bytes()
+    refused = 0
+    begin = content.index(b"data.pkl")
+    for position in range(begin, begin + 300):
+        path.write_bytes(content[:position] + b"\xf8" + content[position + 1 :])
+        try:
+            read_checkpoint(path)
+        except UserError as error:
+            assert "is damaged or is no checkpoint" in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_code_in_a_file_is_never_run(tmp_path):
