@@ -111,11 +111,18 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
     Detectron2's warm-up.
 
     Raises:
-        UserError: the name is unknown, or a triangular schedule has no period.
+        UserError: the name is unknown, a triangular schedule has no period or no rate, or
+            Detectron2 refuses its keys.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME in _DETECTRON2S:
-        return detectron2.solver.build_lr_scheduler(cfg, optimizer)
+        try:
+            return detectron2.solver.build_lr_scheduler(cfg, optimizer)
+        except (ValueError, AssertionError, ZeroDivisionError) as error:
+            raise UserError(
+                f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME} cannot be built ({error}). "
+                f"Correct SOLVER.STEPS, SOLVER.BASE_LR or SOLVER.BASE_LR_END."
+            ) from error
     if solver.LR_SCHEDULER_NAME != TRIANGULAR:
         raise UserError(
             f"SOLVER.LR_SCHEDULER_NAME is {solver.LR_SCHEDULER_NAME!r}. Set it to one of "
@@ -126,6 +133,8 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
             f"SOLVER.CYCLE_ITERS is {solver.CYCLE_ITERS}. Set the length of a period of the "
             "cyclical learning rate."
         )
+    if solver.BASE_LR <= 0:
+        raise UserError(f"SOLVER.BASE_LR is {solver.BASE_LR}. Set a rate above 0 for {TRIANGULAR}.")
     schedule: ParamScheduler = TriangularParamScheduler(
         1 + solver.CYCLE_AMPLITUDE / solver.BASE_LR, solver.CYCLE_ITERS / solver.MAX_ITER
     )

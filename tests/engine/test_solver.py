@@ -86,6 +86,21 @@ def test_staircase(cfg, model):
     assert rates(cfg, model) == pytest.approx([0.1] * 10 + [0.01] * 10 + [0.001] * 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("WarmupMultiStepLR", "STEPS", (20, 10)),
+        ("WarmupCosineLR", "BASE_LR_END", 1.0),
+        ("WarmupCosineLR", "BASE_LR", 0.0),
+    ],
+)
+def test_keys_that_detectron2_builds_no_schedule_of(cfg, model, name, key, value):
+    optimizer = build_optimizer(cfg, model)
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER[key] = name, value
+    with pytest.raises(ValueError, match=f"{name} cannot be built .* Correct SOLVER.STEPS"):
+        build_lr_scheduler(cfg, optimizer)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam"])
 def test_cyclical(cfg, model, name):
     cfg.SOLVER.OPTIMIZER = name
@@ -129,9 +144,12 @@ def test_cyclical_continues_after_a_resume(cfg, model):
     assert again.param_groups[0]["lr"] == pytest.approx(whole[14])
 
 
-def test_cyclical_without_a_period(cfg, model):
+def test_cyclical_without_a_period_or_a_rate(cfg, model):
     cfg.SOLVER.LR_SCHEDULER_NAME = "Triangular"
     with pytest.raises(ValueError, match="SOLVER.CYCLE_ITERS is 0"):
+        build_lr_scheduler(cfg, build_optimizer(cfg, model))
+    cfg.SOLVER.CYCLE_ITERS, cfg.SOLVER.BASE_LR = 10, 0.0
+    with pytest.raises(ValueError, match="SOLVER.BASE_LR is 0.0. Set a rate above 0"):
         build_lr_scheduler(cfg, build_optimizer(cfg, model))
 
 
