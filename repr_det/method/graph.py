@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repr_det.errors import UserError
 from repr_det.method.channels import Channels, Filter
 from repr_det.method.layers import FilterLayer, NormLink
-from repr_det.method.modules import named_modules
+from repr_det.method.modules import named_modules, num_filters
 
 
 @dataclass(eq=False)
@@ -237,3 +237,30 @@ def groups_of(tied: Iterable[tuple[Filter, Filter]], widths: dict[str, int]) -> 
         )
         for name, width in widths.items()
     }
+
+
+def visible_units(
+    linears: Mapping[str, nn.Module],
+    irregular: Collection[str],
+    lost: Mapping[str, str],
+    read: Collection[Filter],
+) -> dict[str, str]:
+    """Why the units of a linear layer are not hidden, by the layers of which this is so.
+
+    Args:
+        linears: the linear layers.
+        irregular: layers that do not simply multiply their input by their own weight.
+        lost: by layer with a filter that could not be followed everywhere, where it was lost.
+        read: filters that a layer reads.
+    """
+    visible = {}
+    for name, layer in linears.items():
+        if layer._parameters.get("weight") is None:
+            visible[name] = "its weight is computed from others, as by weight norm"
+        elif name in irregular:
+            visible[name] = "its weight is used elsewhere"
+        elif name in lost:
+            visible[name] = f"its units go into {lost[name]}"
+        elif not all((name, index) in read for index in range(num_filters(layer))):
+            visible[name] = "no layer reads all of its units"
+    return visible

@@ -45,7 +45,7 @@ from repr_det.method.channels import (
     merged,
 )
 from repr_det.method.examples import Example, examples
-from repr_det.method.graph import ChannelGraph, Reader, groups_of, reader_of
+from repr_det.method.graph import ChannelGraph, Reader, groups_of, reader_of, visible_units
 from repr_det.method.layers import NormLink, column_layout
 from repr_det.method.modules import (
     eager,
@@ -683,7 +683,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
     return ChannelGraph(
         convs=convs,
         linears=linears,
-        visible=_visible(found, linears, read),
+        visible=visible_units(linears, found.irregular, found.lost, read),
         norms=_links(tracer),
         readers=readers,
         stems=found.stems,
@@ -709,27 +709,6 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         },
         not_run=not_run,
     )
-
-
-def _visible(found: _Found, linears: dict[str, nn.Module], read: set[Filter]) -> dict[str, str]:
-    """Why the units of a linear layer are not hidden, by the layers of which this is so.
-
-    Args:
-        found: what runs showed.
-        linears: the linear layers.
-        read: filters that a layer reads.
-    """
-    visible = {}
-    for name, layer in linears.items():
-        if layer._parameters.get("weight") is None:
-            visible[name] = "its weight is computed from others, as by weight norm"
-        elif name in found.irregular:
-            visible[name] = "its weight is used elsewhere"
-        elif name in found.lost:
-            visible[name] = f"its units go into {found.lost[name]}"
-        elif not all((name, index) in read for index in range(num_filters(layer))):
-            visible[name] = "no layer reads all of its units"
-    return visible
 
 
 def _not_run(tracer: _Tracer) -> list[str]:
