@@ -50,7 +50,7 @@ from repr_det.method.returning import (
     write_affine,
 )
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
-from repr_det.method.selection import list_of, select_layers, separable, trained_elsewhere
+from repr_det.method.selection import followed, list_of, select_layers, separable, trained_elsewhere
 from repr_det.method.settings import check_data, check_same_settings, check_whole
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
@@ -180,7 +180,7 @@ class RePr:
         # A user's own criterion may run the model.
         self._reads_only_weights = isinstance(criterion, str) and not needs_data
         check_whole("seed", seed)
-        check_optimizer(optimizer)
+        self._scales_by_length = check_optimizer(optimizer)
         self.schedule = schedule
         self.optimizer = optimizer
         self._num_checked_groups = len(optimizer.param_groups)  # more may be added later
@@ -334,8 +334,9 @@ class RePr:
         )
         # By layer, the name of a module that the optimizer should train and does not.
         elsewhere = trained_elsewhere(layers, self._readers, self._trained())
+        names = followed(selected, self.graph.partly, self._scales_by_length)
         # Filters of unsuitable layers would not stay zero.
-        found = separable(layers, set(selected) - self.graph.unsuitable - elsewhere.keys())
+        found = separable(layers, names - self.graph.unsuitable - elsewhere.keys())
         if left_out := elsewhere.keys() & set(selected):
             name = min(left_out)
             message = (
@@ -536,7 +537,7 @@ class RePr:
         self._set_layers()
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         if len(self.optimizer.param_groups) != self._num_checked_groups:  # some were added
-            check_optimizer(self.optimizer)
+            self._scales_by_length = check_optimizer(self.optimizer)
             self._num_checked_groups = len(self.optimizer.param_groups)
         self._pruned = self._none_pruned()  # of the layers that take part now
         self._check_finite("rank")

@@ -86,6 +86,8 @@ class ChannelGraph:
             their channels.
         fixed: by layer, filters that must not be removed (bool of shape (J,)). Something uses their
             channels that may not work the same with fewer of them.
+        partly: layers whose filters meet more than the columns of layers, and what they meet. There
+            may be weights that read only zeros and are not zero themselves.
         not_run: parameters and norms that no run used. What they would read is unknown.
         example: runs the model on the example input on which it was followed, if there was one.
     """
@@ -101,6 +103,7 @@ class ChannelGraph:
     unsuitable: set[str] = field(default_factory=set)
     groups: dict[str, Tensor] = field(default_factory=dict)
     fixed: dict[str, Tensor] = field(default_factory=dict)
+    partly: dict[str, str] = field(default_factory=dict)
     not_run: list[str] = field(default_factory=list)
     example: Callable[[], Any] | None = None
 
@@ -132,6 +135,7 @@ class ChannelGraph:
             "unsuitable": sorted(self.unsuitable),
             "groups": dict(self.groups),
             "fixed": dict(self.fixed),
+            "partly": dict(self.partly),
             "not_run": list(self.not_run),
         }
 
@@ -173,6 +177,7 @@ class ChannelGraph:
             unsuitable=set(state["unsuitable"]),
             groups=on_cpu(state["groups"]),
             fixed=on_cpu(state["fixed"]),
+            partly=dict(state.get("partly", {})),  # older checkpoints lack it
             not_run=list(state["not_run"]),
             example=example,
         )

@@ -9,8 +9,9 @@ float64, with the options of each of its parameter groups and with gradients tha
   nothing decays. A state that is a position (slow weights, averages that weights are drawn from)
   would pull them away.
 
-Norms over a whole weight pass: zeros do not change them. Means over a weight, factored moments and
-noise do not.
+Norms over a whole weight pass: zeros do not change them. But with them, filters take part only
+where all that reads them is known, and so zero meanwhile. Means over a weight, factored moments and
+noise do not pass.
 """
 
 from __future__ import annotations
@@ -49,8 +50,12 @@ _STEPS_AFTER_RETURN = 24
 """Slow weights are averaged in every few steps."""
 
 
-def check_optimizer(optimizer: Optimizer) -> None:
+def check_optimizer(optimizer: Optimizer) -> bool:
     """Refuse an optimizer with which the pruned network would not be exactly a smaller one.
+
+    Returns:
+        Whether weights without a gradient change the steps of others where they are not zero. Trust
+        ratios do (LARS, LAMB): they scale a step by the length of the whole weight.
 
     Raises:
         UserError: it lacks one of the properties above, or could not be tried.
@@ -78,13 +83,14 @@ def check_optimizer(optimizer: Optimizer) -> None:
         warnings.simplefilter("ignore")
         try:
             problem = _keeps_zeros(optimizer) or _lets_rows_return(optimizer)
+            if problem is None:
+                return _scales_by_length(optimizer)
         except Exception as error:  # an unknown optimizer may raise anything
             problem = f"it could not be tried on a small weight ({type(error).__name__}: {error})"
-    if problem is not None:
-        raise UserError(
-            f"RePr: with {type(optimizer).__name__} the pruned network would not train exactly as "
-            f"a smaller one: {problem}. Use an optimizer such as SGD, Adam, AdamW or RMSprop."
-        )
+    raise UserError(
+        f"RePr: with {type(optimizer).__name__} the pruned network would not train exactly as "
+        f"a smaller one: {problem}. Use an optimizer such as SGD, Adam, AdamW or RMSprop."
+    )
 
 
 class _Weight(NamedTuple):
@@ -250,6 +256,26 @@ def _lets_rows_return(optimizer: Optimizer) -> str | None:
         if not all(_same(p.detach()[rows], v) for p, v in zip(trial.parameters, new, strict=True)):
             return "returned filters would move without a gradient, as towards slow weights"
     return None
+
+
+def _scales_by_length(optimizer: Optimizer) -> bool:
+    """Whether rows without a gradient change the steps of other rows."""
+    generator = torch.Generator().manual_seed(2)
+    found = _options(optimizer, decay=True)
+    weights = [list(_weights(dimensions, generator)) for _, dimensions in found]
+    trials = []
+    for factor in (1.0, 3.0):
+        values = [[w.values.clone() for w in some] for some in weights]
+        for value in (value for some in values for value in some):
+            value[:5] *= factor
+        trials.append(_trial(optimizer, [one for one, _ in found], values))
+    for gradients in _growing([weight for some in weights for weight in some], generator):
+        for trial in trials:
+            trial.step([g.index_fill(0, torch.arange(5), 0.0) for g in gradients])
+        pairs = zip(*(trial.parameters for trial in trials), strict=True)
+        if not all(_same(a.detach()[5:], b.detach()[5:]) for a, b in pairs):
+            return True
+    return False
 
 
 def _reset(trial: _Trial, rows: Tensor, values: list[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -181,6 +182,27 @@ def trained_elsewhere(
         if elsewhere(reader.module.weight):
             found.update(dict.fromkeys(reader.filters, reader.name))
     return found
+
+
+def followed(selected: Collection[str], partly: Mapping[str, str], scales: bool) -> set[str]:
+    """Selected layers without those with which the optimizer would not be exact.
+
+    Args:
+        selected: names of layers.
+        partly: layers whose filters meet more than the columns of layers, and what they meet.
+        scales: whether weights without a gradient change the steps of others in the optimizer. A
+            weight that reads zeros and is not zero itself does so then.
+    """
+    left_out = partly.keys() & set(selected) if scales else set()
+    if left_out:
+        name = min(left_out)
+        warnings.warn(
+            f"RePr: {name}{' and others' * (len(left_out) > 1)} cannot lose filters, because they "
+            f"go into {partly[name]}, and the optimizer scales steps by the lengths of whole "
+            f"weights. Use an optimizer such as SGD or AdamW to let it take part.",
+            stacklevel=6,  # at the call of RePr() or step()
+        )
+    return set(selected) - left_out
 
 
 def _any_matches(names: Collection[str], pattern: str) -> bool:

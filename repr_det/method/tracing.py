@@ -123,6 +123,7 @@ class _Found:
         fixed: filters that must not be removed.
         shapes: by conv, the shape of its input.
         doubtful: convs whose output may not be zero where their filter is zero.
+        scaled: layers whose filters meet a parameter outside of layers, such as a scale.
         borrowed: layers that run with other parameters than theirs, or share memory with others.
     """
 
@@ -141,6 +142,7 @@ class _Found:
     fixed: set[Filter] = field(default_factory=set)
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
+    scaled: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
 
     def copy(self) -> _Found:
@@ -518,6 +520,8 @@ class _Tracer(TorchDispatchMode):
         names = READS.get(call.op) or list(call.given)
         each = [self._origin(call[name]) for name in names]
         origin = _together(each)
+        if any(one.weighted and not one.layers for one in each):
+            self._note_scaled(call)
         if call.op in CONTRACTIONS:
             if origin.weighted:  # a product with a weight outside of layers
                 self.found.read |= origin.layers
@@ -533,6 +537,14 @@ class _Tracer(TorchDispatchMode):
         if call.op in PRODUCTS and len(from_layers) == 2:
             self._note_gates(origin.shifted, None)
         return origin
+
+    def _note_scaled(self, call: Call) -> None:
+        """Record layers whose filters meet a parameter that is more than a number."""
+        shapes = (call.shapes(name) for name, tags in call.given.items() if not any(tags))
+        is_layer = call.op in CONVOLUTIONS and self._open
+        if not is_layer and any(shape.numel() > 1 for some in shapes for shape in some):
+            for tag in filter(None, itertools.chain.from_iterable(call.given.values())):
+                self.found.scaled.update(name for name, _ in filters_of(tag.sources))
 
     def _note_gates(self, convs: Collection[str], tag: Tag | None) -> None:
         """Record the filters of a tag as gates, or without a tag all filters of these convs."""
@@ -706,6 +718,10 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         fixed={
             name: torch.tensor([(name, index) in found.fixed for index in range(width)])
             for name, width in widths.items()
+        },
+        partly={
+            **dict.fromkeys(found.scaled & layers.keys(), "a parameter outside of layers"),
+            **{name: found.lost[name] for name in layers.keys() & found.lost},
         },
         not_run=not_run,
     )

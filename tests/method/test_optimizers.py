@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -144,6 +145,61 @@ def test_elementwise_optimizers_of_torch_are_accepted(name, decay):
 )  # fmt: skip
 def test_what_leaves_zeros_alone_is_accepted(make):
     check_optimizer(make(weights()))
+
+
+class Followed(nn.Module):
+    """Three convs after a stem; something may be between the first two."""
+
+    def __init__(self, between: str) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 12, 1), nn.Conv2d(12, 8, 1)
+        self.c, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+        self.scale, self.slopes = nn.Parameter(torch.rand(12, 1, 1) + 0.5), nn.PReLU(12)
+        self.number, self.between = nn.Parameter(torch.ones(1)), between
+
+    def forward(self, x):
+        y = self.a(self.stem(x))
+        y = {
+            "nothing": lambda: y,
+            "a scale": lambda: self.scale * y,
+            "slopes": lambda: self.slopes(y),
+            "one number": lambda: self.number * y,
+            "a sum without a rule": lambda: torch.stack([y, y]).sum(0),
+        }[self.between]()
+        return self.head(nn.functional.silu(self.c(self.b(y))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("between", "takes_part"),
+    [
+        ("nothing", True), ("one number", True), ("a scale", False), ("slopes", False),
+        ("a sum without a rule", False),
+    ],
+)  # fmt: skip
+def test_with_trust_ratios_all_that_reads_a_filter_must_be_known(between, takes_part):
+    """A weight that reads zeros and is not zero itself would count in the length of the whole."""
+    torch.manual_seed(0)
+    model = Followed(between)
+    for name, p in model.named_parameters():
+        p.requires_grad_(name != "scale" or between == "a scale")
+    schedule = RePrSchedule(1, 9, 1)
+    method = RePr(model, torch.optim.SGD(model.parameters(), 0.1), schedule)
+    assert [layer.name for layer in method.layers] == ["a", "b", "c"]
+    with nullcontext() if takes_part else pytest.warns(UserWarning, match="a .*cannot lose filt"):
+        method = RePr(model, TrustRatio(model.parameters()), schedule)
+    assert [layer.name for layer in method.layers] == ["a", "b", "c"][not takes_part :]
+
+
+@pytest.mark.parametrize(
+    ("make", "scales"),
+    [
+        (TrustRatio, True), (Sign, False), (NormClip, False),
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.1), False),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), False),
+    ],
+)  # fmt: skip
+def test_trust_ratios_are_found(make, scales):
+    assert check_optimizer(make(weights())) is scales
 
 
 @pytest.mark.parametrize(
