@@ -412,6 +412,8 @@ class _Tracer(TorchDispatchMode):
     def _leave_norm(self, name: str, x: Any, values: Any, out: Any) -> None:
         if self._inside == 1:
             self._set_origin(out, self._origin(values))
+            others = [self._tag(tensor) for tensor in _tensors_in(values) if tensor is not x]
+            self.found.lose(f"the norm {name}", *others)
             if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
                 self._set_tag(out, self._through_norm(name, x, self._tag(x), values))
             else:

@@ -597,6 +597,29 @@ class Outputs(dict):
     """A container of its own kind."""
 
 
+class Conditioned(nn.LayerNorm):
+    """Units of another layer scale the result."""
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return super().forward(x) * (1 + scale)
+
+
+class Conditional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.main, self.scale = nn.Linear(8, 8), nn.Linear(8, 12), nn.Linear(8, 12)
+        self.norm, self.last, self.other = Conditioned(12), nn.Linear(12, 2), nn.Linear(12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        scale = self.scale(x)
+        return self.last(F.silu(self.norm(self.main(x), scale))) + self.other(scale)
+
+
+def test_units_that_a_norm_gets_as_another_argument_are_not_hidden():
+    assert names(Conditional(), batches=None, loss=None) == ["main"]
+
+
 KEPT: list[Tensor] = []
 SHOWN = {
     "attribute": lambda model, y, h: (setattr(model, "features", h), y)[1],
