@@ -259,6 +259,12 @@ GATES = {
 }  # fmt: skip
 """Operations that turn zero into a constant, which mostly multiplies other channels."""
 
+ROOTS = {
+    "aten::sqrt", "aten::sqrt_", "aten::rsqrt", "aten::rsqrt_", "aten::log", "aten::log_",
+    "aten::reciprocal", "aten::reciprocal_",
+}  # fmt: skip
+"""Operations that are infinite at zero, or have an infinite slope there."""
+
 SHIFTS = {"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub"}
 """Operations that may add a constant to a channel, as in ``1 + scale``."""
 

@@ -80,7 +80,8 @@ class ChannelGraph:
         gates: layers with a filter that no layer reads, and whose zero becomes a constant that
             multiplies other channels: squeeze-and-excitation, softmax over branches.
         unsuitable: layers whose filters cannot be held. Their norm is used elsewhere, or their
-            output may not be zero where all that belongs to a filter is zero.
+            output may not be zero where all that belongs to a filter is zero, or goes into an
+            operation that is infinite at zero.
         groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group are
             removed together or not at all: a sum, a shared layer or a concatenated batch combines
             their channels.

@@ -33,6 +33,7 @@ from repr_det.method.channels import (
     PARTS,
     PRODUCTS,
     READS,
+    ROOTS,
     SHAPE_ONLY,
     SHIFTS,
     Call,
@@ -124,6 +125,7 @@ class _Found:
         shapes: by conv, the shape of its input.
         doubtful: convs whose output may not be zero where their filter is zero.
         scaled: layers whose filters meet a parameter outside of layers, such as a scale.
+        infinite: layers whose filters go into an operation that is infinite at zero.
         borrowed: layers that run with other parameters than theirs, or share memory with others.
     """
 
@@ -143,6 +145,7 @@ class _Found:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
     scaled: set[str] = field(default_factory=set)
+    infinite: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
 
     def copy(self) -> _Found:
@@ -498,6 +501,8 @@ class _Tracer(TorchDispatchMode):
     def _note_losses(self, call: Call, tags: list[Tag | None]) -> None:
         """Record layers with a filter that goes into an operation and not out of it."""
         known = [tag.sources for tag in tags if tag is not None]
+        for tag in filter(None, call.given["self"] if call.op in ROOTS else ()):
+            self.found.infinite.update(name for name, _ in filters_of(tag.sources))
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
         for tag in filter(None, itertools.chain.from_iterable(call.given.values())):
@@ -704,7 +709,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         heads=heads,
         gates={name for name, _ in found.gating - read},
         unsuitable={
-            *(convs.keys() & found.borrowed),
+            *(convs.keys() & (found.borrowed | found.infinite)),
             *(
                 conv
                 for conv, norm, channel in found.links

@@ -449,6 +449,25 @@ def test_conv_takes_part_only_if_zero_weights_make_zeros(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+ROOTS = {
+    "root of a mean square": (lambda x: x.square().mean((2, 3), keepdim=True).sqrt(), False),
+    "inverse root": (lambda x: x * x.square().mean((2, 3), keepdim=True).rsqrt(), False),
+    "logarithm": (lambda x: x.abs().log(), False),
+    "reciprocal": (lambda x: x.reciprocal(), False),
+    "root of more than zero": (lambda x: (x.square() + 1e-6).sqrt(), True),
+}
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_conv_before_what_is_infinite_at_zero_takes_no_part(name):
+    """All gradients before it would be NaN."""
+    operation, takes_part = ROOTS[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), Between(operation), nn.Conv2d(8, 2, 1))
+    model[1].a, model[1].b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    assert ("1.a" in names_of(model)) == takes_part
+    assert "1.b" in names_of(model)
+
+
 class Shifted(nn.Conv2d):
     """A conv with a shift that is zero until it trains."""
 
