@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -59,28 +59,35 @@ def keeps_zeros(norm: nn.Module, x: Tensor, dim: int, args: tuple, kwargs: dict[
     given = [with_zeros(value) for value in args]
     named = {key: with_zeros(value) for key, value in kwargs.items()}
     affine = list(link.affine.values())
+
+    def is_zero() -> bool:
+        norm.eval()  # synchronised norms wait for other processes in training
+        for tensor in (*affine, *(mean for mean, _ in link.running_statistics())):
+            tensor[places.to(tensor.device)] = 0.0
+        return not norm.forward(*given, **named).movedim(dim, 0)[places].any()
+
     try:
         with _disable_current_modes():
-            for _ in _with_other_values(norm, affine):
-                norm.eval()  # synchronised norms wait for other processes in training
-                means = (mean for mean, _ in link.running_statistics())
-                for tensor in (*affine, *means):
-                    tensor[places.to(tensor.device)] = 0.0
-                if norm.forward(*given, **named).movedim(dim, 0)[places].any():
-                    return False
-        return True
+            return _holds_for_other_values(norm, affine, is_zero)
     except Exception:  # a norm of an unknown kind may raise anything
         return False
 
 
-def _with_other_values(module: nn.Module, own: Sequence[Tensor]) -> Iterator[None]:
-    """Change the parameters that are not in ``own``, which may be zero now and train later."""
+def _holds_for_other_values(
+    module: nn.Module, own: Sequence[Tensor], holds: Callable[[], bool]
+) -> bool:
+    """Whether it holds for several values of parameters that are not in ``own``.
+
+    These may be zero now and train later.
+    """
     others = [p for p in module.parameters() if all(p is not tensor for tensor in own)]
     for change in (0.0, 0.5, -0.5) if others else (0.0,):
         with unchanged(module), torch.no_grad():
             for parameter in others:
                 parameter.add_(change)
-            yield
+            if not holds():
+                return False
+    return True
 
 
 def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
@@ -98,17 +105,18 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
     noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
     places = chosen.nonzero().flatten().to(weight.device)
     dim = -(weight.dim() - 1)
+
+    def is_zero() -> bool:
+        with eager(), _Convolutions() as convolutions:
+            for slot in slots:
+                slot.fill(0.0)
+            results = [conv(noise.to(weight.device, weight.dtype))]
+        if any(map(is_norm, conv.modules())):
+            results = convolutions.results  # before the norm, whose shift belongs to the filter
+        return not any(result.index_select(dim, places).any() for result in results)
+
     try:
-        for _ in _with_other_values(conv, [slot.tensor for slot in slots]):
-            with eager(), _Convolutions() as convolutions:
-                for slot in slots:
-                    slot.fill(0.0)
-                results = [conv(noise.to(weight.device, weight.dtype))]
-            if any(map(is_norm, conv.modules())):
-                results = convolutions.results  # before the norm, whose shift belongs to the filter
-            if any(result.index_select(dim, places).any() for result in results):
-                return False
-        return True
+        return _holds_for_other_values(conv, [slot.tensor for slot in slots], is_zero)
     except Exception:  # a conv of an unknown kind may raise anything
         return False
 
