@@ -75,9 +75,10 @@ setup(
         "seaborn>=0.13.2",
         "tabulate>=0.9",
         "tensorboard>=2.14",
-        # Before 2.8 the end of a run in several processes may hang (pytorch/pytorch#154976).
-        "torch>=2.8",
-        "torchvision>=0.23",
+        # Before 2.9 a model with torch.cond cannot be traced (pytorch/pytorch#158077). Before 2.8
+        # the end of a run in several processes may hang (pytorch/pytorch#154976).
+        "torch>=2.9",
+        "torchvision>=0.24",
         "tqdm>=4.66",
     ],
     extras_require={
