@@ -8,10 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
-from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
-from detectron2.data.detection_utils import annotations_to_instances, read_image
+from detectron2.data.detection_utils import annotations_to_instances
 from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
@@ -204,38 +201,3 @@ def ground_truth(record: dict[str, Any], masks: bool) -> Instances:
     ]
     size = record["height"], record["width"]
     return annotations_to_instances(objects, size, mask_format="bitmask")
-
-
-def draw_dataset_detections(
-    cfg: CfgNode,
-    model: torch.nn.Module,
-    dataset: str,
-    out_png: str | Path,
-    count: int = 6,
-    min_score: float = 0.5,
-) -> Path:
-    """Run a model on the first images of a registered dataset; see :func:`draw_detections`.
-
-    Args:
-        cfg: configuration that ``model`` was built from; says how images are resized.
-        model: any Detectron2 model that answers with ``instances``. It is left in evaluation mode.
-        dataset: name in ``DatasetCatalog``.
-        out_png: where to save the sheet.
-        count: how many images.
-        min_score: detections with a lower score are left out.
-
-    Returns:
-        ``out_png`` as a path.
-    """
-    model.eval()
-    mapper = DatasetMapper(cfg, is_train=False)
-
-    def run(record: dict[str, Any]) -> tuple[np.ndarray, Instances, Instances]:
-        image = read_image(record["file_name"], format="RGB")
-        with torch.no_grad():
-            found = model([mapper(record)])[0]["instances"].to("cpu")
-        return image, ground_truth(record, masks=found.has("pred_masks")), found
-
-    records = DatasetCatalog.get(dataset)[:count]
-    names = MetadataCatalog.get(dataset).thing_classes
-    return draw_detections(map(run, records), names, out_png, min_score=min_score)

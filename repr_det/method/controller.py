@@ -51,14 +51,12 @@ from repr_det.method.returning import (
 )
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import followed, list_of, select_layers, separable, trained_elsewhere
-from repr_det.method.settings import check_data, check_same_settings, check_whole
+from repr_det.method.settings import NO_BATCHES, check_data, check_same_settings, check_whole
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
 CALIBRATION_BATCHES = 4
 """Number of batches on which a returned channel is measured where a frozen norm follows it."""
-
-_NO_BATCHES = "RePr: batches() yields nothing. Pass batches= that yields training batches."
 
 _STATE_VERSION = 2
 
@@ -272,7 +270,7 @@ class RePr:
         for batch in self.batches():
             self.loss(self.model, batch)
             return
-        raise UserError(_NO_BATCHES)
+        raise UserError(NO_BATCHES)
 
     def _check_data(self, criterion: str | Criterion, needs_data: bool) -> None:
         """Refuse batches and a loss that fail, and warn where they are missing."""
@@ -308,7 +306,7 @@ class RePr:
                 f"{error}), which it needs at phase changes. Pass batches= and loss= that fit."
             ) from error
         if not any(objects_of_all_ranks(found, self.group)):  # some ranks may have none
-            raise UserError(_NO_BATCHES)
+            raise UserError(NO_BATCHES)
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
         """The layers of these names, by default the selected ones, if they are separable()."""

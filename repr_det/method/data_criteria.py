@@ -29,6 +29,7 @@ from repr_det.method.holding import zero_filters
 from repr_det.method.layers import FilterLayer
 from repr_det.method.modules import unchanged
 from repr_det.method.ranks import sum_over_ranks
+from repr_det.method.settings import NO_BATCHES
 
 if TYPE_CHECKING:
     from repr_det.method.criteria import Data, Scores
@@ -214,9 +215,7 @@ def _over_ranks(
     found = sum_over_ranks(own, data.group)
     seen = round(float(found[2, ""]))
     if not seen:
-        raise UserError(
-            "RePr: batches() yields nothing. Pass batches= that yields training batches."
-        )
+        raise UserError(NO_BATCHES)
     return {n: found[0, n] for n in totals}, {n: found[1, n] for n in counts}, seen
 
 

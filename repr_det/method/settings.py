@@ -8,6 +8,8 @@ from typing import Any
 
 from repr_det.errors import UserError
 
+NO_BATCHES = "RePr: batches() yields nothing. Pass batches= that yields training batches."
+
 
 def check_whole(name: str, value: Any) -> None:
     """Refuse a value that is not a whole number.

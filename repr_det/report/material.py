@@ -260,14 +260,22 @@ def _overlap_of_checkpoints(run: RunFolder) -> tuple[pd.Series, pd.Series]:
 
 
 def kept_contributions(run: RunFolder) -> dict[str, list[float]] | None:
-    """Contributions by layer that were computed for the run's checkpoint; None without any."""
+    """Contributions by layer that were computed for the run's checkpoint; None without any.
+
+    Raises:
+        UserError: the file that keeps them is damaged.
+    """
     path = run.folder / CONTRIBUTIONS
     if not path.is_file():
         return None
-    content = json.loads(path.read_text())
-    if content["checkpoint"] != run.weights.name or content.get("sha256") != _sha256(run.weights):
-        return None  # of an earlier checkpoint, or of an earlier training in the same folder
-    return content["layers"]
+    try:
+        content = json.loads(path.read_text())
+        of = content["checkpoint"], content.get("sha256")
+        if of != (run.weights.name, _sha256(run.weights)):
+            return None  # of an earlier checkpoint, or of an earlier training in the same folder
+        return content["layers"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged. Remove it; its figure computes it again.") from None
 
 
 def _sha256(path: Path) -> str:

@@ -6,13 +6,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from repr_det.detection.drawing import (
     COLOURS,
-    draw_dataset_detections,
     draw_detections,
     draw_instances,
     ground_truth,
@@ -117,54 +114,12 @@ def test_a_sheet_of_nothing_is_an_error(tmp_path: Path):
         draw_detections([], NAMES, tmp_path / "sheet.png")
 
 
-class Oracle(torch.nn.Module):
-    """Answers with one box at the size that Detectron2 asks for, and notes what it was given."""
-
-    def forward(self, batch: list[dict]) -> list[dict]:
-        assert not self.training
-        (record,) = batch
-        assert record["image"].shape == (3, 80, 120)
-        size = (record["height"], record["width"])
-        return [{"instances": found([[10, 20, 40, 35]], [1], [0.9])}] if size == (40, 60) else []
-
-
 def test_objects_of_which_some_have_masks() -> None:
     box = {"bbox": [5, 5, 10, 10], "bbox_mode": BoxMode.XYWH_ABS, "category_id": 0}
     mask = {"segmentation": [[5, 5, 15, 5, 15, 15]]}
     record = {"height": 40, "width": 60, "annotations": [box | mask, box | {"segmentation": []}]}
     truth = ground_truth(record, masks=False)
     assert truth.gt_boxes.tensor.tolist() == [[5, 5, 15, 15]] * 2 and not truth.has("gt_masks")
-
-
-def test_a_model_is_run_on_the_images_of_a_dataset(tmp_path: Path):
-    cv2.imwrite(str(tmp_path / "image.png"), grey())
-    record = {
-        "file_name": str(tmp_path / "image.png"),
-        "height": 40,
-        "width": 60,
-        "image_id": 1,
-        "annotations": [
-            {
-                "bbox": [5, 5, 10, 10],
-                "bbox_mode": BoxMode.XYWH_ABS,
-                "category_id": 0,
-                "segmentation": [[5, 5, 15, 5, 15, 15]],
-            }
-        ],
-    }
-    DatasetCatalog.register("test_drawing", lambda: [record] * 3)
-    MetadataCatalog.get("test_drawing").set(thing_classes=NAMES)
-    try:
-        cfg = get_cfg()
-        cfg.INPUT.MIN_SIZE_TEST = 80
-        path = draw_dataset_detections(cfg, Oracle(), "test_drawing", tmp_path / "out.png", count=2)
-    finally:
-        DatasetCatalog.remove("test_drawing")
-        MetadataCatalog.remove("test_drawing")
-    sheet = cv2.imread(str(path))[..., ::-1]
-    quarters = np.array_split(sheet, 4, axis=1)
-    assert [has_colour(q, 0).any() for q in quarters] == [True, False, True, False]
-    assert [has_colour(q, 1).any() for q in quarters] == [False, True, False, True]
 
 
 def test_a_sheet_shows_several_detectors_of_one_image(tmp_path: Path):

@@ -19,7 +19,12 @@ from repr_det.errors import UserError
 from repr_det.report import probes as network_module
 from repr_det.report.arms import BEFORE, REPR, Arms, by_method
 from repr_det.report.gallery import FIGURES
-from repr_det.report.material import CONTRIBUTIONS, Material, compute_contributions
+from repr_det.report.material import (
+    CONTRIBUTIONS,
+    Material,
+    compute_contributions,
+    kept_contributions,
+)
 from repr_det.report.probes import (
     contributions,
     filter_correlations,
@@ -175,6 +180,10 @@ def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained):
             checkpoint.write_bytes(content)
             with pytest.raises(ValueError, match="Not computed yet"):
                 FIGURES["contributions"].draw(Material(by_method([run])))
+        for damaged in ("", '{"checkpoint"', "[]", "null"):
+            path.write_text(damaged)
+            with pytest.raises(UserError, match=f"{path} is damaged"):
+                kept_contributions(run)
     finally:
         checkpoint.write_bytes(trained_last)
         path.unlink()
