@@ -20,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from experiments.contrasts import over_grid, study_in_markdown
+from experiments.run_studies import read_values
 from experiments.runs import (
     DEFAULT_OUTPUT,
     FULL,
@@ -102,6 +104,24 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
     return write_table(table, scale, output)
 
 
+def write_page(path: Path, output: Path) -> None:
+    """Write all that is recorded as a page, and its pictures into ``images/`` beside it.
+
+    Args:
+        path: of the page, in Markdown.
+        output: folder of all records.
+    """
+    tables = [*TABLES.values(), *studies_of(output)]
+    parts = [results_page(tables, lambda table: read_records(table, FULL, output))]
+    values = read_values(output)
+    for study in sorted({cell.study for cell in values}):
+        picture = path.parent / "images" / f"{study}.png"
+        picture.parent.mkdir(exist_ok=True)
+        plots.save(over_grid(study, values), picture)
+        parts += [study_in_markdown(study, values, f"images/{picture.name}")]
+    write_text_whole(path, "\n".join(parts))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -112,7 +132,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("table", nargs="?", choices=TABLES, metavar="TABLE", help="see --list")
     parser.add_argument("--list", action="store_true", help="print names and titles of all tables")
     parser.add_argument(
-        "--page", type=Path, metavar="PAGE.md", help="write every table that is recorded"
+        "--page",
+        type=Path,
+        metavar="PAGE.md",
+        help="write every table that is recorded, and pictures into images/ beside it",
     )
     parser.add_argument(
         "--seeds", type=int, metavar="K", help="seeds 0 to K - 1 (default: 3, quick 1)"
@@ -162,10 +185,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     if args.page:
         check_folder_of("--page", args.page)
-        output = args.output or RESULTS
-        tables = [*TABLES.values(), *studies_of(output)]
-        page = results_page(tables, lambda table: read_records(table, FULL, output))
-        write_text_whole(args.page, page)
+        write_page(args.page, args.output or RESULTS)
         print(args.page)
         return
     if args.table is None:

@@ -165,8 +165,9 @@ def studies_of(output: Path) -> list[Table]:
         output: folder of all records.
 
     Returns:
-        A table for each study and stage. An arm is compared with standard training in the same
-        setting, at the same value of what every arm chooses, or else at the only recorded one.
+        A table for each study and stage. In the stage of the choice an arm is compared with
+        standard training in the same setting at the same value of what every arm chooses.
+        :mod:`experiments.contrasts` compares what the test set says.
     """
     found = []
     for folder in sorted(output.glob("*")):
@@ -175,14 +176,10 @@ def studies_of(output: Path) -> list[Table]:
         if not by_row:
             continue  # the runs of a table are not cells of a study
         cells = {name: record["cell"] for name, record in by_row.items()}
-        standards = {n: c for n, c in cells.items() if c["arm"] == "standard"}
         rows = []
         for name, cell in cells.items():
-            here = {n: c for n, c in standards.items() if c["setting"] == cell["setting"]}
-            same = [n for n, c in here.items() if c["value"] == cell["value"]]
-            against = same or (list(here) if len(here) == 1 else [])
+            standard = _standard_of(cell, cells) if cell["stage"] == "choice" else None
             label = f"{cell['setting']}: {cell['arm']}, {cell['value']:g}"
-            standard = None if name in standards or not against else against[0]
             rows.append(Row(name, label, None, by_row[name]["config"], {}, standard))
         first = next(iter(by_row.values()))
         study, evaluations = first["cell"], next(iter(first["evaluations"].values()), None)
@@ -190,6 +187,14 @@ def studies_of(output: Path) -> list[Table]:
         title = f"Study {study['study']}, {study['stage']} (experiments/PROTOCOL.md)"
         found.append(Table(folder.name, title, tuple(rows), metric))
     return found
+
+
+def _standard_of(cell: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str | None:
+    """The row of standard training that differs from this one in the arm alone; None for itself."""
+    if cell["arm"] == "standard":
+        return None
+    of = {"setting": cell["setting"], "value": cell["value"], "arm": "standard"}
+    return next((name for name, c in cells.items() if of.items() <= c.items()), None)
 
 
 _FOLDER = Path(__file__).parent

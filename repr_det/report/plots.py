@@ -202,6 +202,27 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "iteration", spread: str = 
     return figure
 
 
+def over_values(table: pd.DataFrame, ylabel: str) -> Figure:
+    """Series over a few values of a setting, on a logarithmic axis.
+
+    Args:
+        table: (values, series), NaN where there is none. The name of its index labels the axis.
+        ylabel: what the numbers are, with their unit.
+    """
+    with _style():
+        figure = _figure(2.6)
+        axes = figure.subplots()
+        for name, colour in zip(table, itertools.cycle(ARM_COLOURS), strict=False):
+            axes.plot(table[name].dropna(), color=colour, marker="o", label=name)
+        axes.set_xscale("log")
+        axes.set_xticks(table.index, [f"{value:g}" for value in table.index])
+        axes.minorticks_off()
+        axes.set_xlabel(table.index.name)
+        axes.set_ylabel(ylabel)
+        _legend(figure, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
+    return figure
+
+
 def _legend(where: Axes | Figure, handles: Mapping[str, Artist], **place: Any) -> None:
     """A legend above in as many columns as its labels have room for; the figure grows with it."""
     place = place or {"loc": "outside upper center"}

@@ -140,7 +140,7 @@ def test_a_standard_row_has_no_standard():
 
 
 def test_studies_are_found_by_their_records(tmp_path):
-    """Standard training at the same value, else at the only one; failures are no records."""
+    """Standard training at the same value, in the choice alone; failures are no records."""
 
     def write(stage, setting, arm, value, name="AP"):
         cell = {"study": "s", "stage": stage, "setting": setting, "arm": arm, "value": value}
@@ -154,9 +154,9 @@ def test_studies_are_found_by_their_records(tmp_path):
     for value in (0.1, 0.2):
         write("choice", "40", "standard", value, "top1")
         write("choice", "40", "repr", value, "top1")
-    write("test", "a", "standard", 0.1)
+        write("choice", "0", "repr", value, "top1")
+    write("test", "a", "standard", 0.2)
     write("test", "a", "repr", 0.2)
-    write("test", "b", "repr", 0.2)
     choice, test = studies_of(tmp_path)
     assert (choice.name, choice.metric) == ("s-choice", ACCURACY)
     assert {row.name: row.standard for row in choice.rows} == {
@@ -164,8 +164,12 @@ def test_studies_are_found_by_their_records(tmp_path):
         "40-standard-0.2": None,
         "40-repr-0.1": "40-standard-0.1",
         "40-repr-0.2": "40-standard-0.2",
+        "0-repr-0.1": None,
+        "0-repr-0.2": None,
     }
     assert (test.name, test.metric) == ("s-test", AP)
-    standards = {row.name: row.standard for row in test.rows}
-    assert standards["a-repr-0.2"] == "a-standard-0.1" and standards["b-repr-0.2"] is None
+    assert {row.name: row.standard for row in test.rows} == {
+        "a-standard-0.2": None,
+        "a-repr-0.2": None,
+    }
     assert studies_of(tmp_path / "nothing") == []
