@@ -34,7 +34,8 @@ COMMON = (
     *("MODEL.WEIGHTS", "", "MODEL.DEVICE", "cpu", "SOLVER.REFERENCE_WORLD_SIZE", "0"),
     *("SOLVER.MAX_ITER", "3", "SOLVER.STEPS", "()", "SOLVER.WARMUP_ITERS", "0"),
     *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.BASE_LR", "0.0001", "SOLVER.CHECKPOINT_PERIOD", "9"),
-    *("REPR.UNIT", "iteration", "REPR.S1", "1", "REPR.S2", "1", "REPR.N", "1", "REPR.WARMUP", "0"),
+    *("REPR.ENABLED", "True", "REPR.UNIT", "iteration", "REPR.WARMUP", "0"),
+    *("REPR.S1", "1", "REPR.S2", "1", "REPR.N", "1"),
     *("DATASETS.TEST", "()", "TEST.EVAL_PERIOD", "0", "DATALOADER.NUM_WORKERS", "0", "SEED", "1"),
 )
 DETECTION = (

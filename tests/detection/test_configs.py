@@ -31,6 +31,11 @@ ZOO = {
     "repr_mask_rcnn_R101_FPN": "COCO-InstanceSegmentation/mask_rcnn_R_101_FPN_3x",
     "repr_mask_rcnn_R101_C4": "COCO-InstanceSegmentation/mask_rcnn_R_101_C4_3x",
 }
+# Their weights, and their networks.
+FINETUNE = {
+    "finetune_faster_rcnn": "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml",
+    "finetune_mask_rcnn": "COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x.yaml",
+}
 
 
 def load(path: Path | str) -> CfgNode:
@@ -49,7 +54,7 @@ def test_every_file_is_a_tested_config_or_a_base():
     lines = {line for path in FOLDER.iterdir() for line in path.read_text().splitlines()}
     assert {path for path in BASES if f"_BASE_: {path.name}" in lines} == BASES
     assert {path.stem for path in CONFIGS} == {
-        *ZOO, "demo_faster_rcnn", "neu_det_faster_rcnn", "shapes_convnext"
+        *ZOO, *FINETUNE, "demo_faster_rcnn", "neu_det_faster_rcnn", "shapes_convnext"
     }  # fmt: skip
 
 
@@ -58,6 +63,8 @@ def test_a_config_builds_its_model_and_ends_cycles_in_time(path):
     """The model can be built, and filters come back before the learning rate falls."""
     cfg = load(path)
     assert trainer_for(cfg) is DetectionTrainer
+    assert cfg.REPR.ENABLED is (path.stem not in FINETUNE)
+    cfg.REPR.ENABLED = True
     hook = RePrHook.from_config(cfg)
     hook.check_fits(cfg.SOLVER.MAX_ITER)
     assert hook.schedule.end < first_fall(cfg)
@@ -78,6 +85,15 @@ def test_training_on_coco_is_that_of_detectron2(name):
     zoo.SOLVER.STEPS, zoo.SOLVER.MAX_ITER = once.STEPS, once.MAX_ITER
     zoo.REPR = standard.REPR
     assert standard.dump() == zoo.dump()
+
+
+@pytest.mark.parametrize("name", FINETUNE)
+def test_fine_tuning_starts_from_the_detector_that_was_trained_on_coco(name):
+    cfg, zoo = load(FOLDER / f"{name}.yaml"), get_cfg()
+    zoo.merge_from_file(model_zoo.get_config_file(FINETUNE[name]))
+    url = model_zoo.get_checkpoint_url(FINETUNE[name])
+    zoo.MODEL.WEIGHTS = url.replace("https://dl.fbaipublicfiles.com/detectron2/", "detectron2://")
+    assert cfg.MODEL.dump() == zoo.MODEL.dump() and cfg.INPUT.dump() == zoo.INPUT.dump()
 
 
 def test_the_demo_is_of_the_built_in_classes():
