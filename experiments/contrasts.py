@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,15 +14,16 @@ from experiments.protocol import (
     STUDIES,
     TEN_SEEDS,
     TEST,
+    THREE_SEEDS,
     Cell,
     Values,
-    best_repr,
     cells_on_test_set,
     choice_cells,
     chosen,
 )
+from experiments.summarise import mean_and_spread, mean_difference
+from repr_det.detection.bootstrap import corrected_level
 from repr_det.report import plots
-from repr_det.report.compare import estimate, paired_difference
 
 BySeed = dict[int, float]
 
@@ -67,26 +67,19 @@ def contrasts(study: str, values: Values) -> list[Contrast]:
         best = chosen(study, setting, values)
         if not best or STANDARD not in best:
             continue
-        parts = {
-            part: cells_on_test_set(study, setting, values, part)
-            for part in ("primary", "others", "grid")
-        }
+        standard = best.pop(STANDARD)
+        primary = {cell.arm for cell in cells_on_test_set(study, setting, values, "primary")}
         for arm, cell in best.items():
-            planned = [c for part in ("primary", "others") for c in parts[part] if c.arm == arm]
-            if arm == STANDARD or not planned:
-                continue
-            name = f"{setting}: {arm} ({cell.value:g}) - {STANDARD} ({best[STANDARD].value:g})"
             found.append(
                 Contrast(
-                    name,
-                    _by_seed(best[STANDARD], values),
+                    f"{setting}: {arm} ({cell.value:g}) - {STANDARD} ({standard.value:g})",
+                    _by_seed(standard, values),
                     _by_seed(cell, values),
-                    len(planned),
-                    planned[0] in parts["primary"],
+                    len(TEN_SEEDS if arm in primary else THREE_SEEDS),
+                    arm in primary,
                 )
             )
-        arm = best_repr(best, values)
-        if study == _WORST and parts["primary"] and arm is not None:
+        for arm in primary & best.keys() if study == _WORST else ():
             worst = [_worst_by_seed(study, setting, of, values) for of in (STANDARD, arm)]
             name = f"{setting}: {arm} - {STANDARD}, each at its worst weight decay"
             found.append(Contrast(name, *worst, len(TEN_SEEDS), True))
@@ -148,38 +141,25 @@ def _contrasts_in_markdown(study: str, values: Values) -> str:
     if not all(contrast.primary for contrast in found):
         caption += (
             f" Exploration answers no question that was declared beforehand. Its intervals are at "
-            f"{_level(explored):.2%}, Bonferroni's correction for {explored} of them."
+            f"{corrected_level(explored):.2%}, Bonferroni's correction for {explored} of them."
         )
+    if any(len(c.standard.keys() & c.arm.keys()) < c.planned for c in found):
+        caption += " Where seeds are missing, this is a look before the end: nothing is claimed."
     return f"{table}\n\n{caption}"
 
 
-def _level(number: int) -> float:
-    """The level at which ``number`` intervals hold at 95 % together, after Bonferroni."""
-    return 1 - 0.05 / number
-
-
 def _line(contrast: Contrast, explored: int) -> dict[str, str]:
-    level = 0.95 if contrast.primary else _level(explored)
+    level = 0.95 if contrast.primary else corrected_level(explored)
     seeds = sorted(contrast.standard.keys() & contrast.arm.keys())
-    gain = paired_difference(contrast.arm, contrast.standard, level)
-    assert gain is not None  # there are seeds
-    shown = f"{gain.mean:+.2f}"
-    if gain.half_width is not None:
-        shown += f" [{gain.mean - gain.half_width:+.2f}, {gain.mean + gain.half_width:+.2f}]"
     return {
         "": contrast.label,
         "Kind": "primary" if contrast.primary else "exploration",
-        "Standard": _spread([contrast.standard[seed] for seed in seeds]),
-        "Arm": _spread([contrast.arm[seed] for seed in seeds]),
+        "Standard": mean_and_spread([contrast.standard[seed] for seed in seeds]),
+        "Arm": mean_and_spread([contrast.arm[seed] for seed in seeds]),
         "Seeds": f"{len(seeds)} of {contrast.planned}",
-        "Difference and interval": shown,
+        "Difference and interval": mean_difference(contrast.arm, contrast.standard, level),
         "By seed": ", ".join(f"{contrast.arm[s] - contrast.standard[s]:+.1f}" for s in seeds),
     }
-
-
-def _spread(values: Sequence[float]) -> str:
-    found = estimate(values)
-    return f"{found.mean:.2f}" + ("" if found.deviation is None else f" ± {found.deviation:.2f}")
 
 
 def over_grid(study: str, values: Values) -> Figure:

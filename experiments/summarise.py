@@ -133,8 +133,8 @@ def _values(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]
                 for found in (ended, others)
             )
             shown = [100 - v if table.metric == ERROR else v for v in values.values()]
-            line[label] = _spread(shown) if shown else "not run"
-            gains[f"{gain}, 95 % interval"] = _gain(values, standard)
+            line[label] = mean_and_spread(shown) if shown else "not run"
+            gains[f"{gain}, 95 % interval"] = mean_difference(values, standard)
         lines.append({**line, "Seeds": seeds, **gains})
     return pd.DataFrame(lines), _caption(measure)
 
@@ -161,7 +161,7 @@ def _correlations(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame
         for kind in ("rank", "value"):
             for place in found[0][criterion]:
                 values = [run[criterion][place][kind] for run in found]
-                text = "constant" if None in values else _spread(values)
+                text = "constant" if None in values else mean_and_spread(values)
                 line[f"{kind.capitalize()}, {place}"] = text
         lines.append(line)
     seeds = f"{len(found)} {'seed' if len(found) == 1 else 'seeds'}"
@@ -176,7 +176,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
 
 
-def _spread(values: Sequence[float]) -> str:
+def mean_and_spread(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation where there are several."""
     found = estimate(values)
     spread = "" if found.deviation is None else f" ± {found.deviation:.2f}"
     return f"{found.mean:.2f}{spread}"
@@ -190,8 +191,15 @@ def _paper_gain(table: Table, row: Row) -> str:
     return f"{-gain if table.metric == ERROR else gain:+.4g}"
 
 
-def _gain(ours: dict[int, float], standard: dict[int, float]) -> str:
-    gain = paired_difference(ours, standard)
+def mean_difference(ours: dict[int, float], standard: dict[int, float], level: float = 0.95) -> str:
+    """The difference paired over seeds, and its t-interval; empty where no seed has both.
+
+    Args:
+        ours: by seed.
+        standard: by seed, subtracted.
+        level: of the interval.
+    """
+    gain = paired_difference(ours, standard, level)
     if gain is None:
         return ""
     if gain.half_width is None:

@@ -41,7 +41,9 @@ def test_primary_contrast_is_paired_over_seeds_with_its_t_interval():
     values = recorded("finetune", number)
     first, *others = contrasts("finetune", values)
     assert first.primary and first.planned == 10 and not any(c.primary for c in others)
-    row = rows_of(study_in_markdown("finetune", values, "x.png"))[first.label]
+    text = study_in_markdown("finetune", values, "x.png")
+    row = rows_of(text)[first.label]
+    assert "a look before the end" not in text
     width = T_9 * np.std(gains, ddof=1) / 10**0.5
     assert row[:2] == ["primary", "67.50 ± 15.14"]
     assert row[3] == "10 of 10"
@@ -85,9 +87,10 @@ def test_seed_whose_grid_is_not_whole_has_no_worst():
 def test_failed_run_is_left_out_with_its_pair():
     values = recorded("finetune", lambda cell: 40.0 + cell.seed + 3 * (cell.arm == "repr"))
     values[Cell("finetune", TEST, "252-600", STANDARD, 0.0005, 7)] = None
-    rows = rows_of(study_in_markdown("finetune", values, "x.png"))
-    row = next(iter(rows.values()))
+    text = study_in_markdown("finetune", values, "x.png")
+    row = next(iter(rows_of(text).values()))
     assert row[3] == "9 of 10" and row[4] == "+3.00 [+3.00, +3.00]"
+    assert "a look before the end: nothing is claimed" in text
 
 
 def test_nothing_is_said_of_the_test_set_before_it_is_looked_at():
