@@ -67,7 +67,7 @@ RESULT = re.compile(r"(?<![\d.])[+-]?\d{1,2}\.\d\d\b(?: ± \d+\.\d\d| \[[^\]]*\]
 """A number with two decimals, perhaps with its deviation or interval."""
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/finetuning.md"])
+@pytest.mark.parametrize("path", ["README.md", "docs/card.md", "docs/finetuning.md"])
 def test_results_in_a_text_are_on_the_results_page(path):
     text, page = (ROOT / path).read_text(), (ROOT / "docs/results.md").read_text()
     found = set(RESULT.findall(text.replace("Python 3.10", "")))
