@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.contrasts import over_grid, study_in_markdown
+from experiments.contrasts import choice_tables, over_grid, study_in_markdown
 from experiments.run_studies import read_values
 from experiments.runs import (
     DEFAULT_OUTPUT,
@@ -35,7 +35,7 @@ from experiments.runs import (
     write_record,
 )
 from experiments.summarise import over_time, results_page, table_in_markdown
-from experiments.tables import TABLES, Table, only, studies_of
+from experiments.tables import TABLES, Table, only
 from repr_det.engine.command_line import exit_status
 from repr_det.engine.files import check_folder_of, write_text_whole
 from repr_det.errors import UserError
@@ -105,20 +105,25 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
 
 
 def write_page(path: Path, output: Path) -> None:
-    """Write all that is recorded as a page, and its pictures into ``images/`` beside it.
+    """Write all that is recorded as a page, and its pictures into the folder ``images`` next to it.
 
     Args:
         path: of the page, in Markdown.
         output: folder of all records.
+
+    Raises:
+        UserError: there is no such folder.
     """
-    tables = [*TABLES.values(), *studies_of(output)]
-    parts = [results_page(tables, lambda table: read_records(table, FULL, output))]
+    if not output.is_dir():
+        raise UserError(f"{output} does not exist, so no run is recorded there: check --output.")
     values = read_values(output)
+    tables = [*TABLES.values(), *choice_tables(values)]
+    parts = [results_page(tables, lambda table: read_records(table, FULL, output))]
     for study in sorted({cell.study for cell in values}):
         picture = path.parent / "images" / f"{study}.png"
         picture.parent.mkdir(exist_ok=True)
         plots.save(over_grid(study, values), picture)
-        parts += [study_in_markdown(study, values, f"images/{picture.name}")]
+        parts.append(study_in_markdown(study, values, f"images/{picture.name}"))
     write_text_whole(path, "\n".join(parts))
 
 
@@ -135,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--page",
         type=Path,
         metavar="PAGE.md",
-        help="write every table that is recorded, and pictures into images/ beside it",
+        help="write every table that is recorded, and pictures into images/ next to it",
     )
     parser.add_argument(
         "--seeds", type=int, metavar="K", help="seeds 0 to K - 1 (default: 3, quick 1)"

@@ -1,8 +1,9 @@
-"""What the studies of PROTOCOL.md found: their contrasts on the test set, and their pictures."""
+"""What the studies of PROTOCOL.md found: their choices, contrasts on the test set, and pictures."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -21,19 +22,26 @@ from experiments.protocol import (
     choice_cells,
     chosen,
 )
-from experiments.summarise import mean_and_spread, mean_difference
+from experiments.summarise import MEASURES, mean_and_spread, mean_difference
+from experiments.tables import ACCURACY, AP, Row, Table
 from repr_det.detection.bootstrap import corrected_level
 from repr_det.report import plots
 
 BySeed = dict[int, float]
 
-_WORST = "noise"
-"""The study whose third primary contrast is of the worst numbers over the grid."""
+_CHOSEN = {"finetune": "learning rate", "noise": "weight decay"}
+"""By study, what every arm chooses."""
 
-_AXES = {
-    "finetune": ("AP of boxes, %", "learning rate"),
-    "noise": ("top-1 accuracy, %", "weight decay"),
+_WORDS = {
+    "finetune": "A setting is a number of images and of steps. `repr`: the default. `repr-heads`: "
+    "RePr in the pyramid and the heads alone. `previous-3`, `previous-7`: dropped filters return "
+    "as they were, in 3 or 7 cycles.",
+    "noise": "A setting is the share of random labels in %. `repr`: the default. `repr-50`: p 50 % "
+    "and `MAX_LAYER_RATIO` 80 %. `previous`: dropped filters return as they were.",
 }
+
+WORST = ("noise", "40")
+"""The study and setting of the contrast between the worst numbers over the grid."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Contrast:
         standard: what counts of standard training, in %, by seed.
         arm: the same of the arm.
         planned: the number of seeds that the protocol asks for.
+        missing: of them, those of which a run is not recorded yet. A run that failed is recorded.
         primary: declared before the first run; all others are exploration.
     """
 
@@ -52,7 +61,41 @@ class Contrast:
     standard: BySeed
     arm: BySeed
     planned: int
+    missing: int
     primary: bool
+
+    @property
+    def seeds(self) -> list[int]:
+        """Those that both arms have."""
+        return sorted(self.standard.keys() & self.arm.keys())
+
+
+def choice_tables(values: Values) -> list[Table]:
+    """A table for each study, of the runs that choose, as far as they are recorded."""
+    found = []
+    for name, study in STUDIES.items():
+        cells = [c for setting in study.settings for c in choice_cells(name, setting)]
+        rows = [
+            Row(
+                cell.row,
+                f"{cell.setting}: {cell.arm}, {cell.value:g}",
+                None,
+                study.config,
+                standard=None if cell.arm == STANDARD else replace(cell, arm=STANDARD).row,
+            )
+            for cell in cells
+            if cell in values
+        ]
+        note = f"{_WORDS[name]} A gain is over standard training at the same {_CHOSEN[name]}."
+        title = f"Study {name}: the choice, on `{study.datasets[CHOICE]}`"
+        metric = _metric(name)
+        if rows:
+            found.append(Table(f"{name}-{CHOICE}", title, tuple(rows), metric, (note,)))
+    return found
+
+
+def _metric(study: str) -> str:
+    return AP if STUDIES[study].metric == "AP" else ACCURACY
 
 
 def contrasts(study: str, values: Values) -> list[Contrast]:
@@ -70,38 +113,44 @@ def contrasts(study: str, values: Values) -> list[Contrast]:
         standard = best.pop(STANDARD)
         primary = {cell.arm for cell in cells_on_test_set(study, setting, values, "primary")}
         for arm, cell in best.items():
-            found.append(
-                Contrast(
-                    f"{setting}: {arm} ({cell.value:g}) - {STANDARD} ({standard.value:g})",
-                    _by_seed(standard, values),
-                    _by_seed(cell, values),
-                    len(TEN_SEEDS if arm in primary else THREE_SEEDS),
-                    arm in primary,
-                )
+            label = f"{setting}: {arm} ({cell.value:g}) - {STANDARD} ({standard.value:g})"
+            seeds = TEN_SEEDS if arm in primary else THREE_SEEDS
+            found.append(_contrast(label, [standard], [cell], seeds, values, arm in primary))
+        for arm in primary & best.keys() if (study, setting) == WORST else ():
+            label = f"{setting}: {arm} - {STANDARD}, each at its worst {_CHOSEN[study]}"
+            grids = (
+                [replace(standard, arm=of, value=value) for value in STUDIES[study].grid]
+                for of in (STANDARD, arm)
             )
-        for arm in primary & best.keys() if study == _WORST else ():
-            worst = [_worst_by_seed(study, setting, of, values) for of in (STANDARD, arm)]
-            name = f"{setting}: {arm} - {STANDARD}, each at its worst weight decay"
-            found.append(Contrast(name, *worst, len(TEN_SEEDS), True))
+            found.append(_contrast(label, *grids, TEN_SEEDS, values, True))
     return sorted(found, key=lambda contrast: not contrast.primary)
 
 
-def _by_seed(cell: Cell, values: Values) -> BySeed:
-    """What the test set says of runs like this one."""
-    return {
-        c.seed: value
-        for c, value in values.items()
-        if (c.stage, c.study, c.row) == (TEST, cell.study, cell.row) and value is not None
-    }
+def _contrast(
+    label: str,
+    standard: Sequence[Cell],
+    arm: Sequence[Cell],
+    seeds: Sequence[int],
+    values: Values,
+    primary: bool,
+) -> Contrast:
+    """Of each arm the lowest number counts among some runs that have a seed in common."""
+    missing = [s for s in seeds if any(c not in values for c in _tested((*standard, *arm), s))]
+    numbers = (
+        {s: min(found) for s in seeds if (found := _numbers(_tested(of, s), values))}
+        for of in (standard, arm)
+    )
+    return Contrast(label, *numbers, len(seeds), len(missing), primary)
 
 
-def _worst_by_seed(study: str, setting: str, arm: str, values: Values) -> BySeed:
-    """The lowest number over the grid of each seed of which the whole grid is recorded."""
-    grid = [
-        _by_seed(Cell(study, TEST, setting, arm, value), values) for value in STUDIES[study].grid
-    ]
-    seeds = set(TEN_SEEDS).intersection(*grid)
-    return {seed: min(of[seed] for of in grid) for seed in seeds}
+def _tested(cells: Iterable[Cell], seed: int) -> list[Cell]:
+    return [replace(cell, stage=TEST, seed=seed) for cell in cells]
+
+
+def _numbers(cells: Sequence[Cell], values: Values) -> list[float]:
+    """Of all cells; empty where one is missing or failed."""
+    found = [value for cell in cells if (value := values.get(cell)) is not None]
+    return found if len(found) == len(cells) else []
 
 
 def study_in_markdown(study: str, values: Values, picture: str) -> str:
@@ -113,53 +162,70 @@ def study_in_markdown(study: str, values: Values, picture: str) -> str:
         picture: address of the figure of :func:`over_grid`.
     """
     setting = next(iter(STUDIES[study].settings))
-    _, xlabel = _AXES[study]
-    return (
-        f"## Study {study}: what it found\n\n"
-        f"![Every arm by {xlabel}, one seed, held-out training images]({picture})\n\n"
+    parts = [
+        f"## Study {study}: what it found",
+        f"![Every arm by {_CHOSEN[study]}, one seed, held-out training images]({picture})",
         f"Setting `{setting}`, seed {CHOICE_SEED}, `{STUDIES[study].datasets[CHOICE]}`. Each arm "
-        "takes its best value to the test set.\n\n"
-        f"{_contrasts_in_markdown(study, values)}\n"
-    )
+        "takes its best value to the test set.",
+        _contrasts_in_markdown(study, values),
+        _odd_runs(study, values),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _contrasts_in_markdown(study: str, values: Values) -> str:
-    found = [c for c in contrasts(study, values) if c.standard.keys() & c.arm.keys()]
-    dataset, metric = STUDIES[study].datasets[TEST], STUDIES[study].metric
+    found = [contrast for contrast in contrasts(study, values) if contrast.seeds]
+    dataset = STUDIES[study].datasets[TEST]
     if not found:
         return f"No pair is recorded on `{dataset}` yet."
     # All that are planned count, recorded or not.
     explored = sum(len(s.arms) - 1 for s in STUDIES[study].settings.values()) - 1
-    lines = [_line(contrast, explored) for contrast in found]
+    lines = [_line(contrast, corrected_level(explored)) for contrast in found]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
-    caption = (
-        f"{'AP of boxes' if metric == 'AP' else 'Accuracy'} after the last step on `{dataset}`, "
-        "in %: mean ± standard deviation over the seeds that both arms have. Seeds: recorded, of "
-        "those planned. After an arm: the value that it chose on held-out training images. "
-        "Intervals are Student's t at 95 %."
-    )
+    caption = [
+        f"{MEASURES[_metric(study)].axis}, after the last step on `{dataset}`: mean ± standard "
+        "deviation over the seeds that both arms have. Seeds: recorded, of those planned. After an "
+        f"arm: the {_CHOSEN[study]} that it chose on held-out training images. Intervals are "
+        "Student's t."
+    ]
     if not all(contrast.primary for contrast in found):
-        caption += (
-            f" Exploration answers no question that was declared beforehand. Its intervals are at "
-            f"{corrected_level(explored):.2%}, Bonferroni's correction for {explored} of them."
+        caption.append(
+            "Exploration answers no question that was declared beforehand: nothing is claimed from "
+            f"it. Its intervals have Bonferroni's correction for {explored} of them."
         )
-    if any(len(c.standard.keys() & c.arm.keys()) < c.planned for c in found):
-        caption += " Where seeds are missing, this is a look before the end: nothing is claimed."
-    return f"{table}\n\n{caption}"
+    if any(contrast.missing for contrast in found):
+        caption.append("Where runs are missing, this is a look before the end: nothing is claimed.")
+    return f"{table}\n\n{' '.join(caption)}"
 
 
-def _line(contrast: Contrast, explored: int) -> dict[str, str]:
-    level = 0.95 if contrast.primary else corrected_level(explored)
-    seeds = sorted(contrast.standard.keys() & contrast.arm.keys())
+def _line(contrast: Contrast, explored: float) -> dict[str, str]:
+    """The line of a contrast; ``explored`` is the level of the intervals of exploration."""
+    level = 0.95 if contrast.primary else explored
+    pairs = [(contrast.standard[seed], contrast.arm[seed]) for seed in contrast.seeds]
     return {
         "": contrast.label,
         "Kind": "primary" if contrast.primary else "exploration",
-        "Standard": mean_and_spread([contrast.standard[seed] for seed in seeds]),
-        "Arm": mean_and_spread([contrast.arm[seed] for seed in seeds]),
-        "Seeds": f"{len(seeds)} of {contrast.planned}",
-        "Difference and interval": mean_difference(contrast.arm, contrast.standard, level),
-        "By seed": ", ".join(f"{contrast.arm[s] - contrast.standard[s]:+.1f}" for s in seeds),
+        "Standard": mean_and_spread([standard for standard, _ in pairs]),
+        "Arm": mean_and_spread([arm for _, arm in pairs]),
+        "Seeds": f"{len(pairs)} of {contrast.planned}",
+        "Difference": mean_difference(contrast.arm, contrast.standard, level),
+        "Interval": f"{100 * level:.4g} %",
+        "By seed": ", ".join(f"{arm - standard:+.1f}" for standard, arm in pairs),
     }
+
+
+def _odd_runs(study: str, values: Values) -> str:
+    """A sentence for runs that failed, and one for those that diverged; empty without any."""
+    counted = STUDIES[study].diverged
+    kinds = {
+        "Failed twice, and left out with their pairs": None,
+        f"Counted as {counted:g} %, as runs that diverge are": counted,
+    }
+    found = {
+        words: [str(c) for c, value in values.items() if c.study == study and value == number]
+        for words, number in kinds.items()
+    }
+    return " ".join(f"{words}: {', '.join(runs)}." for words, runs in found.items() if runs)
 
 
 def over_grid(study: str, values: Values) -> Figure:
@@ -170,7 +236,7 @@ def over_grid(study: str, values: Values) -> Figure:
         values: of all recorded runs.
     """
     setting = next(iter(STUDIES[study].settings))
-    found = [(c, values[c]) for c in choice_cells(study, setting) if values.get(c) is not None]
-    ylabel, xlabel = _AXES[study]
-    lines = pd.Series({(c.value, c.arm): value for c, value in found}).unstack(sort=False)
-    return plots.over_values(lines.sort_index().rename_axis(xlabel), ylabel)
+    table = pd.DataFrame(index=pd.Index(STUDIES[study].grid, name=_CHOSEN[study]), dtype=float)
+    for cell in choice_cells(study, setting):
+        table.loc[cell.value, cell.arm] = values.get(cell)
+    return plots.over_values(table.astype(float), MEASURES[_metric(study)].axis)

@@ -133,7 +133,7 @@ def _values(table: Table, records: Sequence[Record]) -> tuple[pd.DataFrame, str]
                 for found in (ended, others)
             )
             shown = [100 - v if table.metric == ERROR else v for v in values.values()]
-            line[label] = mean_and_spread(shown) if shown else "not run"
+            line[label] = mean_and_spread(shown) if shown else "diverged" if diverged else "not run"
             gains[f"{gain}, 95 % interval"] = mean_difference(values, standard)
         lines.append({**line, "Seeds": seeds, **gains})
     return pd.DataFrame(lines), _caption(measure)
@@ -288,7 +288,9 @@ _PAGE = """# Results
 What was measured with `experiments/`. `python -m experiments --page docs/results.md` writes this
 page from the records in `experiments/results/`. `python -m experiments TABLE --show --output
 experiments/results` prints one table, and without `--show` and `--output` trains it. Settings of
-the rows are in `experiments/paper.yaml` and `experiments/studies.yaml`.
+the rows are in `experiments/paper.yaml` and `experiments/studies.yaml`. The studies `finetune` and
+`noise` are planned in `experiments/PROTOCOL.md`; `python -m experiments.run_studies --show` prints
+what is left of them.
 """
 
 

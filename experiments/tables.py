@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -156,45 +155,6 @@ def only(table: Table, patterns: Sequence[str]) -> Table:
             wanted.update((row.standard, row.teacher))
     rows = tuple(row for row in table.rows if row.name in wanted)
     return replace(table, rows=rows, whole=table)
-
-
-def studies_of(output: Path) -> list[Table]:
-    """Tables of the studies that ``run_studies.py`` records, from what the records say they are.
-
-    Args:
-        output: folder of all records.
-
-    Returns:
-        A table for each study and stage. In the stage of the choice an arm is compared with
-        standard training in the same setting at the same value of what every arm chooses.
-        :mod:`experiments.contrasts` compares what the test set says.
-    """
-    found = []
-    for folder in sorted(output.glob("*")):
-        records = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*/{RECORDS}"))]
-        by_row = {r["row"]: r for r in records if "cell" in r}
-        if not by_row:
-            continue  # the runs of a table are not cells of a study
-        cells = {name: record["cell"] for name, record in by_row.items()}
-        rows = []
-        for name, cell in cells.items():
-            standard = _standard_of(cell, cells) if cell["stage"] == "choice" else None
-            label = f"{cell['setting']}: {cell['arm']}, {cell['value']:g}"
-            rows.append(Row(name, label, None, by_row[name]["config"], {}, standard))
-        first = next(iter(by_row.values()))
-        study, evaluations = first["cell"], next(iter(first["evaluations"].values()), None)
-        metric = AP if evaluations and "AP" in evaluations[-1] else ACCURACY
-        title = f"Study {study['study']}, {study['stage']} (experiments/PROTOCOL.md)"
-        found.append(Table(folder.name, title, tuple(rows), metric))
-    return found
-
-
-def _standard_of(cell: dict[str, Any], cells: dict[str, dict[str, Any]]) -> str | None:
-    """The row of standard training that differs from this one in the arm alone; None for itself."""
-    if cell["arm"] == "standard":
-        return None
-    of = {"setting": cell["setting"], "value": cell["value"], "arm": "standard"}
-    return next((name for name, c in cells.items() if of.items() <= c.items()), None)
 
 
 _FOLDER = Path(__file__).parent

@@ -213,13 +213,15 @@ def over_values(table: pd.DataFrame, ylabel: str) -> Figure:
         figure = _figure(2.6)
         axes = figure.subplots()
         for name, colour in zip(table, itertools.cycle(ARM_COLOURS), strict=False):
-            axes.plot(table[name].dropna(), color=colour, marker="o", label=name)
+            if table[name].notna().any():
+                axes.plot(table[name], color=colour, marker="o", label=name)
         axes.set_xscale("log")
         axes.set_xticks(table.index, [f"{value:g}" for value in table.index])
         axes.minorticks_off()
         axes.set_xlabel(table.index.name)
         axes.set_ylabel(ylabel)
-        _legend(figure, dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)))
+        if handles := {str(line.get_label()): line for line in axes.lines}:
+            _legend(figure, handles)
     return figure
 
 

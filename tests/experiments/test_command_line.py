@@ -82,5 +82,8 @@ def test_lists_its_tables_and_writes_a_page(tool, tmp_path, capsys):
     assert tool.main(["--page", str(page)]) == 0
     text = squeezed(page.read_text())
     assert "| Random | 73.4 | 65.81 ± 0.40 | 3 | +1.3 | +0.70 [-0.97, +2.37] |" in text
+    nowhere = ["--page", str(tmp_path / "other.md"), "--output", str(tmp_path / "typo")]
+    assert tool.main(nowhere) == 2 and not (tmp_path / "other.md").exists()
+    assert "typo does not exist" in capsys.readouterr().err
     assert tool.main([]) == 2
     assert "No table was named. Name one" in capsys.readouterr().err

@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.contrasts import contrasts, over_grid, study_in_markdown
-from experiments.protocol import STANDARD, STUDIES, TEST, Cell, all_cells, choice_cells
+from experiments.contrasts import choice_tables, contrasts, over_grid, study_in_markdown
+from experiments.protocol import CHOICE, STANDARD, STUDIES, TEST, Cell, all_cells, choice_cells
+from experiments.tables import AP
+from repr_det.report.plots import ARM_COLOURS
 
-T_9, T_2 = 2.262157, 4.302653
-"""Student's 97.5 % quantiles, from a table."""
+T_9 = 2.262157
+"""Student's 97.5 % quantile with nine degrees of freedom, from a table."""
 
 
 def recorded(study, number):
@@ -48,7 +50,7 @@ def test_primary_contrast_is_paired_over_seeds_with_its_t_interval():
     assert row[:2] == ["primary", "67.50 ± 15.14"]
     assert row[3] == "10 of 10"
     assert row[4] == f"+0.00 [{-width:+.2f}, {width:+.2f}]"
-    assert row[5].startswith("+1.0, -2.0, +3.0, -1.0")
+    assert row[5] == "95 %" and row[6].startswith("+1.0, -2.0, +3.0, -1.0")
 
 
 def test_exploration_is_corrected_for_all_that_is_planned():
@@ -56,12 +58,12 @@ def test_exploration_is_corrected_for_all_that_is_planned():
     text = study_in_markdown("noise", values, "x.png")
     rows = rows_of(text)
     assert [row[0] for row in rows.values()] == ["primary"] * 2 + ["exploration"] * 5
-    assert "99.00%" in text
+    assert "nothing is claimed from it" in text and "correction for 5 of them" in text
+    assert [row[5] for row in rows.values()] == ["95 %"] * 2 + ["99 %"] * 5
     mean, low, high = (float(n) for n in rows["40: previous (0.001) - standard (0.001)"][4]
                        .replace("[", "").replace("]", "").replace(",", "").split())  # fmt: skip
     t_at_99 = 9.924843  # two degrees of freedom, from a table
     assert (mean, low, high) == pytest.approx((0, -t_at_99 / 3**0.5, t_at_99 / 3**0.5), abs=0.005)
-    assert t_at_99 > 2 * T_2
 
 
 def test_worst_weight_decay_is_taken_for_each_seed():
@@ -84,13 +86,49 @@ def test_seed_whose_grid_is_not_whole_has_no_worst():
     assert worst.standard.keys() == set(range(1, 11)) - {4}
 
 
-def test_failed_run_is_left_out_with_its_pair():
+def test_failed_run_is_named_and_left_out_with_its_pair():
     values = recorded("finetune", lambda cell: 40.0 + cell.seed + 3 * (cell.arm == "repr"))
-    values[Cell("finetune", TEST, "252-600", STANDARD, 0.0005, 7)] = None
+    failed = Cell("finetune", TEST, "252-600", STANDARD, 0.0005, 7)
+    values[failed] = None
     text = study_in_markdown("finetune", values, "x.png")
     row = next(iter(rows_of(text).values()))
     assert row[3] == "9 of 10" and row[4] == "+3.00 [+3.00, +3.00]"
-    assert "a look before the end: nothing is claimed" in text
+    assert "before the end" not in text  # it is recorded as failed
+    assert f"Failed twice, and left out with their pairs: {failed}." in text
+
+
+def test_a_look_before_the_end_says_so():
+    values = recorded("finetune", lambda cell: 40.0)
+    assert "before the end" not in study_in_markdown("finetune", values, "x.png")
+    del values[Cell("finetune", TEST, "252-600", STANDARD, 0.0005, 7)]
+    text = study_in_markdown("finetune", values, "x.png")
+    assert "this is a look before the end: nothing is claimed" in text
+
+
+def test_diverged_run_counts_as_the_protocol_says_and_is_named():
+    values = recorded("finetune", lambda cell: 40.0)
+    diverged = Cell("finetune", TEST, "252-600", "repr", 0.0005, 3)
+    values[diverged] = 0.0
+    text = study_in_markdown("finetune", values, "x.png")
+    row = next(iter(rows_of(text).values()))
+    assert row[3] == "10 of 10" and row[4].startswith("-4.00 [")
+    assert f"Counted as 0 %, as runs that diverge are: {diverged}." in text
+
+
+def test_choice_compares_arms_at_the_same_value_in_the_order_of_the_protocol():
+    cells = choice_cells("finetune", "252-600")
+    (table,) = choice_tables(dict.fromkeys(cells[:7], 1.0))
+    assert (table.name, table.metric) == ("finetune-choice", AP)
+    assert {row.name: row.standard for row in table.rows} == {
+        "252-600-standard-0.0005": None,
+        "252-600-repr-0.0005": "252-600-standard-0.0005",
+        "252-600-repr-heads-0.0005": "252-600-standard-0.0005",
+        "252-600-previous-3-0.0005": "252-600-standard-0.0005",
+        "252-600-previous-7-0.0005": "252-600-standard-0.0005",
+        "252-600-standard-0.001": None,
+        "252-600-repr-0.001": "252-600-standard-0.001",
+    }
+    assert choice_tables({}) == []
 
 
 def test_nothing_is_said_of_the_test_set_before_it_is_looked_at():
@@ -104,11 +142,17 @@ def test_nothing_is_said_of_the_test_set_before_it_is_looked_at():
 def test_picture_shows_the_recorded_values_of_each_arm():
     cells = choice_cells("finetune", "252-600")
     values = {cell: 20.0 + number for number, cell in enumerate(cells)}
-    missing = Cell("finetune", "choice", "252-600", "repr", 0.001)
-    del values[missing]
+    missing = Cell("finetune", CHOICE, "252-600", "repr", 0.001)
+    values[missing] = None
+    for cell in cells:
+        if cell.arm == STANDARD:
+            del values[cell]
     (axes,) = over_grid("finetune", values).axes
     drawn = {line.get_label(): dict(zip(*line.get_data(), strict=True)) for line in axes.lines}
-    assert drawn == {
-        arm: {c.value: values[c] for c in cells if c.arm == arm and c != missing}
-        for arm in STUDIES["finetune"].settings["252-600"].arms
-    }
+    assert drawn.keys() == {"repr", "repr-heads", "previous-3", "previous-7"}
+    assert np.isnan(drawn["repr"].pop(0.001))
+    for arm, points in drawn.items():
+        assert points == {c.value: values[c] for c in cells if c.arm == arm and c != missing}
+    # The first colour stays that of standard training.
+    assert [line.get_color() for line in axes.lines] == list(ARM_COLOURS[1:5])
+    assert over_grid("finetune", dict.fromkeys(cells)).axes[0].lines[:] == []

@@ -45,7 +45,7 @@ EXPECTED = """\
 | Standard | 72.1 | 66.00 ± 1.00 | 3 | | |
 | Ortho | 76.4 | 67.67 ± 0.58 | 3 | +4.3 | +1.67 [+0.23, +3.10] |
 | Ours | | 66.50 | 1 | | -0.50 (one seed: no interval) |
-| Wild | 70 | not run | 0 (1 more diverged) | -2.1 | |
+| Wild | 70 | diverged | 0 (1 more diverged) | -2.1 | |
 | Later | 71.25 | not run | 0 | -0.85 | |
 
 Ours: the mean of a run's last 5 evaluations (the last one where there are fewer); then mean ± \

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from experiments.runs import differences, row_cfg, settings_of
-from experiments.tables import ACCURACY, AP, ERROR, PAPER, only, read_tables, studies_of
+from experiments.tables import ACCURACY, ERROR, PAPER, only, read_tables
 from repr_det import RePrSchedule
 from repr_det.classification import classifier_names, resolve_epochs
 from repr_det.errors import UserError
@@ -137,39 +135,3 @@ def test_a_standard_row_has_no_standard():
         for row in table.rows:
             if row.standard:
                 assert table.row(row.standard).standard is None
-
-
-def test_studies_are_found_by_their_records(tmp_path):
-    """Standard training at the same value, in the choice alone; failures are no records."""
-
-    def write(stage, setting, arm, value, name="AP"):
-        cell = {"study": "s", "stage": stage, "setting": setting, "arm": arm, "value": value}
-        row = f"{setting}-{arm}-{value:g}"
-        record = {"row": row, "config": "c.yaml", "cell": cell, "evaluations": {"t": [{name: 1.0}]}}
-        path = tmp_path / f"s-{stage}" / row / "seed_1.json"
-        path.parent.mkdir(parents=True)
-        path.write_text(json.dumps(record))
-        path.with_suffix(".failed.json").write_text(json.dumps({"tries": 1}))
-
-    for value in (0.1, 0.2):
-        write("choice", "40", "standard", value, "top1")
-        write("choice", "40", "repr", value, "top1")
-        write("choice", "0", "repr", value, "top1")
-    write("test", "a", "standard", 0.2)
-    write("test", "a", "repr", 0.2)
-    choice, test = studies_of(tmp_path)
-    assert (choice.name, choice.metric) == ("s-choice", ACCURACY)
-    assert {row.name: row.standard for row in choice.rows} == {
-        "40-standard-0.1": None,
-        "40-standard-0.2": None,
-        "40-repr-0.1": "40-standard-0.1",
-        "40-repr-0.2": "40-standard-0.2",
-        "0-repr-0.1": None,
-        "0-repr-0.2": None,
-    }
-    assert (test.name, test.metric) == ("s-test", AP)
-    assert {row.name: row.standard for row in test.rows} == {
-        "a-standard-0.2": None,
-        "a-repr-0.2": None,
-    }
-    assert studies_of(tmp_path / "nothing") == []
