@@ -183,10 +183,10 @@ def _contrasts_in_markdown(study: str, values: Values) -> str:
     lines = [_line(contrast, corrected_level(explored)) for contrast in found]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     caption = [
-        f"{MEASURES[_metric(study)].axis}, after the last step on `{dataset}`: mean ± standard "
-        "deviation over the seeds that both arms have. Seeds: recorded, of those planned. After an "
-        f"arm: the {_CHOSEN[study]} that it chose on held-out training images. Intervals are "
-        "Student's t."
+        f"Numbers: {MEASURES[_metric(study)].axis}, after the last step on `{dataset}`; mean ± "
+        "standard deviation over the seeds that both arms have. Seeds: recorded, of those planned. "
+        f"After an arm: the {_CHOSEN[study]} that it chose on held-out training images. Intervals "
+        "are Student's t."
     ]
     if not all(contrast.primary for contrast in found):
         caption.append(

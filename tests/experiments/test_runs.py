@@ -277,7 +277,7 @@ def test_a_run_that_diverges_is_recorded_as_such(tmp_path, output):
         "wild", "Wild", None, config, {"SOLVER.BASE_LR": 1e30, "REPR.ENABLED": False}
     )
     text = reproduce(table.__class__("wild", "Wild", (row,)), [0], FULL, output)
-    assert "| Wild | not run | 0 (1 more diverged) | |" in squeezed(text)
+    assert "| Wild | diverged | 0 (1 more diverged) | |" in squeezed(text)
     record = json.loads((output / "wild" / "wild" / "seed_0.json").read_text())
     assert "inf" in record["diverged"] or "nan" in record["diverged"]
 
