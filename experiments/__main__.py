@@ -104,6 +104,16 @@ def reproduce(table: Table, seeds: Sequence[int], scale: str, output: Path) -> s
     return write_table(table, scale, output)
 
 
+def check_recorded(folder: Path) -> None:
+    """Refuse a folder of records that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist, so no run is recorded there: check --output.")
+
+
 def write_page(path: Path, output: Path) -> None:
     """Write all that is recorded as a page, and its pictures into the folder ``images`` next to it.
 
@@ -114,8 +124,7 @@ def write_page(path: Path, output: Path) -> None:
     Raises:
         UserError: there is no such folder.
     """
-    if not output.is_dir():
-        raise UserError(f"{output} does not exist, so no run is recorded there: check --output.")
+    check_recorded(output)
     values = read_values(output)
     tables = [*TABLES.values(), *choice_tables(values)]
     parts = [results_page(tables, lambda table: read_records(table, FULL, output))]
@@ -209,10 +218,7 @@ def _table(args: argparse.Namespace) -> None:
     table = only(TABLES[args.table], args.rows)
     if args.show:
         folder = table_folder(output, table, args.scale)
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} does not exist, so no run is recorded there: check --output."
-            )
+        check_recorded(folder)
         text = write_table(table, args.scale, output)
     else:
         text = reproduce(table, range(seeds), args.scale, output)

@@ -22,8 +22,9 @@ from experiments.protocol import (
     choice_cells,
     chosen,
 )
+from experiments.run_studies import metric_of
 from experiments.summarise import MEASURES, mean_and_spread, mean_difference
-from experiments.tables import ACCURACY, AP, Row, Table
+from experiments.tables import Row, Table
 from repr_det.detection.bootstrap import corrected_level
 from repr_det.report import plots
 
@@ -88,14 +89,9 @@ def choice_tables(values: Values) -> list[Table]:
         ]
         note = f"{_WORDS[name]} A gain is over standard training at the same {_CHOSEN[name]}."
         title = f"Study {name}: the choice, on `{study.datasets[CHOICE]}`"
-        metric = _metric(name)
         if rows:
-            found.append(Table(f"{name}-{CHOICE}", title, tuple(rows), metric, (note,)))
+            found.append(Table(f"{name}-{CHOICE}", title, tuple(rows), metric_of(name), (note,)))
     return found
-
-
-def _metric(study: str) -> str:
-    return AP if STUDIES[study].metric == "AP" else ACCURACY
 
 
 def contrasts(study: str, values: Values) -> list[Contrast]:
@@ -183,7 +179,7 @@ def _contrasts_in_markdown(study: str, values: Values) -> str:
     lines = [_line(contrast, corrected_level(explored)) for contrast in found]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     caption = [
-        f"Numbers: {MEASURES[_metric(study)].axis}, after the last step on `{dataset}`; mean ± "
+        f"Numbers: {MEASURES[metric_of(study)].axis}, after the last step on `{dataset}`; mean ± "
         "standard deviation over the seeds that both arms have. Seeds: recorded, of those planned. "
         f"After an arm: the {_CHOSEN[study]} that it chose on held-out training images. Intervals "
         "are Student's t."
@@ -236,7 +232,7 @@ def over_grid(study: str, values: Values) -> Figure:
         values: of all recorded runs.
     """
     setting = next(iter(STUDIES[study].settings))
-    table = pd.DataFrame(index=pd.Index(STUDIES[study].grid, name=_CHOSEN[study]), dtype=float)
+    table = pd.DataFrame(index=pd.Index(STUDIES[study].grid, name=_CHOSEN[study]))
     for cell in choice_cells(study, setting):
         table.loc[cell.value, cell.arm] = values.get(cell)
-    return plots.over_values(table.astype(float), MEASURES[_metric(study)].axis)
+    return plots.over_values(table.astype(float), MEASURES[metric_of(study)].axis)

