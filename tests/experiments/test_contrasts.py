@@ -5,8 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from experiments.contrasts import choice_tables, contrasts, over_grid, study_in_markdown
+from experiments.contrasts import (
+    again_in_markdown,
+    choice_tables,
+    contrasts,
+    over_grid,
+    study_in_markdown,
+)
 from experiments.protocol import CHOICE, STANDARD, STUDIES, TEST, Cell, all_cells, choice_cells
+from experiments.run_studies import AGAIN, record_path
+from experiments.runs import write_record
 from experiments.tables import AP
 from repr_det.report.plots import ARM_COLOURS
 
@@ -156,3 +164,16 @@ def test_picture_shows_the_recorded_values_of_each_arm():
     # The first colour stays that of standard training.
     assert [line.get_color() for line in axes.lines] == list(ARM_COLOURS[1:5])
     assert over_grid("finetune", dict.fromkeys(cells)).axes[0].lines[:] == []
+
+
+def test_a_run_that_was_trained_again_is_compared_with_its_record(tmp_path):
+    assert again_in_markdown(tmp_path) == ""
+    cell = Cell("finetune", TEST, "252-600", "previous-3", 0.001, 1)
+    for folder, number, commit in ((tmp_path, 22.5, "a" * 40), (tmp_path / AGAIN, 22.25, "b" * 40)):
+        record = {
+            **{"cell": vars(cell), "commit": commit, "device": "a processor"},
+            "evaluations": {"neu_det_test": [{"AP": 1.0}, {"AP": number}]},
+        }
+        write_record(record_path(cell, folder), record)
+    (row,) = rows_of(again_in_markdown(tmp_path)).values()
+    assert row == ["22.5000", "22.2500", "-0.2500", "`aaaaaaa`, `bbbbbbb`", "a processor"]

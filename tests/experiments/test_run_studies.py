@@ -6,9 +6,12 @@ import pytest
 
 from experiments.protocol import CHOICE_SEED, STANDARD, STUDIES, all_cells, choice_cells
 from experiments.run_studies import (
+    AGAIN,
     failure_path,
+    main,
     read_values,
     record_path,
+    recorded_cell,
     run_all,
     train_cell,
     tries,
@@ -123,6 +126,44 @@ def test_the_last_evaluation_counts_and_divergence_is_chance(study):
     record = record_with(cell, 33.3)
     assert value_of(record, cell) == 33.3
     assert value_of(record | {"diverged": "NaN"}, cell) == (10.0 if study == "noise" else 0.0)
+
+
+def test_a_record_names_its_cell(tmp_path):
+    cell = choice_cells("noise", "40")[3]
+    path = record_path(cell, tmp_path)
+    write_record(path, record_with(cell, 1.0) | {"cell": vars(cell)})
+    assert recorded_cell(path) == cell
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "{}", '{"cell": {"arm": "repr"}}'])
+def test_what_is_no_record_is_refused(text, tmp_path, capsys):
+    path = tmp_path / "seed_1.json"
+    if text is not None:
+        path.write_text(text)
+    assert main(["--output", str(tmp_path / "out"), "--again", str(path)]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("run_studies: error: ") and str(path) in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_trained_again_beside_its_record(tmp_path, monkeypatch):
+    cell = choice_cells("noise", "40")[3]
+    path = record_path(cell, tmp_path)
+    write_record(path, record_with(cell, 1.0) | {"cell": vars(cell)})
+    before = path.read_bytes()
+    trained = []
+
+    def train(found, output):
+        trained.append((found, output))
+        return record_with(found, 2.0)
+
+    monkeypatch.setattr("experiments.run_studies.check", lambda output: None)
+    monkeypatch.setattr("experiments.run_studies.train_cell", train)
+    assert main(["--output", str(tmp_path), "--again", str(path)]) == 0
+    assert trained == [(cell, tmp_path / AGAIN)] and path.read_bytes() == before
+    again = json.loads(record_path(cell, tmp_path / AGAIN).read_text())
+    assert value_of(again, cell) == 2.0
+    assert read_values(tmp_path) == {cell: 1.0}
 
 
 @pytest.mark.slow
