@@ -31,7 +31,7 @@ endif
 
 # This checkout comes before any other repr_det that the environment may hold.
 RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON)
-PYTEST = -m pytest --numprocesses 2 --dist loadfile
+PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test-gpu test test-slow test-all test-lowest bench lint docs clean check
 

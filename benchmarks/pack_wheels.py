@@ -35,7 +35,7 @@ NEEDED = (
     "hypothesis>=6.80",
     "opencv-python-headless>=4.9",
     "pytest>=8.0",
-    "pytest-xdist>=3.5",
+    "pytest-xdist>=3.7",
     "scipy>=1.12",
 )
 """Besides PyTorch and torchvision. OpenCV is the one without windows, whose wheel is smaller."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,13 @@ class Failures:
         """After pytest's own summary, so that the end of the output holds them."""
         device = os.environ["REPR_DET_TEST_DEVICE"]
         print("", f"{len(self._names)} failures on {device}", *self._names, sep="\n")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def older_objects_are_no_garbage() -> None:
+    """Every RePr that is made collects garbage, which would look at all that was ever imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

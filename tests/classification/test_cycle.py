@@ -11,6 +11,7 @@ from repr_det.classification.models.registry import PAPER_NAMES
 from repr_det.method.criteria import CRITERIA
 from tests.classification.settings import make_arrays, register, small_cfg
 from tests.device import DEVICE
+from tests.grids import covering
 
 pytestmark = pytest.mark.gpu
 
@@ -99,7 +100,8 @@ def test_mixed_precision(tmp_path, name):
     cycles(tmp_path, name, amp=True)
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
-@pytest.mark.parametrize("name", ["c3_8", "c3_8_bn", "cifar_densenet5"])
+@pytest.mark.parametrize(
+    ("criterion", "name"), covering(sorted(CRITERIA), ["c3_8", "c3_8_bn", "cifar_densenet5"])
+)
 def test_every_criterion(tmp_path, name, criterion):
     cycles(tmp_path, name, criterion, size=16)

@@ -166,7 +166,14 @@ ON_META = [name for name in classifier_names() if not name.startswith("regnet")]
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [*((name, "meta") for name in ON_META), ("regnet_x_400mf", "cpu"), ("regnet_y_400mf", "cpu")],
+    [
+        # Every day one of eight.
+        *(
+            pytest.param(name, "meta", marks=pytest.mark.slow if number % 8 else [])
+            for number, name in enumerate(ON_META)
+        ),
+        *(("regnet_x_400mf", "cpu"), ("regnet_y_400mf", "cpu")),
+    ],
 )
 def test_every_listed_name_can_be_built_of_regnets_the_smallest(name, device):
     with torch.device(device):

@@ -28,6 +28,7 @@ def finished(tmp_path_factory):
     return folder, demo("-o", folder, *SHORT)
 
 
+@pytest.mark.slow
 def test_the_pair_is_trained_and_compared(finished):
     folder, done = finished
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,6 +41,7 @@ def test_the_pair_is_trained_and_compared(finished):
     assert page.startswith("<!DOCTYPE html>") and "standard" in page
 
 
+@pytest.mark.slow
 def test_a_mistake_ends_it_and_nothing_is_written(finished):
     folder, _ = finished
     before = sorted(folder.parent.rglob("*"))

@@ -32,7 +32,10 @@ def refused(capsys, *arguments):
 
 
 @needs_coco
-@pytest.mark.parametrize("config", ["repr_faster_rcnn.yaml", "repr_mask_rcnn.yaml"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param("repr_faster_rcnn.yaml", marks=pytest.mark.slow), "repr_mask_rcnn.yaml"],
+)
 def test_trains_is_stopped_and_resumes(config, tmp_path):
     """Whole cycles on COCO images; stopped in S2 and resumed there."""
     train(

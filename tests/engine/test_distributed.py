@@ -47,7 +47,7 @@ def assert_ranks_agree(output, processes):
 @pytest.mark.parametrize(
     ("task", "processes"),
     [
-        ("classification", 2),
+        pytest.param("classification", 2, marks=pytest.mark.slow),
         ("detection", 2),
         pytest.param("classification", 4, marks=pytest.mark.slow),
         pytest.param("detection", 4, marks=pytest.mark.slow),

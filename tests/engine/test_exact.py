@@ -115,7 +115,8 @@ def test_channels_last(name):
     ("mode", "compact"),
     [
         *(("float32", "off"), ("float32", "on"), ("bfloat16", "on"), ("float16", "on")),
-        *(("channels last", "on"), ("compiled", "on")),
+        ("channels last", "on"),
+        pytest.param(*("compiled", "on"), marks=pytest.mark.slow if DEVICE.type == "cpu" else []),
     ],
 )
 def test_a_detector_in_every_mode(tmp_path, mode, compact):
@@ -155,6 +156,7 @@ class Held(HookBase):
             assert weight[method.pruned[layer.name]].count_nonzero() == 0
 
 
+@pytest.mark.slow
 def test_sync_bn_over_gloo():
     root = Path(__file__).parents[2]
     done = subprocess.run(

@@ -90,7 +90,10 @@ def assert_same_run(output, reference):
     assert_same(record(output), record(reference))
 
 
-@pytest.fixture(scope="module", params=["detection", "classification"])
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("detection", marks=pytest.mark.slow), "classification"],
+)
 def reference(request, tmp_path_factory):
     """A run that was never killed."""
     output = tmp_path_factory.mktemp(request.param) / "reference"

@@ -18,6 +18,7 @@ from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method import choice, ranks
 from repr_det.method.criteria import chance_overlap
+from tests.grids import covering
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.operations import Operations
 
@@ -277,12 +278,13 @@ def update(copy_of, model):
             mine.lerp_(theirs, 0.1)
 
 
-@pytest.mark.parametrize("direction", ["orthogonal", "previous"])
 @pytest.mark.parametrize(
-    ("name", "optimizer"), [("residual-grouped", "adam"), ("chain-frozen", "momentum")]
+    ("name", "direction"),
+    covering(["residual-grouped", "chain-frozen"], ["orthogonal", "previous"]),
 )
-def test_resumed_at_every_iteration_with_the_same_bits(name, optimizer, direction):
+def test_resumed_at_every_iteration_with_the_same_bits(name, direction):
     """Saved before and after each phase check; continued in fresh objects."""
+    optimizer = "adam" if name == "residual-grouped" else "momentum"
 
     def start():
         model = net(name, torch.float32)
@@ -630,9 +632,9 @@ SCALES = {
 """Options of optimizers, and which of their states scale a step; the others point somewhere."""
 
 
-@pytest.mark.parametrize("outgoing", [0.0, 0.25])
-@pytest.mark.parametrize("name", ["chain", "chain-bias"])
-@pytest.mark.parametrize("kind", SCALES)
+@pytest.mark.parametrize(
+    ("kind", "name", "outgoing"), covering(SCALES, ["chain", "chain-bias"], [0.0, 0.25])
+)
 def test_optimizer_state_after_a_return(kind, name, outgoing):
     """By hand: new filters scale their steps as survivors do, what reads them as at the drop."""
     options, scales = SCALES[kind]

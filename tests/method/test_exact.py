@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from repr_det import RePr, RePrSchedule
+from tests.grids import covering
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.method.side_by_side import (
     TOLERANCE,
@@ -23,8 +24,7 @@ from tests.method.side_by_side import (
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "optimizer"), covering(NETS, OPTIMIZERS))
 def test_trains_as_the_smaller_network(name, optimizer):
     model, reference, losses, _ = side_by_side(name, optimizer, torch.float64)
     assert_same(model, reference, losses)

@@ -15,6 +15,7 @@ from torchvision.ops import StochasticDepth
 from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method.compact import Compact
+from tests.grids import covering
 from tests.method.nets import DEVICE, OPTIMIZERS, batch, loss
 from tests.method.side_by_side import TOLERANCE, clip_all_by_norm, clip_by_norm, clip_by_value
 from tests.method.smaller import (
@@ -274,8 +275,7 @@ def test_hidden_units_take_part(name):
     assert [layer.name for layer in method_of(net(name)).layers] == TAKE_PART[name]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(("name", "optimizer"), covering(NETS, OPTIMIZERS))
 def test_trains_as_the_smaller_network(name, optimizer):
     check_trains_alike(name, optimizer)
 

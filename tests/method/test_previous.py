@@ -13,6 +13,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from repr_det import Reinit, RePr, RePrSchedule
 from repr_det.method.compact import Compact
+from tests.grids import covering
 from tests.method.nets import NETS, OPTIMIZERS, batch, loss, net
 
 SCHEDULE = RePrSchedule(s1=3, s2=4, cycles=1)
@@ -58,10 +59,10 @@ def assert_bits(mine, expected):
         assert torch.equal(mine[name], expected[name]), name
 
 
-@pytest.mark.parametrize("compact", [False, True], ids=["masked", "compact"])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", NETS)
-def test_without_learning_in_s2_nothing_was_dropped(name, optimizer, compact):
+@pytest.mark.parametrize(
+    ("name", "optimizer", "form"), covering(NETS, OPTIMIZERS, ["masked", "compact"])
+)
+def test_without_learning_in_s2_nothing_was_dropped(name, optimizer, form):
     model, trainer, method = start(name, optimizer)
     average = copy.deepcopy(model)
     with torch.no_grad():
@@ -79,7 +80,7 @@ def test_without_learning_in_s2_nothing_was_dropped(name, optimizer, compact):
         method.step(i)
         if not smaller.active:
             check_pruned(method)
-            if compact:
+            if form == "compact":
                 smaller.shrink()
         train(model, trainer, i)
     smaller.grow()
