@@ -193,6 +193,9 @@ def _contrasts_in_markdown(study: str, values: Values) -> str:
         )
     if any(contrast.missing for contrast in found):
         caption.append("Where runs are missing, this is a look before the end: nothing is claimed.")
+    waiting = [c.label for c in contrasts(study, values) if c.primary and not c.seeds]
+    if waiting:
+        caption.append(f"Primary and without a pair yet: {', '.join(waiting)}.")
     return f"{table}\n\n{' '.join(caption)}"
 
 

@@ -151,7 +151,7 @@ def test_short_runs_from_loaded_weights_are_warned_of(tmp_path, warned):
     cfg.MODEL.WEIGHTS = str(weights)
     (message,) = warned(lambda: start(cfg))
     assert "start from loaded weights" in message
-    assert "Set REPR.REINIT.DIRECTION to previous" in message
+    assert "set REPR.REINIT.DIRECTION to previous" in message
     assert warned(lambda: start(cfg, reinit=Reinit(direction="previous"))) == []
     # Heads alone were loaded: nothing that takes part is lost.
     state = torch.load(weights, weights_only=True)

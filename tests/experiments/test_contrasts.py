@@ -94,6 +94,19 @@ def test_seed_whose_grid_is_not_whole_has_no_worst():
     assert worst.standard.keys() == set(range(1, 11)) - {4}
 
 
+def test_primary_contrast_that_waits_for_its_first_pair_is_named():
+    values = recorded("noise", lambda cell: 50.0)
+    first, worst, *_ = contrasts("noise", values)
+    whole = study_in_markdown("noise", values, "x.png")
+    of_grid = [c for c in values if c.stage == TEST and c.value == 0.003]
+    text = study_in_markdown(
+        "noise", {c: v for c, v in values.items() if c not in of_grid}, "x.png"
+    )
+    waits = f"Primary and without a pair yet: {worst.label}."
+    assert waits in text and waits not in whole
+    assert first.label in rows_of(text) and worst.label not in rows_of(text)
+
+
 def test_failed_run_is_named_and_left_out_with_its_pair():
     values = recorded("finetune", lambda cell: 40.0 + cell.seed + 3 * (cell.arm == "repr"))
     failed = Cell("finetune", TEST, "252-600", STANDARD, 0.0005, 7)
