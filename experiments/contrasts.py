@@ -24,9 +24,9 @@ from experiments.protocol import (
     choice_cells,
     chosen,
 )
-from experiments.run_studies import metric_of, recorded_cell, trained_again, value_of
+from experiments.run_studies import AGAIN, metric_of, record_path, recorded_cell, value_of
 from experiments.summarise import MEASURES, mean_and_spread, mean_difference
-from experiments.tables import Row, Table
+from experiments.tables import RECORDS, Row, Table
 from repr_det.detection.bootstrap import corrected_level
 from repr_det.report import plots
 
@@ -222,9 +222,10 @@ def again_in_markdown(output: Path) -> str:
         output: folder of all records.
     """
     lines = []
-    for first, second in trained_again(output):
-        cell = recorded_cell(second)
-        records = [json.loads(path.read_text()) for path in (first, second)]
+    folders = output, output / AGAIN
+    for again in sorted((output / AGAIN).glob(f"*/*/{RECORDS}")):
+        cell = recorded_cell(again)
+        records = [json.loads(record_path(cell, folder).read_text()) for folder in folders]
         numbers = [value_of(record, cell) for record in records]
         lines.append(
             {

@@ -190,12 +190,6 @@ def _train_again(cell: Cell, output: Path) -> None:
     print(path)
 
 
-def trained_again(output: Path) -> list[tuple[Path, Path]]:
-    """The records of runs that were trained once more, each after the one that it repeats."""
-    again = sorted((output / AGAIN).glob("*/*/seed_*.json"))
-    return [(output / path.relative_to(output / AGAIN), path) for path in again]
-
-
 def train_cell(cell: Cell, output: Path, changed: Overrides | None = None) -> dict[str, Any]:
     """Train a cell, going on from its last checkpoint if there is one; returns its record.
 

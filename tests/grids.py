@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import product
+from itertools import cycle, islice, product
 from typing import Any
 
 import pytest
@@ -15,10 +15,9 @@ def covering(first: Iterable[Any], *others: Iterable[Any]) -> list[Any]:
     The everyday ones have each value of ``first``, and each combination of the others.
     """
     firsts, rest = list(first), list(product(*others))
-    everyday = {
-        (firsts[i % len(firsts)], *rest[i % len(rest)]) for i in range(max(len(firsts), len(rest)))
-    }
+    turns = max(len(firsts), len(rest))
+    everyday = set(islice(zip(cycle(firsts), cycle(rest)), turns))
     return [
-        pytest.param(*values, marks=[] if values in everyday else pytest.mark.slow)
-        for values in ((value, *combination) for value in firsts for combination in rest)
+        pytest.param(value, *values, marks=[] if (value, values) in everyday else pytest.mark.slow)
+        for value, values in product(firsts, rest)
     ]
