@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.logger import setup_logger
 
 # The networks of the tests are small: more threads would only wait for each other, also those of
 # the programs that tests start.
@@ -76,3 +78,15 @@ def algorithms_as_before() -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_imported() -> None:
+    """Detectron2 sets up logging once a process, and then logs to the output of a test before."""
+    setup_logger.cache_clear()
+    for logger in map(logging.getLogger, ("detectron2", "fvcore")):
+        for handler in logger.handlers[:]:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True

@@ -304,7 +304,6 @@ def test_whole_numbers_written_as_floats_are_read(write):
     ],
 )
 def test_hints(write, caplog, change, hint):
-    logging.getLogger("detectron2").propagate = True
     with caplog.at_level(logging.INFO, "detectron2"):
         read_coco(write(change))
     assert hint in caplog.text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 
 import numpy as np
@@ -141,7 +140,6 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
 
 @pytest.mark.parametrize("empty", ["", "\n"])
 def test_an_error_without_words_is_named_by_its_class(tmp_path, monkeypatch, caplog, empty):
-    logging.getLogger("detectron2").propagate = True
 
     def silent(*arguments, **options):
         raise OverflowError(empty)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -64,7 +63,6 @@ def name(request):
 
 @pytest.mark.parametrize("bbox", [[1, 2, 0, 5], [1, 2, 5, 0], [50, 2, 5, 5], [1, -9, 5, 5]])
 def test_boxes_that_do_not_count_are_warned_of(cfg, coco, name, caplog, bbox):
-    logging.getLogger("detectron2").propagate = True
     other = {"id": 6, "image_id": 1, "category_id": 2, "bbox": bbox}
     changed(coco[0], lambda c: c["annotations"].append(other))
     use_coco_data(cfg, "TRAIN", name, *coco)
@@ -73,7 +71,6 @@ def test_boxes_that_do_not_count_are_warned_of(cfg, coco, name, caplog, bbox):
 
 
 def test_images_without_annotations_are_warned_of(cfg, coco, name, caplog):
-    logging.getLogger("detectron2").propagate = True
     extra = {"id": 2, "file_name": "2.png", "width": 4, "height": 4}
     changed(coco[0], lambda c: c["images"].append(extra))
     use_coco_data(cfg, "TRAIN", name, *coco)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -97,7 +95,6 @@ def test_an_accent_of_its_own_is_joined_to_its_letter(nothing_installed):
 
 @pytest.mark.parametrize("draw", [draw_instances, draw_over])
 def test_a_font_of_the_system_is_found(chinese, caplog, draw):
-    logging.getLogger("detectron2").propagate = True
     assert fonts.runs("a螺母") == [("a", fonts.DEJAVU), ("螺母", chinese)]
     assert not np.array_equal(picture("螺", draw), picture("母", draw))
     assert not caplog.text
@@ -108,7 +105,6 @@ def test_titles_of_a_sheet_are_drawn(chinese, tmp_path):
 
 
 def test_a_missing_font_is_warned_of_once(nothing_installed, caplog):
-    logging.getLogger("detectron2").propagate = True
     picture("螺母")
     picture("螺 母")
     assert caplog.text.count("No installed font has the characters") == 1

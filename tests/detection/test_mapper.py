@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 import cv2
 import numpy as np
 import pytest
@@ -42,7 +40,6 @@ class TestUnreadableImages:
             mapper(record)
 
     def test_a_bad_image_is_skipped_and_counted(self, cfg, record, caplog):
-        logging.getLogger("detectron2").propagate = True
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True)
         assert mapper(dict(record)) is None
         assert mapper(dict(record)) is None

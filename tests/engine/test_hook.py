@@ -199,10 +199,8 @@ class Wide(nn.Module):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_where_little_takes_part_the_log_names_the_switch(caplog, monkeypatch, linear):
+def test_where_little_takes_part_the_log_names_the_switch(caplog, linear):
     caplog.set_level(logging.INFO)
-    # Off once an earlier test has set up Detectron2's log.
-    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     model = Wide()
     trainer = SimpleTrainer(model, [torch.randn(4, 3, 8, 8)], torch.optim.SGD(model.parameters()))
     trainer.register_hooks([RePrHook(SCHEDULE, linear=linear), Stop()])
@@ -260,7 +258,6 @@ def run_with(compact, output, schedule, max_iter, resume=False):
 
 def test_physically_smaller_in_s2(tmp_path, caplog):
     schedule = RePrSchedule(2, 2, 1)
-    logging.getLogger("detectron2").propagate = True
     with caplog.at_level(logging.INFO, "detectron2"):
         _, masked = run_with("off", tmp_path / "off", schedule, 6)
         _, sizes = run_with("on", tmp_path / "on", schedule, 6)
@@ -317,7 +314,6 @@ def test_compact_and_exclude_by_config(tmp_path, compact):
 
 
 def test_auto_measures_once_and_remembers(tmp_path, monkeypatch, caplog):
-    logging.getLogger("detectron2").propagate = True
     monkeypatch.setattr("repr_det.engine.hook.MEASURING_PAYS_FROM", 1)
     for smaller in (True, False):
         monkeypatch.setattr("repr_det.engine.hook.pays", lambda speed, s2, found=smaller: found)
@@ -401,7 +397,6 @@ def test_where_removal_fails_filters_stay_and_training_goes_on(monkeypatch, capl
         raise MemoryError("made up")
 
     monkeypatch.setattr("repr_det.method.compact.Compact._outputs", fail)
-    monkeypatch.setattr(logging.getLogger("detectron2"), "propagate", True)
     trainer = small_trainer(compact="on")
     trainer.train(0, 10)
     (line,) = {line for line in caplog.messages if "stay in the network as zeros" in line}
