@@ -115,13 +115,25 @@ def contrasts(study: str, values: Values) -> list[Contrast]:
             seeds = TEN_SEEDS if arm in primary else THREE_SEEDS
             found.append(_contrast(label, [standard], [cell], seeds, values, arm in primary))
         for arm in primary & best.keys() if (study, setting) == WORST else ():
-            label = f"{setting}: {arm} - {STANDARD}, each at its worst {_CHOSEN[study]}"
-            grids = (
-                [replace(standard, arm=of, value=value) for value in STUDIES[study].grid]
-                for of in (STANDARD, arm)
-            )
-            found.append(_contrast(label, *grids, TEN_SEEDS, values, True))
+            found.extend(_over_grid(standard, best[arm], values))
     return sorted(found, key=lambda contrast: not contrast.primary)
+
+
+def _over_grid(standard: Cell, arm: Cell, values: Values) -> list[Contrast]:
+    """Both at their worst values, which is primary; then at each value that not both chose."""
+    chosen_by = _CHOSEN[arm.study]
+    label = f"{arm.setting}: {arm.arm} - {STANDARD}"
+    grid = STUDIES[arm.study].grid
+    pairs = [(replace(standard, value=value), replace(arm, value=value)) for value in grid]
+    worst = f"{label}, each at its worst {chosen_by}"
+    return [
+        _contrast(worst, *zip(*pairs, strict=True), TEN_SEEDS, values, True),
+        *(
+            _contrast(f"{label}, {chosen_by} {of.value:g}", [of], [cell], TEN_SEEDS, values, False)
+            for of, cell in pairs
+            if (of, cell) != (standard, arm)
+        ),
+    ]
 
 
 def _contrast(
@@ -172,19 +184,22 @@ def study_in_markdown(study: str, values: Values, picture: str) -> str:
 
 
 def _contrasts_in_markdown(study: str, values: Values) -> str:
-    found = [contrast for contrast in contrasts(study, values) if contrast.seeds]
+    known = contrasts(study, values)
+    found = [contrast for contrast in known if contrast.seeds]
     dataset = STUDIES[study].datasets[TEST]
     if not found:
         return f"No pair is recorded on `{dataset}` yet."
-    # All that are planned count, recorded or not.
+    # All that are planned count, recorded or not: each arm of each setting but the primary one, and
+    # what is explored over ten seeds.
     explored = sum(len(s.arms) - 1 for s in STUDIES[study].settings.values()) - 1
+    explored += sum(not c.primary and c.planned == len(TEN_SEEDS) for c in known)
     lines = [_line(contrast, corrected_level(explored)) for contrast in found]
     table = pd.DataFrame(lines).to_markdown(index=False, disable_numparse=True)
     caption = [
         f"Numbers: {MEASURES[metric_of(study)].axis}, after the last step on `{dataset}`; mean ± "
         "standard deviation over the seeds that both arms have. Seeds: recorded, of those planned. "
-        f"After an arm: the {_CHOSEN[study]} that it chose on held-out training images. Intervals "
-        "are Student's t."
+        f"In brackets: the {_CHOSEN[study]} that an arm chose on held-out training images. "
+        "Intervals are Student's t."
     ]
     if not all(contrast.primary for contrast in found):
         caption.append(
@@ -193,7 +208,7 @@ def _contrasts_in_markdown(study: str, values: Values) -> str:
         )
     if any(contrast.missing for contrast in found):
         caption.append("Where runs are missing, this is a look before the end: nothing is claimed.")
-    waiting = [c.label for c in contrasts(study, values) if c.primary and not c.seeds]
+    waiting = [c.label for c in known if c.primary and not c.seeds]
     if waiting:
         caption.append(f"Primary and without a pair yet: {', '.join(waiting)}.")
     return f"{table}\n\n{' '.join(caption)}"

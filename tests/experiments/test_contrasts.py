@@ -65,13 +65,27 @@ def test_exploration_is_corrected_for_all_that_is_planned():
     values = recorded("noise", lambda cell: 50.0 + (cell.arm == "previous") * (cell.seed - 2))
     text = study_in_markdown("noise", values, "x.png")
     rows = rows_of(text)
-    assert [row[0] for row in rows.values()] == ["primary"] * 2 + ["exploration"] * 5
-    assert "nothing is claimed from it" in text and "correction for 5 of them" in text
-    assert [row[5] for row in rows.values()] == ["95 %"] * 2 + ["99 %"] * 5
+    # Five arms over three seeds, and the best arm at the four weight decays that were not chosen.
+    assert [row[0] for row in rows.values()] == ["primary"] * 2 + ["exploration"] * 9
+    assert "nothing is claimed from it" in text and "correction for 9 of them" in text
+    assert [row[5] for row in rows.values()] == ["95 %"] * 2 + ["99.44 %"] * 9
     mean, low, high = (float(n) for n in rows["40: previous (0.001) - standard (0.001)"][4]
                        .replace("[", "").replace("]", "").replace(",", "").split())  # fmt: skip
-    t_at_99 = 9.924843  # two degrees of freedom, from a table
-    assert (mean, low, high) == pytest.approx((0, -t_at_99 / 3**0.5, t_at_99 / 3**0.5), abs=0.005)
+    # Student's quantile with two degrees of freedom has a closed form.
+    q = 1 - 0.05 / 9 / 2
+    t = (2 * q - 1) * (2 / (4 * q * (1 - q))) ** 0.5
+    assert (mean, low, high) == pytest.approx((0, -t / 3**0.5, t / 3**0.5), abs=0.005)
+
+
+def test_best_arm_is_compared_at_each_weight_decay_that_was_not_chosen():
+    values = recorded("noise", lambda c: 50.0 + c.seed + (c.arm == "repr") * 100 * c.value)
+    rows = rows_of(study_in_markdown("noise", values, "x.png"))
+    for value in (0.003, 0.005, 0.01, 0.02):
+        row = rows[f"40: repr - standard, weight decay {value:g}"]
+        gain = f"{100 * value:+.2f}"
+        assert row[0] == "exploration" and row[3] == "10 of 10"
+        assert row[4] == f"{gain} [{gain}, {gain}]"
+    assert "40: repr - standard, weight decay 0.001" not in rows
 
 
 def test_worst_weight_decay_is_taken_for_each_seed():
