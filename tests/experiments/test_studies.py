@@ -6,7 +6,9 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
-from experiments.runs import QUICK, differences, plan, row_cfg, settings_of
+from experiments.protocol import CHOICE, CHOICE_SEED, Cell
+from experiments.run_studies import run_of
+from experiments.runs import FULL, QUICK, differences, plan, row_cfg, settings_of
 from experiments.tables import AP, STUDIES
 from repr_det import RePr, RePrSchedule
 from repr_det.classification import resolve_epochs
@@ -25,8 +27,8 @@ def test_row(table, row):
     if cfg.REPR.ENABLED:
         schedule = RePrSchedule(resolved.REPR.S1, resolved.REPR.S2, resolved.REPR.N)
         schedule.check_fits(resolved.SOLVER.MAX_ITER)
-        # The screening also looks at a late return, and the authors' rate falls all the time.
-        if table.name not in ("screening", "authors"):
+        # Two rows look at a late return, and the authors' rate falls all the time.
+        if row.name != "late" and table.name != "authors":
             assert schedule.end < resolved.SOLVER.STEPS[0]
         standard = row_cfg(table.row(row.standard), 3)
         changed = differences(settings_of(standard), settings_of(cfg))
@@ -54,10 +56,32 @@ def test_network_can_do_what_a_row_asks_of_it(row):
     assert method.layers
 
 
-def test_screening_looks_at_no_test_image():
-    table = STUDIES["screening"]
+@pytest.mark.parametrize("name", ["screening", "noise-gain"])
+def test_searches_look_at_no_test_image(name):
+    table = STUDIES[name]
     assert {row_cfg(row, 0).DATASETS.TEST for row in table.rows} == {("cifar10_heldout",)}
     assert {row_cfg(row, 0).DATASETS.HELD_OUT for row in table.rows} == {30_000}
+
+
+@needs_cifar10
+@pytest.mark.parametrize(
+    ("row", "arm"),
+    [
+        ("standard", "standard"),
+        ("previous", "previous"),
+        ("ortho", "repr"),
+        ("ortho-50", "repr-50"),
+    ],
+)
+def test_search_after_study_noise_trains_as_the_study_did(row, arm, tmp_path):
+    """Seed 0 chose there, with random labels of that seed."""
+    table = STUDIES["noise-gain"]
+    found = plan(table, table.row(row), CHOICE_SEED, FULL, tmp_path).cfg
+    wanted = run_of(Cell("noise", CHOICE, "40", arm, 0.001), tmp_path).cfg
+    changed = differences(settings_of(wanted), settings_of(found))
+    assert wanted.REPR.ENABLED == found.REPR.ENABLED
+    # Standard training reads no other key of RePr's.
+    assert [k for k in changed if found.REPR.ENABLED or not k.startswith("REPR.")] == []
 
 
 @needs_cifar10
