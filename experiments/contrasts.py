@@ -115,11 +115,11 @@ def contrasts(study: str, values: Values) -> list[Contrast]:
             seeds = TEN_SEEDS if arm in primary else THREE_SEEDS
             found.append(_contrast(label, [standard], [cell], seeds, values, arm in primary))
         for arm in primary & best.keys() if (study, setting) == WORST else ():
-            found.extend(_over_grid(standard, best[arm], values))
+            found.extend(_contrasts_over_grid(standard, best[arm], values))
     return sorted(found, key=lambda contrast: not contrast.primary)
 
 
-def _over_grid(standard: Cell, arm: Cell, values: Values) -> list[Contrast]:
+def _contrasts_over_grid(standard: Cell, arm: Cell, values: Values) -> list[Contrast]:
     """Both at their worst values, which is primary; then at each value that not both chose."""
     chosen_by = _CHOSEN[arm.study]
     label = f"{arm.setting}: {arm.arm} - {STANDARD}"

@@ -140,7 +140,6 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
 
 @pytest.mark.parametrize("empty", ["", "\n"])
 def test_an_error_without_words_is_named_by_its_class(tmp_path, monkeypatch, caplog, empty):
-
     def silent(*arguments, **options):
         raise OverflowError(empty)
 
