@@ -36,6 +36,10 @@ THRESHOLDS = 10
 MOST_DETECTIONS = 100
 """Of an image and class, those with the highest scores count."""
 
+_CATEGORY = 1
+"""Engines see one class at a time under this id, and images under their positions. Ids of files may
+be text or large numbers, at which faster-coco-eval fails."""
+
 Entries = Sequence[dict[str, Any]]
 Flags = NDArray[np.bool_]
 Engine = Callable[[COCO, COCO, str], tuple[Flags, Flags]]
@@ -72,7 +76,7 @@ class Matches:
         classes: by name, in the order of category ids.
     """
 
-    image_ids: tuple[int, ...]
+    image_ids: tuple[int | str, ...]
     classes: dict[str, ClassMatches]
 
 
@@ -105,16 +109,19 @@ def match(
     image_ids = tuple(sorted(truth.getImgIds()))
     positions = {image: position for position, image in enumerate(image_ids)}
     images = np.array([positions[r["image_id"]] for r in results], dtype=np.int64)
-    categories = np.array([r["category_id"] for r in results], dtype=np.int64)
+    ids = sorted(truth.getCatIds())
+    numbers = {category: number for number, category in enumerate(ids)}
+    categories = np.array([numbers[r["category_id"]] for r in results], dtype=np.int64)
     found = _Detections(
         results, iou_type, images, np.array([r["score"] for r in results], dtype=float)
     )
-    ids = sorted(truth.getCatIds())
     order = np.lexsort((-found.scores, images, categories))
-    of_class = np.split(order, np.searchsorted(categories[order], ids)[1:])
+    of_class = np.split(order, np.searchsorted(categories[order], range(len(ids)))[1:])
     objects: dict[int, list[dict[str, Any]]] = {category: [] for category in ids}
     for entry in truth.dataset["annotations"]:
-        objects[entry["category_id"]].append(entry)
+        place = {"image_id": positions[entry["image_id"]], "category_id": _CATEGORY}
+        objects[entry["category_id"]].append(entry | place)
+    numbered = [{**truth.imgs[image], "id": place} for place, image in enumerate(image_ids)]
     classes = {}
     bar = tqdm(ids, label, unit="class", disable=not progress)
     for category, chosen in zip(bar, of_class, strict=True):
@@ -122,7 +129,7 @@ def match(
         begins = np.searchsorted(images[chosen], images[chosen])
         chosen = chosen[np.arange(len(chosen)) - begins < MOST_DETECTIONS]
         classes[truth.cats[category]["name"]] = _class_matches(
-            truth, positions, objects[category], found, chosen, engine
+            numbered, objects[category], found, chosen, engine
         )
     return Matches(image_ids, classes)
 
@@ -155,34 +162,44 @@ class _Detections:
 
     def entries(self, chosen: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Some of them as the engines take them. Of box and mask only the one that counts."""
-        keys = ("image_id", "category_id", "score", self._shape)
+        chosen_parts = (part[chosen].tolist() for part in (self.images, self.scores, self.areas))
         return [
-            {key: self._results[i][key] for key in keys} | {"id": i + 1, "iscrowd": 0, "area": area}
-            for i, area in zip(chosen.tolist(), self.areas[chosen].tolist(), strict=True)
+            {
+                "id": i + 1,
+                "image_id": image,
+                "category_id": _CATEGORY,
+                "score": score,
+                self._shape: self._results[i][self._shape],
+                "iscrowd": 0,
+                "area": area,
+            }
+            for i, image, score, area in zip(chosen.tolist(), *chosen_parts, strict=True)
         ]
 
 
 def _class_matches(
-    truth: COCO,
-    positions: dict[int, int],
+    numbered: Entries,
     objects: Entries,
     found: _Detections,
     chosen: NDArray[np.int64],
     engine: Engine,
 ) -> ClassMatches:
-    """Of one class, whose detections are ``chosen``, by image and falling score."""
+    """Of one class, whose detections are ``chosen``, by image and falling score.
+
+    Images ``numbered``, and those of ``objects``, have their positions as ids.
+    """
     images, scores, areas = found.images[chosen], found.scores[chosen], found.areas[chosen]
     outside = np.array([(areas < low) | (areas > high) for low, high in AREAS])
     matched = np.zeros((len(AREAS), THRESHOLDS, len(chosen)), dtype=bool)
     ignored = np.repeat(outside[:, None], THRESHOLDS, axis=1)
-    places = np.array([positions[entry["image_id"]] for entry in objects], dtype=np.int64)
+    places = np.array([entry["image_id"] for entry in objects], dtype=np.int64)
     # Only where there are objects is anything to be matched.
-    there = np.isin(images, places)
-    if there.any():
-        shared = np.isin(places, images)
-        matched[..., there], ignored[..., there] = engine(
-            _indexed(truth, [entry for entry, is_in in zip(objects, shared, strict=True) if is_in]),
-            _indexed(truth, found.entries(chosen[there])),
+    shared = np.isin(images, places)
+    if shared.any():
+        with_detections = np.isin(places, images)
+        matched[..., shared], ignored[..., shared] = engine(
+            _indexed(numbered, [objects[i] for i in np.flatnonzero(with_detections)]),
+            _indexed(numbered, found.entries(chosen[shared])),
             found.iou_type,
         )
     sizes = np.array([entry["area"] for entry in objects], dtype=float)
@@ -197,13 +214,13 @@ def _class_matches(
     )
 
 
-def _indexed(truth: COCO, annotations: Entries) -> COCO:
-    """Some annotations of one class, and their images."""
-    images = dict.fromkeys(entry["image_id"] for entry in annotations)
+def _indexed(images: Entries, annotations: Entries) -> COCO:
+    """Some annotations of one class, and those of all images that they are on."""
+    places = dict.fromkeys(entry["image_id"] for entry in annotations)
     coco = COCO()
     coco.dataset = {
-        "images": [truth.imgs[image] for image in images],
-        "categories": truth.dataset["categories"],
+        "images": [images[place] for place in places],
+        "categories": [{"id": _CATEGORY}],
         "annotations": list(annotations),
     }
     with contextlib.redirect_stdout(io.StringIO()):
@@ -213,7 +230,7 @@ def _indexed(truth: COCO, annotations: Entries) -> COCO:
 
 def _set_up(evaluation: COCOeval, detections: COCO) -> None:
     evaluation.params.imgIds = sorted(detections.imgs)
-    evaluation.params.catIds = sorted({a["category_id"] for a in detections.dataset["annotations"]})
+    evaluation.params.catIds = [_CATEGORY]
     evaluation.params.maxDets = [MOST_DETECTIONS]
 
 

@@ -81,6 +81,52 @@ def test_nothing_detected_and_nothing_there(tmp_path, iou_type):
     assert not any(found.positives.any() for found in ours.classes.values())
 
 
+@pytest.mark.parametrize("engine", [with_faster_coco_eval, with_pycocotools])
+@pytest.mark.parametrize("iou_type", [BBOX, SEGM])
+@pytest.mark.parametrize(
+    "ids",
+    [
+        lambda i: f"image {i:03d}",
+        lambda i: 20_260_101_120_000_000 + i,  # a time; as floats, neighbours are equal
+        lambda i: -i,
+    ],
+)
+def test_ids_may_be_text_or_large(tmp_path, ids, iou_type, engine):
+    """Matches are those under small ids; in ascending order, which turns negative ones round."""
+    content = make_truth(12)
+    results = make_results(content, 4)
+    expected = match(read(tmp_path, content), results, iou_type)
+    for image in content["images"]:
+        image["id"] = ids(image["id"])
+    for entry in [*content["annotations"], *results]:
+        entry["image_id"], entry["category_id"] = ids(entry["image_id"]), str(entry["category_id"])
+    for category in content["categories"]:
+        category["id"] = str(category["id"])
+    found = match(read(tmp_path, content), results, iou_type, engine=engine)
+    assert set(found.image_ids) == {ids(image) for image in expected.image_ids}
+    places = {image: place for place, image in enumerate(found.image_ids)}
+    moved = np.array([places[ids(image)] for image in expected.image_ids])
+    assert found.classes.keys() == expected.classes.keys()
+    for name, matches in found.classes.items():
+        theirs = expected.classes[name]
+        assert sorted(
+            zip(matches.images, matches.scores, *matches.positives[0], strict=True)
+        ) == sorted(zip(moved[theirs.images], theirs.scores, *theirs.positives[0], strict=True))
+        for area, other in zip(matches.objects, theirs.objects, strict=True):
+            np.testing.assert_array_equal(area, np.sort(moved[other]))
+
+
+def test_ids_of_results_may_be_written_as_floats(tmp_path):
+    content = make_truth(12)
+    truth, results = read(tmp_path, content), make_results(content, 4)
+    expected = match(truth, results, BBOX)
+    for entry in results:
+        entry["image_id"], entry["category_id"] = map(
+            float, (entry["image_id"], entry["category_id"])
+        )
+    assert_equal(match(truth, results, BBOX), expected)
+
+
 def test_pycocotools_is_used_without_faster_coco_eval(tmp_path, monkeypatch):
     content = make_truth(12)
     truth, results = read(tmp_path, content), make_results(content, 4)
