@@ -26,11 +26,11 @@ from experiments.summarise import MEASURES, Measure, Record
 from experiments.tables import RECORDS, Row, Table
 from repr_det.engine.allocator import keep_freed_memory
 from repr_det.engine.checkpoint import has_run
-from repr_det.engine.config import config_path
+from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.environment import environment
 from repr_det.engine.files import write_text_whole
 from repr_det.errors import UserError
-from repr_det.report.run import FINAL, flat_settings, read_metrics
+from repr_det.report.run import FINAL, read_metrics
 from repr_det.tasks import get_cfg, trainer_for
 
 FULL, QUICK = "full", "quick"

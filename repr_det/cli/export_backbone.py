@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """
     from repr_det.classification.export import export_backbone
     from repr_det.engine.checkpoint import has_run, last_checkpoint
+    from repr_det.engine.config import flat_settings
     from repr_det.engine.files import check_folder_of, write_text_whole
-    from repr_det.report.run import flat_settings
 
     target = args.output or args.old_target
     if target is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -35,9 +36,9 @@ def add_repr_config(cfg: CfgNode) -> None:
     # code), weights, random, or with data activations, apoz, gradients, taylor, hessian, oracle.
     cfg.REPR.CRITERION = "ortho"
     # Shell-style patterns of conv layers that take part. A pattern also matches everything below
-    # it. Empty: the backbone with its FPN, or without a backbone all layers but the stem and the
-    # prediction layers, and never gates (squeeze-and-excitation). A pattern that matches no conv
-    # takes linear layers: roi_heads.box_head.fc1.
+    # it. Empty: the backbone with its FPN, or without a backbone all layers but the prediction
+    # layers. Stems and gates (squeeze-and-excitation) take part only if named, depthwise convs
+    # never. A pattern that matches no conv takes linear layers: roi_heads.box_head.fc1.
     cfg.REPR.INCLUDE = []
     # Patterns of layers that take no part. They win over INCLUDE.
     cfg.REPR.EXCLUDE = []
@@ -47,8 +48,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Share of one layer that a drop may take.
     cfg.REPR.MAX_LAYER_RATIO = 0.5
     # Whether pruned filters are taken out of the network during S2: "on", "off" (they stay as
-    # zeros), or "auto": time both at the first drop and use the faster. auto means off with
-    # DETERMINISTIC, with copies, and where S2 has fewer than 600 iterations altogether.
+    # zeros), or "auto": time both at the first drop and remove them if that pays. auto means off
+    # with DETERMINISTIC, with copies, and where S2 has fewer than 600 iterations altogether.
     cfg.REPR.COMPACT = "auto"
     # Length over which the learning rate climbs back after each return, in the unit of S1.
     cfg.REPR.WARMUP = 0
@@ -59,19 +60,20 @@ def add_repr_config(cfg: CfgNode) -> None:
     defaults = reinit.Reinit()
     cfg.REPR.REINIT = CfgNode()
     # "orthogonal" to the survivors and to the dropped filters, as in the paper, or "previous" (ours
-    # and not the paper's): filters return as they were at the drop, and the keys below keep their
-    # defaults.
+    # and not the paper's): filters return as they were at the drop. The keys below do not apply
+    # then, and must have their defaults.
     cfg.REPR.REINIT.DIRECTION = defaults.direction
     # Length of a new filter: "survivors" (their mean) or "previous" (its own before the drop).
     cfg.REPR.REINIT.NORM = defaults.norm
     # Factor on that length.
     cfg.REPR.REINIT.SCALE = defaults.scale
-    # Scale of the norm: "survivors", "one" or "previous". Frozen norms keep "previous".
+    # Scale of the norm: "survivors", "one" or "previous". Frozen norms keep theirs.
     cfg.REPR.REINIT.GAMMA = defaults.gamma
-    # Shift of the norm and bias of the conv: "zero", "survivors" or "previous".
+    # Shift of the norm and bias of the conv: "zero", "survivors" or "previous". Frozen
+    # norms keep theirs.
     cfg.REPR.REINIT.BETA = defaults.beta
     # Scale of the next layer's weights for a returned channel: 1 restores their values from before
-    # the drop, 0 starts at zero. Depthwise filters are restored unchanged.
+    # the drop, 0 starts at zero. Those of depthwise and of frozen layers are restored unchanged.
     cfg.REPR.REINIT.OUTGOING = defaults.outgoing
 
 
@@ -137,3 +139,14 @@ def config_path(name: str) -> str:
     raise UserError(
         f"Config {name!r} is neither a file nor a name in configs/; there are: {', '.join(names)}."
     )
+
+
+def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a config by dotted key."""
+    flat = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(flat_settings(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -16,7 +16,7 @@ from repr_det.detection.matching import Matches
 from repr_det.engine import recording
 from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
 from repr_det.engine.command_line import merge_config_file
-from repr_det.engine.config import config_path
+from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.data import held_out_name
 from repr_det.engine.files import read_records
 from repr_det.engine.hook import STATE_KEY
@@ -298,14 +298,3 @@ def settings_that_differ(runs: Sequence[RunFolder]) -> dict[str, list[Any]]:
         for key in sorted({key for settings in flat for key in settings})
         if key not in ignored and any(s.get(key) != flat[0].get(key) for s in flat)
     }
-
-
-def flat_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of a config by dotted key."""
-    flat = {}
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            flat.update(flat_settings(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -6,14 +6,12 @@ import importlib.util
 import inspect
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-from detectron2.config import CfgNode
 from detectron2.config import get_cfg as get_detectron2_cfg
 
 from repr_det import Reinit, RePr, RePrHook, RePrSchedule
-from repr_det.engine.config import config_path
+from repr_det.engine.config import config_path, flat_settings
 from repr_det.errors import UserError
 from repr_det.method.compact import MODES
 from repr_det.method.criteria import CRITERIA
@@ -21,15 +19,6 @@ from repr_det.tasks import get_cfg
 
 ROOT = Path(__file__).parents[2]
 DOCS = [path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")]
-
-
-def flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key."""
-    values = {}
-    for key, value in node.items():
-        nested = isinstance(value, CfgNode)
-        values |= flat(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return values
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,9 @@ def documented() -> dict[str, str]:
 
 
 def test_every_key_that_is_added_is_documented(documented):
-    assert set(documented) == set(flat(get_cfg())) - set(flat(get_detectron2_cfg()))
+    assert set(documented) == set(flat_settings(get_cfg())) - set(
+        flat_settings(get_detectron2_cfg())
+    )
     assert all(text.endswith(".") for text in documented.values())
 
 
@@ -55,7 +46,7 @@ def test_every_choice_is_documented(documented):
 @pytest.mark.parametrize("path", ["README.md", *DOCS])
 def test_keys_that_documents_name_exist(path):
     text = (ROOT / path).read_text()
-    nodes = {key for full in flat(get_cfg()) for key in (full, full.rpartition(".")[0])}
+    nodes = {key for full in flat_settings(get_cfg()) for key in (full, full.rpartition(".")[0])}
     named = set(re.findall(r"\b[A-Z][A-Z_0-9]*(?:\.[A-Z][A-Z_0-9]*)+\b", text))
     assert named <= nodes
 
@@ -81,8 +72,8 @@ def test_every_key_of_repr_reaches_the_hook():
     }  # fmt: skip
     cfg = get_cfg()
     # "previous" excludes other values of the other keys, so it has a test of its own.
-    assert set(other) == {*flat(cfg.REPR)} - {"ENABLED", "UNIT", "REINIT.DIRECTION"}
-    assert all(value != flat(cfg.REPR)[key] for key, value in other.items())
+    assert set(other) == {*flat_settings(cfg.REPR)} - {"ENABLED", "UNIT", "REINIT.DIRECTION"}
+    assert all(value != flat_settings(cfg.REPR)[key] for key, value in other.items())
     cfg.merge_from_list([part for k, v in other.items() for part in (f"REPR.{k}", v)])
     assert RePrHook.from_config(cfg) is None
     cfg.REPR.ENABLED = True
