@@ -142,10 +142,7 @@ class ImageClassifier(nn.Module):
             images = torch.stack([item["image"] for item in batch])
         images = images.to(self.device, non_blocking=True)
         # Here, before they are normalised to float32: all later tensors keep this memory format.
-        return self.normalized(images.contiguous(memory_format=self.memory_format))
-
-    def normalized(self, images: Tensor) -> Tensor:
-        """Images ``(..., 3, H, W)`` on the model's device as the network takes them."""
+        images = images.contiguous(memory_format=self.memory_format)
         return (images - self.pixel_mean) / self.pixel_std
 
     def forward(self, batch: Batch) -> dict[str, Tensor] | Tensor:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,7 @@ class SampleOrder:
         return torch.cat(parts)
 
 
-@functools.lru_cache(maxsize=64)  # networks that train together each have their own
+@functools.lru_cache(maxsize=4)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_for(seed, "order", epoch))
 
@@ -164,33 +164,17 @@ class ArrayTrainLoader:
         own.set_iteration(0)
         return own
 
-    def with_seed(self, seed: int) -> ArrayTrainLoader:
-        """A loader of the same data in the order of another seed; no image is copied."""
-        other = copy.copy(self)
-        other.order = replace(self.order, seed=seed)
-        return other
-
     def batch(self, iteration: int) -> Batch:
         """This process's batch of an iteration."""
         device = self.images.device
-        return self.at(*(c.to(device, non_blocking=True) for c in self.choices(iteration)))
-
-    def choices(self, iteration: int) -> tuple[Tensor, ...]:
-        """What chance decides of an iteration's batch, on the CPU; the arguments of :meth:`at`.
-
-        Returns:
-            The sample indices, int64 ``(b,)``; where images are cropped or mirrored, also the
-            offsets ``(b, 2)`` of the crops and bool ``(b,)``, which are mirrored.
-        """
         drawn = self._draw(iteration) if self.crop_padding or self.flip else ()
-        return tuple(self.share.of(part) for part in (self.order.batch(iteration), *drawn))
-
-    def at(
-        self, indices: Tensor, offsets: Tensor | None = None, flips: Tensor | None = None
-    ) -> Batch:
-        """The batch that these choices make, all on the device."""
+        indices, *augmentation = (
+            self.share.of(part).to(device, non_blocking=True)
+            for part in (self.order.batch(iteration), *drawn)
+        )
         images = self.images[indices]
-        if offsets is not None:
+        if augmentation:
+            offsets, flips = augmentation
             images = crop_and_flip(images, self.crop_padding, offsets, flips if self.flip else None)
         return {"image": images, "label": self.labels[indices]}
 
@@ -205,53 +189,6 @@ class ArrayTrainLoader:
         while True:
             yield self.batch(iteration)
             iteration += 1
-
-
-class StackedTrainLoader:
-    """Endless training batches of several networks at once, each in its own order.
-
-    Yields ``{"image": uint8 (B, K, 3, H, W), "label": int64 (B, K)}`` on the device, where number k
-    of the second dimension is the batch of loader k. Networks of one order share the work, and the
-    choices of several iterations are copied to the device at once.
-
-    Args:
-        loaders: K loaders of one dataset, see :meth:`ArrayTrainLoader.with_seed`.
-        window: iterations whose choices go together.
-    """
-
-    def __init__(self, loaders: Sequence[ArrayTrainLoader], window: int = 20) -> None:
-        by_order = {loader.order: loader for loader in loaders}
-        self._distinct = list(by_order.values())
-        orders = list(by_order)
-        numbers = [orders.index(loader.order) for loader in loaders]
-        self._numbers = torch.tensor(numbers, device=loaders[0].images.device)
-        self._window = window
-
-    def __iter__(self) -> Iterator[Batch]:
-        iteration = 0
-        while True:
-            for choices in zip(*self._choices(iteration), strict=True):
-                flat = self._distinct[0].at(*(part.flatten(0, 1) for part in choices))
-                yield {
-                    key: value.unflatten(0, choices[0].shape).index_select(1, self._numbers)
-                    for key, value in flat.items()
-                }
-            iteration += self._window
-
-    def _choices(self, first: int) -> list[Tensor]:
-        """The choices of a window, each ``(window, B, orders, ...)`` on the device."""
-        by_iteration = [
-            [torch.stack(parts, 1) for parts in zip(*drawn, strict=True)]
-            for drawn in (
-                [loader.choices(first + i) for loader in self._distinct]
-                for i in range(self._window)
-            )
-        ]
-        device = self._numbers.device
-        return [
-            torch.stack(parts).to(device, non_blocking=True)
-            for parts in zip(*by_iteration, strict=True)
-        ]
 
 
 class ArrayTestLoader:
@@ -429,6 +366,8 @@ class FileTrainLoader:
             num_workers=self.num_workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
+            # Its own: the loader draws a base seed, which would shift the run's random numbers.
+            generator=torch.Generator(),
         )
         return iter(loader)
 
