@@ -35,13 +35,28 @@ def get_cfg() -> CfgNode:
 
 
 def configure(args: argparse.Namespace) -> CfgNode:
-    """The config that parsed arguments describe; registers datasets that they name by files."""
+    """The config that parsed arguments describe; registers datasets that they name by files.
+
+    Raises:
+        UserError: a mistake in the config or the files, or a detector with keys of classification.
+    """
     cfg = get_cfg()
     command_line.merge_arguments(cfg, args)
     use_data(cfg, args, args.opts)
     if args.eval_only:
         cfg.DISTILL.TEACHER = ""  # a teacher is not part of the network
+    elif task_of(cfg) == DETECTION:
+        _check_no_keys_of_classification(cfg)
     return cfg
+
+
+def _check_no_keys_of_classification(cfg: CfgNode) -> None:
+    """Refuse what a detector's config sets for classification: nothing would read it."""
+    known = config.flat_settings(config.get_cfg(add_detection_config))
+    default = config.flat_settings(get_cfg())
+    for key, value in config.flat_settings(cfg).items():
+        if key not in known and value != default.get(key, value):
+            raise UserError(f"{key} is {value!r}, but only classification reads it. Take it out.")
 
 
 def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = ()) -> None:

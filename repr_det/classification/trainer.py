@@ -59,6 +59,12 @@ class ClassificationTrainer(RePrTrainer):
         ):
             if value < least:
                 raise UserError(f"{key} is {value}. Set {least} or more.")
+        if not 0 < cfg.INPUT.CROP_MIN_AREA <= 1:
+            raise UserError(
+                f"INPUT.CROP_MIN_AREA is {cfg.INPUT.CROP_MIN_AREA}. Set a share above 0, 1 at most."
+            )
+        if cfg.INPUT.FORMAT not in ("RGB", "BGR"):
+            raise UserError(f"INPUT.FORMAT is {cfg.INPUT.FORMAT!r}. Set RGB or BGR.")
 
     @classmethod
     def check_to_train(cls, cfg: CfgNode) -> None:

@@ -108,7 +108,8 @@ class RecordKeeper(HookBase):
             # An earlier run in the same folder may have left lines of its own.
             self._begin = self._metrics.stat().st_size if self._metrics.is_file() else 0
             return
-        self._begin = self._state["begin"]
+        # The record may have been removed or replaced since.
+        self._begin = _line_begin(self._metrics, self._state["begin"])
         storage, done = self.trainer.storage, self.trainer.start_iter - 1
         for name, entry in self._state["scalars"].items():
             for value, iteration in entry["values"]:
@@ -163,6 +164,15 @@ class RecordKeeper(HookBase):
             hook.after_step()
             return
         storage.put_scalars(**recorded, smoothing_hint=False)
+
+
+def _line_begin(path: Path, at: int) -> int:
+    """``at`` if a line of the file begins or may follow there, in bytes; else 0."""
+    if not path.is_file() or at > path.stat().st_size:
+        return 0
+    with open(path, "rb") as file:
+        file.seek(at)
+        return at if file.read(1) in (b"{", b"") else 0
 
 
 def _drop_lines_after(path: Path, iteration: int, begin: int) -> list[dict[str, Any]]:

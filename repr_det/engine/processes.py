@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
+from repr_det.errors import UserError
+
 
 def launch(
     main: Callable[..., None],
@@ -35,6 +37,7 @@ def launch(
         args: arguments of ``main``.
 
     Raises:
+        UserError: there are fewer GPUs than processes.
         ProcessExitedException: a process ended by itself; the others are ended then.
         ProcessRaisedException: a process raised an error.
     """
@@ -44,6 +47,10 @@ def launch(
     elif processes * num_machines == 1:
         main(*args)
     else:
+        if torch.cuda.is_available() and processes > (count := torch.cuda.device_count()):
+            raise UserError(
+                f"--num-gpus is {processes}, but there are {count}. Set {count} or less."
+            )
         detectron2.engine.launch(
             _take_part,
             processes,

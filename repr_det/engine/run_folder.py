@@ -19,6 +19,7 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from repr_det.engine.allocator import keep_freed_memory
+from repr_det.engine.device import check_device
 from repr_det.errors import UserError
 
 logger = logging.getLogger(f"detectron2.{__name__}")
@@ -33,8 +34,9 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
         Collects the log lines from now on, for :func:`open_run_folder`.
 
     Raises:
-        UserError: ``OUTPUT_DIR`` cannot be a folder.
+        UserError: ``OUTPUT_DIR`` cannot be a folder, or there is no such device.
     """
+    check_device(cfg.MODEL.DEVICE)
     _check_output_dir(Path(cfg.OUTPUT_DIR))
     rank = comm.get_rank()
     lines = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)

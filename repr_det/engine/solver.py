@@ -29,7 +29,8 @@ def add_solver_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # Decay rate of RMSprop's second moment.
     cfg.SOLVER.RMSPROP_ALPHA = 0.99
-    # Take the optimizer's step in one kernel.
+    # Take the optimizer's step in one kernel. PyTorch's fused SGD with momentum fails where a
+    # parameter gets its first gradient after others.
     cfg.SOLVER.FUSED = False
     # SOLVER.LR_SCHEDULER_NAME may also be "Triangular": in every CYCLE_ITERS iterations, the
     # learning rate rises linearly from BASE_LR to BASE_LR + CYCLE_AMPLITUDE and falls back.
@@ -42,14 +43,18 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     """An optimizer over a model's parameters, with Detectron2's parameter groups and clipping.
 
     Raises:
-        UserError: the optimizer is not in :data:`OPTIMIZERS`, or has no fused step.
+        UserError: the optimizer is not in :data:`OPTIMIZERS`, has no fused step, or refuses its
+            keys.
     """
     solver = cfg.SOLVER
-    optimizer = (
-        detectron2.solver.build_optimizer(cfg, model)
-        if solver.OPTIMIZER == "SGD"
-        else _build_adaptive(cfg, model)
-    )
+    build = detectron2.solver.build_optimizer if solver.OPTIMIZER == "SGD" else _build_adaptive
+    try:
+        optimizer = build(cfg, model)
+    except ValueError as error:
+        raise UserError(
+            f"SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot be built ({error}). Correct its keys "
+            "below SOLVER, such as BASE_LR, MOMENTUM, BETAS or CLIP_GRADIENTS."
+        ) from error
     if solver.FUSED:
         if solver.OPTIMIZER == "RMSprop":
             raise UserError(
@@ -139,10 +144,12 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: Optimizer) -> LRMultiplier:
         1 + solver.CYCLE_AMPLITUDE / solver.BASE_LR, solver.CYCLE_ITERS / solver.MAX_ITER
     )
     if solver.WARMUP_ITERS:
+        length = min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0)
+        if solver.WARMUP_METHOD not in ("linear", "constant"):
+            raise UserError(
+                f"SOLVER.WARMUP_METHOD is {solver.WARMUP_METHOD!r}. Set linear or constant."
+            )
         schedule = WarmupParamScheduler(
-            schedule,
-            solver.WARMUP_FACTOR,
-            min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
-            solver.WARMUP_METHOD,
+            schedule, solver.WARMUP_FACTOR, length, solver.WARMUP_METHOD
         )
     return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)

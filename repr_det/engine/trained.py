@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from detectron2.config import CfgNode
 from torch import nn
 
 from repr_det.engine.checkpoint import SafeCheckpointer, has_run, last_checkpoint
 from repr_det.engine.command_line import merge_config_file, merge_overrides
+from repr_det.engine.device import check_device
 from repr_det.engine.trainer import RePrTrainer, check_weights
 from repr_det.errors import UserError
 
@@ -59,10 +59,7 @@ def load_trained(cfg: CfgNode) -> nn.Module:
         UserError: there are no weights, they cannot be loaded or are of another architecture, or
             there is no such device.
     """
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE}, but there is no GPU. Set MODEL.DEVICE to cpu."
-        )
+    check_device(cfg.MODEL.DEVICE)
     check_weights(cfg.MODEL.WEIGHTS, required=True)
     model = RePrTrainer.build_model(cfg)
     SafeCheckpointer(model).load_whole(cfg.MODEL.WEIGHTS)

@@ -289,6 +289,8 @@ def _check_solver(cfg: CfgNode) -> None:
     for key in ("MAX_ITER", "CHECKPOINT_PERIOD"):
         if cfg.SOLVER[key] < 1:
             raise UserError(f"SOLVER.{key} is {cfg.SOLVER[key]}. Set 1 or more.")
+    if cfg.DATALOADER.NUM_WORKERS < 0:
+        raise UserError(f"DATALOADER.NUM_WORKERS is {cfg.DATALOADER.NUM_WORKERS}. Set 0 or more.")
     check_batch_size(cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size())
 
 

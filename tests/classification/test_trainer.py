@@ -239,6 +239,30 @@ def test_a_resumed_run_ends_with_the_same_bits(cfg, tmp_path, stop):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
 
 
+def test_a_resumed_run_on_image_files_ends_with_the_same_bits(cfg, tmp_path):
+    """Dropout draws from the generator that a new loader's worker seeds would advance."""
+    cfg.MODEL.CLASSIFIER.DROPOUT = 0.5
+    name = f"dropped_{tmp_path.name}"
+    use_image_folder(
+        cfg, "TRAIN", name, write_folder(tmp_path / "data", Image.new("RGB", (40, 40)))
+    )
+    cfg.DATASETS.TEST = ()
+    cfg.DATALOADER.NUM_WORKERS = 0
+    cfg.DETERMINISTIC = True
+    cfg.OUTPUT_DIR = str(tmp_path / "whole")
+    torch.manual_seed(0)
+    whole = run(cfg)
+    cfg.OUTPUT_DIR = str(tmp_path / "stopped")
+    torch.manual_seed(0)
+    stopped = ClassificationTrainer(cfg)
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_after(stopped, 5)
+    resumed = run(cfg, resume=True)
+    assert resumed.start_iter == 5
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[key]), key
+
+
 @pytest.mark.parametrize("option", ["MODEL.CHANNELS_LAST", "MODEL.COMPILE", "SOLVER.FUSED"])
 def test_ways_to_be_faster_train_alike(cfg, option, monkeypatch):
     """Through a drop and a return; the network is compiled without a compiler's code."""
@@ -387,6 +411,20 @@ def test_flip_that_classification_does_not_have(cfg, flip):
 def test_settings_that_no_batch_can_be_made_with(cfg, key, value, least):
     cfg.merge_from_list([key, value])
     with pytest.raises(UserError, match=f"{key} is {value}. Set {least} or more"):
+        ClassificationTrainer(cfg)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("INPUT.CROP_MIN_AREA", 2.0, "INPUT.CROP_MIN_AREA is 2.0. Set a share above 0, 1 at most"),
+        ("INPUT.CROP_MIN_AREA", 0.0, "INPUT.CROP_MIN_AREA is 0.0"),
+        ("INPUT.FORMAT", "XYZ", "INPUT.FORMAT is 'XYZ'. Set RGB or BGR"),
+    ],
+)
+def test_settings_that_are_no_share_or_no_order_of_channels(cfg, key, value, told):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(UserError, match=told):
         ClassificationTrainer(cfg)
 
 

@@ -45,6 +45,21 @@ def test_an_earlier_run_in_the_same_folder_is_left_alone(tmp_path):
     assert read(path) == [(0, i) for i in (19, 39, 59, 79, 99)] + [(1, 19), (1, 39)]
 
 
+@pytest.mark.parametrize("lines", [1, 200])
+def test_a_record_that_was_replaced_is_neither_padded_nor_cut(tmp_path, lines):
+    """The checkpoint says where this run's lines began in the file of then."""
+    path = tmp_path / "metrics.json"
+    write(path, [*range(100)])
+    state = stopped_after(path, 29)
+    assert state["begin"] > 0 and state["written"] == 19
+    path.write_text('{"iteration": 1, "run": 7, "of": "another file"}\n' * lines)
+    resumed = Trainer(path)
+    resumed._hooks[-1].load_state_dict(state)
+    resumed.train(30, 40)
+    record = [json.loads(line) for line in path.open()]
+    assert sum("of" in line for line in record) == lines and len(record) > lines
+
+
 class Trainer(TrainerBase):
     """Records a loss at every step and evaluates by counting."""
 

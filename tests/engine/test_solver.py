@@ -144,6 +144,13 @@ def test_cyclical_continues_after_a_resume(cfg, model):
     assert again.param_groups[0]["lr"] == pytest.approx(whole[14])
 
 
+def test_cyclical_with_an_unknown_warm_up(cfg, model):
+    cfg.SOLVER.LR_SCHEDULER_NAME, cfg.SOLVER.CYCLE_ITERS = "Triangular", 10
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_METHOD = 5, "foo"
+    with pytest.raises(ValueError, match="SOLVER.WARMUP_METHOD is 'foo'. Set linear or constant"):
+        build_lr_scheduler(cfg, build_optimizer(cfg, model))
+
+
 def test_cyclical_without_a_period_or_a_rate(cfg, model):
     cfg.SOLVER.LR_SCHEDULER_NAME = "Triangular"
     with pytest.raises(ValueError, match="SOLVER.CYCLE_ITERS is 0"):
