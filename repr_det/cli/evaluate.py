@@ -84,8 +84,6 @@ def run(args: argparse.Namespace) -> None:
         check_folder_of(option, path)
     tables, records = [], {}
     for found in _from_file(args) if args.results else _from_model(args):
-        if args.save_results:
-            write_text_whole(args.save_results, json.dumps(found.results))
         iou_types = (
             [args.iou_type] if args.iou_type else evaluable_types(found.results, found.truth)
         )
@@ -94,6 +92,8 @@ def run(args: argparse.Namespace) -> None:
                 f"Detections and annotations of {found.dataset} share neither boxes nor masks. "
                 "Pass results or annotations that have both."
             )
+        if args.save_results:
+            write_text_whole(args.save_results, json.dumps(found.results))
         record: dict[str, Any] = {
             "source": found.source,
             "annotations": str(found.annotations),

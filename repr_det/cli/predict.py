@@ -70,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     from repr_det.tasks import get_cfg, trained_detector_cfg
 
     words = words_after_run(args, [*args.inputs, *args.opts])
-    first = next((k for k, word in enumerate(words) if word.split(".")[0] in get_cfg()), len(words))
+    keys = get_cfg()
+    first = next((k for k, word in enumerate(words) if word.split(".")[0] in keys), len(words))
     inputs, overrides = words[:first], words[first:] + getattr(args, "old_opts", [])
     if not args.run_folder and not args.config_file:
         raise UserError("No model is named. Pass a RUN, or --config-file FILE and MODEL.WEIGHTS.")

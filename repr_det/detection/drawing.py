@@ -142,7 +142,6 @@ def draw_detections(
     titles: Sequence[str] = ("ground truth", "detections"),
     columns: int = 2,
     side: int = 384,
-    min_score: float = 0.5,
 ) -> Path:
     """Save one sheet of images, each several times: with its ground truth and with detections.
 
@@ -153,7 +152,6 @@ def draw_detections(
         titles: of what is drawn of each image.
         columns: how many images next to one another.
         side: see :func:`draw_instances`.
-        min_score: see :func:`draw_instances`.
 
     Returns:
         ``out_png`` as a path.
@@ -162,7 +160,7 @@ def draw_detections(
         UserError: if there are no images.
     """
     tiles = [
-        [draw_instances(image, each, class_names, side, min_score) for each in drawn]
+        [draw_instances(image, each, class_names, side) for each in drawn]
         for image, *drawn in examples
     ]
     if not tiles:

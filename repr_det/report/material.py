@@ -225,6 +225,8 @@ def overlap_over_time(run: RunFolder) -> tuple[pd.Series | None, pd.Series | Non
     if run.history is None:
         return recorded, None
     filters = run.history.layers
+    if any(moment.layers.keys() != filters.keys() for moment in run.history.overlaps):
+        return recorded, None  # layers were frozen or unfrozen on the way
     total = sum(filters.values())
     moments = {  # of the whole network
         moment.iteration: sum(moment.layers[name] * filters[name] for name in filters) / total

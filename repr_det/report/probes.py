@@ -111,6 +111,7 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
             include=keys.INCLUDE,
             exclude=keys.EXCLUDE,
             max_layer_ratio=1.0,
+            linear=keys.LINEAR,
         )
     model.eval()
     stems = method.graph.stems & method.graph.convs.keys()
@@ -176,7 +177,9 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
     maps: dict[str, list[Tensor]] = {name: [] for name in pooled}
     of_boxes: set[str] = set()
 
-    def look(name: str, out: Tensor) -> None:
+    def look(name: str, out: Tensor, linear: bool) -> None:
+        if linear and out.dim() > 1:  # channels are last there
+            out = out.reshape(len(out), -1, out.shape[-1]).transpose(1, 2)[..., None]
         if out.dim() != 4 or not len(out):  # for example a mask head without boxes
             return
         if len(out) != size:
@@ -192,7 +195,9 @@ def responses(network: Network, batches: Sequence[Any], pooled: Sequence[str]) -
             maps[name].append(F.adaptive_avg_pool2d(out[:, few], side).flatten(2).cpu())
 
     handles = [
-        layer.module.register_forward_hook(lambda _, __, out, name=layer.name: look(name, out))
+        layer.module.register_forward_hook(
+            lambda module, _, out, name=layer.name: look(name, out, isinstance(module, nn.Linear))
+        )
         for layer in network.layers
     ]
     try:
@@ -262,7 +267,7 @@ def map_correlations(maps: Matrix, variance: float = 0.99) -> Matrix:
     if directions > len(maps) - 1:
         raise UserError(
             f"SVCCA of {directions} directions needs more than {directions} images, not "
-            f"{len(maps)}. Raise --images."
+            f"{len(maps)}. Raise --num-images."
         )
     table = np.full((len(bases),) * 2, np.nan)
     for i, first in enumerate(bases):

@@ -6,15 +6,20 @@ import dataclasses
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.utils.env import seed_all_rng
+from torch import nn
 
 from repr_det.classification import ClassificationTrainer
+from repr_det.engine import recording
 from repr_det.engine.batches import own_batches, training_loss
+from repr_det.engine.config import config_path
+from repr_det.engine.recording import Drop, History, Overlap
 from repr_det.errors import UserError
 from repr_det.report import probes as network_module
 from repr_det.report.arms import BEFORE, REPR, Arms, by_method
@@ -24,8 +29,10 @@ from repr_det.report.material import (
     Material,
     compute_contributions,
     kept_contributions,
+    overlap_over_time,
 )
 from repr_det.report.probes import (
+    Network,
     contributions,
     filter_correlations,
     first_filters,
@@ -37,7 +44,9 @@ from repr_det.report.probes import (
     similarity,
 )
 from repr_det.report.run import FINAL, read_run
+from repr_det.tasks import get_cfg
 from tests.classification.settings import register_corners, small_cfg
+from tests.report.folders import write_metrics, write_run
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +108,51 @@ def test_correlations_are_of_what_the_layer_answers(trained, monkeypatch):
     assert found.pooled[name] == pytest.approx(pooled, abs=1e-6)
     table = map_correlations(found.pooled[name])
     assert table == pytest.approx(table.T) and table.min() >= 0 and table.max() <= 1
+
+
+def test_linear_layers_of_a_run_with_them():
+    cfg = get_cfg()
+    cfg.merge_from_file(config_path("shapes_convnext.yaml"))
+    cfg.MODEL.DEVICE = "cpu"
+    kinds = [type(layer.module) for layer in load_network(cfg, None).layers]
+    assert {nn.Linear, nn.Conv2d} <= set(kinds)
+    cfg.REPR.LINEAR = False
+    without = [type(layer.module) for layer in load_network(cfg, None).layers]
+    assert without == [kind for kind in kinds if kind is not nn.Linear]
+
+
+def test_channels_of_linear_layers_are_last():
+    """Of maps, tokens and vectors alike: what each unit answers, observation by observation."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.tokens, self.vectors = (nn.Linear(3, 5) for _ in range(3))
+
+        def forward(self, batch):
+            maps = batch["image"].permute(0, 2, 3, 1)
+            return self.maps(maps), self.tokens(maps.flatten(1, 2)), self.vectors(maps.mean((1, 2)))
+
+    torch.manual_seed(0)
+    model, batch = Model(), {"image": torch.rand(9, 3, 2, 2)}
+    layers = [SimpleNamespace(name=n, module=m, num_filters=5) for n, m in model.named_children()]
+    found = responses(Network(get_cfg(), model, layers, []), [batch], ["maps", "vectors"])
+    for name, answer in zip(("maps", "tokens", "vectors"), model(batch), strict=True):
+        expected = answer.detach().reshape(-1, 5).double().numpy()
+        assert sorted(map(tuple, found.sampled[name])) == sorted(map(tuple, expected))
+    maps = model(batch)[0].detach().double().permute(0, 3, 1, 2)
+    pooled = F.adaptive_avg_pool2d(maps, int(found.pooled["maps"].shape[-1] ** 0.5)).flatten(2)
+    assert found.pooled["maps"] == pytest.approx(pooled.numpy(), abs=1e-6)
+
+
+def test_overlap_over_time_where_layers_were_frozen_on_the_way(tmp_path):
+    """Another number of filters at each moment: the recorded mean is shown, and no sum."""
+    folder = write_run(tmp_path / "run", {"REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20})
+    write_metrics(folder, [{"iteration": i, "repr/overlap": 0.1} for i in (19, 59)])
+    moments = [Overlap(40, {"a": 0.2, "b": 0.3}), Overlap(100, {"a": 0.2})]
+    recording.write(folder, History({"a": 4, "b": 4}, [Drop(0, 40, {"a": [1]})], moments))
+    mean, total = overlap_over_time(read_run(folder))
+    assert mean.tolist() == [0.1, 0.1] and total is None
 
 
 def test_a_layer_that_is_given_nothing_has_no_responses(trained):
