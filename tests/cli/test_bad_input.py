@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import multiprocessing
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -247,31 +249,33 @@ def test_the_docs_have_the_same_table():
 # --- through the programs
 
 
-def in_process(work, seconds):
-    """Exit status and standard error of a program in a process of its own; None after a time."""
-    context = multiprocessing.get_context("fork")
+def in_process(tool, place, masks, seconds):
+    """Exit status and standard error of a program in a process of its own; None after a time.
+
+    It is forked from a process that has imported this module and done nothing else. One in which
+    other tests have let autograd start threads could not be forked to train.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
     parent, child = context.Pipe(duplex=False)
-
-    def target():
-        import io
-        import sys
-
-        sys.stdout = sys.stderr = io.StringIO()
-        torch.set_num_threads(1)
-        try:
-            status = work() or 0
-        except SystemExit as stop:
-            status = stop.code
-        except BaseException as error:
-            status, sys.stderr = repr(error), io.StringIO(repr(error))
-        child.send((status, sys.stderr.getvalue()))
-
-    process = context.Process(target=target)
+    process = context.Process(target=send_outcome, args=(child, tool, place, masks))
     process.start()
     found = parent.recv() if parent.poll(seconds) else None
     process.kill()
     process.join()
     return found
+
+
+def send_outcome(child, tool, place, masks):
+    sys.stdout = sys.stderr = io.StringIO()
+    torch.set_num_threads(1)
+    try:
+        status = call_program(tool, place, masks) or 0
+    except SystemExit as stop:
+        status = stop.code
+    except BaseException as error:
+        status, sys.stderr = repr(error), io.StringIO(repr(error))
+    child.send((status, sys.stderr.getvalue()))
 
 
 def call_program(tool, place, masks):
@@ -315,7 +319,7 @@ def test_a_hundred_damaged_files_through_the_programs(place, damage, masks):
         content = damaged(content, step)
     files, sentences = place(content, masks), {}
     for tool in ("train", "eval", "compare"):
-        found = in_process(lambda tool=tool: call_program(tool, files, masks), 60)
+        found = in_process(tool, files, masks, 60)
         assert found is not None, "it hangs"
         status, text = found
         assert status in (0, 2), text
