@@ -152,11 +152,15 @@ def read(folder: str | Path) -> History | None:
         return None
     try:
         content = json.loads(path.read_text())
-        return History(
+        found = History(
             content["layers"],
             [Drop(**drop) for drop in content["drops"]],
             [Overlap(**overlap) for overlap in content["overlaps"]],
         )
+        for drop in found.drops:
+            for name in drop.pruned:
+                found.layers[name]  # it must be known
+        return found
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({type(error).__name__}). Delete it; the checkpoints hold the same "

@@ -220,9 +220,12 @@ def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int) -> Outcome:
                 "so its detections are those of another iteration."
             )
     truth = read_truth(*annotations_of(runs[0].cfg, runs[0].test_set))
-    detected = [found for run in runs for found in read_results(run.folder, truth)]
+    # One after another: together, the detections of many runs may not fit into memory.
+    kinds = [
+        evaluable_types(found, truth) for run in runs if (found := read_results(run.folder, truth))
+    ] or [evaluable_types([], truth)]
     rows = dict(outcome.rows)
-    for iou_type in evaluable_types(detected, truth):
+    for iou_type in (kind for kind in kinds[0] if all(kind in each for each in kinds)):
         compared = paired_bootstrap(
             {
                 name: [matches_of(run, iou_type) for run in group]

@@ -35,7 +35,7 @@ _SECTIONS = {
     "training": (
         "Training",
         "What the runs learned, and when. In S2 a part of the filters is dropped and the rest "
-        "trains alone; then they come back, orthogonal to what is there.",
+        "trains alone; then they come back.",
     ),
     "dropping": (
         "What was dropped",
@@ -282,7 +282,20 @@ def _runs(arms: Arms, names: Sequence[str]) -> list[dict[str, str | int]]:
 
 
 def _schedule(arms: Arms) -> list[str]:
-    run = arms.runs[0]
+    """How the first run of each arm trained, once where several trained alike."""
+    first = {name: group[0] for name, group in arms.groups.items()}
+    with_repr = {name: run for name, run in first.items() if run.uses_repr}
+    sentences = []
+    for describe, runs in ((_training, first), (_cycles, with_repr)):
+        said = {name: describe(run) for name, run in runs.items()}
+        if len(distinct := set(said.values())) == 1:
+            sentences += distinct
+        else:
+            sentences += [f"{name}: {sentence}" for name, sentence in said.items()]
+    return sentences
+
+
+def _training(run: RunFolder) -> str:
     keys, epochs = run.cfg.SOLVER, run.cfg.SOLVER.get("MAX_EPOCHS", 0)
     length = f"{epochs:g} epochs" if epochs else f"{keys.MAX_ITER:,} iterations"
     steps = rate_steps(keys, keys.MAX_ITER)
@@ -292,19 +305,22 @@ def _schedule(arms: Arms) -> list[str]:
         falls = f", {keys.LR_SCHEDULER_NAME}"
     else:
         falls = f", divided by {1 / keys.GAMMA:g} at {_listed(steps)}" if steps else ""
-    sentences = [
+    return (
         f"Trained on {', '.join(run.cfg.DATASETS.TRAIN)} for {length} of {keys.IMS_PER_BATCH} "
         f"images; {keys.get('OPTIMIZER', 'SGD')}, learning rate {keys.BASE_LR:g}{falls}."
-    ]
-    if arms.with_repr:
-        settings = arms.with_repr[0].cfg.REPR
-        sentences.append(
-            f"RePr: {settings.N} cycles of {settings.S1:g} {settings.UNIT}s of the full network "
-            f"(S1) and {settings.S2:g} of the sub-network (S2); each drop takes "
-            f"{100 * settings.PRUNE_RATIO:g} % of all filters, ranked by {settings.CRITERION}, and "
-            f"at most {100 * settings.MAX_LAYER_RATIO:g} % of a layer."
-        )
-    return sentences
+    )
+
+
+def _cycles(run: RunFolder) -> str:
+    settings = run.cfg.REPR
+    as_they_were = settings.REINIT.DIRECTION == "previous"
+    how = "as they were" if as_they_were else "orthogonal to what is there"
+    return (
+        f"RePr: {settings.N} cycles of {settings.S1:g} {settings.UNIT}s of the full network "
+        f"(S1) and {settings.S2:g} of the sub-network (S2); each drop takes "
+        f"{100 * settings.PRUNE_RATIO:g} % of all filters, ranked by {settings.CRITERION}, and "
+        f"at most {100 * settings.MAX_LAYER_RATIO:g} % of a layer. Filters return {how}."
+    )
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -50,7 +50,11 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
             restarts.append([])
             last.clear()
         last |= dict.fromkeys(record, iteration)
-        values = {name: counted(name, value) for name, value in record.items()}
+        values = {
+            name: counted(name, value)
+            for name, value in record.items()
+            if type(value) in (int, float)  # a hook of one's own may write text
+        }
         restarts[-1].append({"iteration": iteration, **values})
     found = pd.DataFrame()
     for lines in restarts:
@@ -200,7 +204,7 @@ class RunFolder:
         if match := NUMBERED.fullmatch(self._newest):
             last = min(last, int(match[1]))
         numbered = [(number, path) for number, path in numbered if number <= last]
-        final = [self.folder / FINAL] if self.finished else []
+        final = [path for path in (self.folder / FINAL,) if self.finished and path.is_file()]
         return [path for _, path in sorted(numbered)] + final
 
     @property
@@ -268,7 +272,7 @@ def _read_config(path: Path) -> CfgNode:
     device = cfg.MODEL.DEVICE
     cfg.set_new_allowed(True)  # a trainer of one's own has keys of its own
     merge_config_file(cfg, str(path), trusted=False)
-    cfg.MODEL.DEVICE = device if device == "cpu" else cfg.MODEL.DEVICE
+    cfg.MODEL.DEVICE = device
     return cfg
 
 

@@ -62,7 +62,12 @@ def test_written_and_read(tmp_path):
     recording.write(tmp_path, EXAMPLE)
     assert recording.read(tmp_path) == EXAMPLE
     path = tmp_path / recording.FILE
-    path.write_text(path.read_text()[:-20])
+    whole = path.read_text()
+    path.write_text(whole[:-20])
+    with pytest.raises(ValueError, match="damaged"):
+        recording.read(tmp_path)
+    path.write_text(whole.replace('"pruned": {"a"', '"pruned": {"unknown"'))
+    assert path.read_text() != whole
     with pytest.raises(ValueError, match="damaged"):
         recording.read(tmp_path)
 

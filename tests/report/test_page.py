@@ -278,6 +278,24 @@ def test_three_arms_are_each_compared_with_the_baseline(tmp_path):
     assert figures_of(path) == ["curves", "classes", "sizes"]
 
 
+def test_arms_that_trained_otherwise_are_described_one_by_one(tmp_path):
+    changes = {
+        "standard": {},
+        "N 1": {"REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20, "REPR.N": 1},
+        "N 2": {
+            "REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20, "REPR.N": 2,
+            "REPR.REINIT.DIRECTION": "previous",
+        },
+    }  # fmt: skip
+    runs = {name: [read_run(write_run(tmp_path / name, keys))] for name, keys in changes.items()}
+    text = text_of(write_report(arms_of(runs, "standard"), tmp_path / "report.html"))
+    assert text.count("Trained on") == 1
+    assert "N 1: RePr: 1 cycles of 40 iterations" in text
+    assert "N 2: RePr: 2 cycles of 40 iterations" in text
+    assert "Filters return orthogonal to what is there." in text
+    assert "Filters return as they were." in text
+
+
 _STATE = """({
     width: document.documentElement.scrollWidth,
     ground: getComputedStyle(document.body).backgroundColor,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -19,7 +20,7 @@ from repr_det.report.run import (
     short_names,
     training_seconds,
 )
-from repr_det.tasks import CLASSIFICATION
+from repr_det.tasks import CLASSIFICATION, get_cfg
 from tests.report.folders import write_detection_run, write_metrics, write_run
 
 
@@ -159,6 +160,29 @@ def test_checkpoints_of_an_earlier_run_are_ignored(tmp_path):
     tag.unlink()
     torch.save({"model": {}, "iteration": 199}, folder / "model_final.pth")
     assert read_run(folder).finished
+
+
+def test_a_run_that_was_copied_without_its_checkpoints_has_none(tmp_path):
+    folder = write_run(tmp_path / "run", {"REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20})
+    (folder / "last_checkpoint").write_text("model_final.pth")
+    run = read_run(folder)
+    assert run.finished and run.checkpoints == [] and run.history is None
+
+
+def test_what_is_no_number_is_no_metric(tmp_path):
+    """As a hook of one's own may write it."""
+    folder = write_run(tmp_path / "run")
+    lines = (folder / "metrics.json").read_text()
+    more = {"iteration": 201, "note": "hello", "none": None, "list": [1], "total_loss": 0.5}
+    (folder / "metrics.json").write_text(f"{lines}{json.dumps(more)}\n")
+    metrics = read_run(folder).metrics
+    assert metrics["total_loss"].iloc[-1] == 0.5
+    assert not {"note", "none", "list"} & {*metrics.columns}
+
+
+def test_a_run_of_another_machine_is_read_on_this_ones_device(tmp_path):
+    folder = write_run(tmp_path / "run", {"MODEL.DEVICE": "cuda:3"})
+    assert read_run(folder).cfg.MODEL.DEVICE == get_cfg().MODEL.DEVICE
 
 
 def test_a_restarted_run_ignores_the_earlier_final_checkpoint(tmp_path):
