@@ -396,10 +396,25 @@ def read_records(table: Table, scale: str, output: Path) -> list[Record]:
     """What is recorded of a table's rows, all seeds."""
     folder = table_folder(output, table, scale)
     return [
-        json.loads(path.read_text())
+        read_record(path)
         for row in table.rows
         for path in sorted((folder / row.name).glob(RECORDS))
     ]
+
+
+def read_record(path: Path) -> Record:
+    """A record of a run.
+
+    Raises:
+        UserError: the file is not one, or holds no evaluation.
+    """
+    try:
+        record = json.loads(path.read_text())
+        if record["evaluations"] or "diverged" in record:
+            return record
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path} is no record of a run. Delete it to train the run again.")
 
 
 def _recorded(run: Run) -> bool:
@@ -408,14 +423,14 @@ def _recorded(run: Run) -> bool:
     What another table recorded is copied, unless the trained network itself is needed.
     """
     if run.record_path.is_file():
-        found = json.loads(run.record_path.read_text())["settings"]
+        found = read_record(run.record_path)["settings"]
         _check_settings(found, run.resolved, run.record_path)
         return True
     if run.table.correlates:
         return False
     wanted = settings_of(run.resolved)
     for path in sorted(run.output.glob(f"*/*/{run.record_path.name}")):
-        record = json.loads(path.read_text())
+        record = read_record(path)
         if record["scale"] == run.scale and not differences(record["settings"], wanted):
             write_record(run.record_path, record | _header(run))
             return True

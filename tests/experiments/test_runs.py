@@ -34,6 +34,14 @@ def output(tmp_path):
     return tmp_path / "output"
 
 
+@pytest.mark.parametrize("content", ["{", "[]", '{"evaluations": {}}', "{}"])
+def test_a_damaged_record_is_named(tmp_path, content):
+    path = tmp_path / "seed_0.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match="seed_0.json is no record of a run. Delete it"):
+        runs.read_record(path)
+
+
 def bar():
     return tqdm(disable=True)
 
