@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from repr_det.engine.checkpoint import read_checkpoint
-from repr_det.engine.files import write_whole
+from repr_det.engine.files import write_whole, writing
 from repr_det.errors import UserError
 
 _PREFIX = "network."
@@ -127,7 +127,8 @@ def export_backbone(
         Settings of the detector in the shape of a config: ``MODEL`` and ``INPUT``.
 
     Raises:
-        UserError: no such source, one of another kind, or a target that is no ``.pth`` file.
+        UserError: no such source, one of another kind, or a target that is no ``.pth`` file or
+            cannot be written.
     """
     if Path(target).suffix != ".pth":
         raise UserError(f"{target} must end in .pth, which Detectron2 reads as plain weights.")
@@ -140,7 +141,8 @@ def export_backbone(
         # Detectron2 matches names by their ends, so one file serves FPN and C4 detectors.
         "matching_heuristics": True,
     }
-    write_whole(Path(target), lambda file: torch.save(contents, file))
+    with writing(Path(target)):
+        write_whole(Path(target), lambda file: torch.save(contents, file))
     order = -1 if swap else 1
     return {
         "MODEL": {

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         for name, comparison in by_arm.items():
             title = f"{TITLES[iou_type]}, {name}" if args.arm else TITLES[iou_type]
             tables.append(_table(title, comparison, found["level"]))
+    print("\n\n".join([*tables, _caption(arms, baseline, args.resamples, found)]))
     if args.json:
         files = {name: [str(results_path(path)) for path in arm] for name, arm in arms.items()}
         record = {
@@ -107,7 +108,6 @@ def run(args: argparse.Namespace) -> None:
         for iou_type, by_arm in found["compared"].items():
             record[iou_type] = by_arm if args.arm else by_arm["second"]
         write_text_whole(args.json, json.dumps(record, indent=2) + "\n")
-    print("\n\n".join([*tables, _caption(arms, baseline, args.resamples, found)]))
 
 
 def _caption(
@@ -121,10 +121,12 @@ def _caption(
         if count > 1
         else ""
     )
+    undetected = found["undetected"]
+    without = f", {undetected:,} of them without a detection in any result" if undetected else ""
     return (
         f"In per cent; compared with {baseline}. {runs}. Interval: {level}, {resamples:,} paired "
-        f"resamples of {found['images']:,} images.{several} Better: share of resamples in which "
-        "the arm is strictly better. Do not trust the interval of a class with objects in a few "
+        f"resamples of {found['images']:,} images{without}.{several} Better: share of resamples in "
+        "which the arm is strictly better. Do not trust the interval of a class with objects in a few "
         "images only: resamples of them show too little."
     )
 

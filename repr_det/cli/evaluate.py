@@ -111,10 +111,10 @@ def run(args: argparse.Namespace) -> None:
             }
             tables.append(_table(title, evaluation))
         records[found.dataset] = record
+    print("\n\n".join(tables))
     if args.json:
         content = {"unit": "per cent", "datasets": records}
         write_text_whole(args.json, json.dumps(content, indent=2) + "\n")
-    print("\n\n".join(tables))
 
 
 def _from_file(args: argparse.Namespace) -> Iterator[Detections]:

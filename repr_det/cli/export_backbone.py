@@ -69,6 +69,13 @@ def run(args: argparse.Namespace) -> None:
     settings_file = target.with_suffix(".yaml")
     check_folder_of("--output", target)
     check_folder_of("the settings", settings_file)
+    if target.resolve() == source.resolve():
+        raise UserError(f"--output {target} is the source. Set another file.")
+    if settings_file.is_file() and not _is_ours(settings_file):
+        raise UserError(
+            f"The settings would replace {settings_file}, which is another file. Set another "
+            "--output."
+        )
     config = Path(args.config_file) if args.config_file else source.with_name("config.yaml")
     if args.config_file or config.is_file():
         mean, std, order = classifier_input(config)
@@ -80,6 +87,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"Wrote {target} and {settings_file}. Settings for the detector:")
     words = (word for key, value in flat_settings(settings).items() for word in (key, str(value)))
     print(shlex.join(words))
+
+
+_KEYS = {"WEIGHTS", "PIXEL_MEAN", "PIXEL_STD", "RESNETS"}
+"""What the settings hold below ``MODEL``."""
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file has the keys that this command writes."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+        return {*settings} == {"MODEL", "INPUT"} and {*settings["MODEL"]} == _KEYS
+    except (TypeError, yaml.YAMLError, UnicodeDecodeError):
+        return False
 
 
 def classifier_input(config: Path) -> tuple[list[float], list[float], str]:

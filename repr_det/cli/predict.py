@@ -71,7 +71,14 @@ def run(args: argparse.Namespace) -> int:
 
     words = words_after_run(args, [*args.inputs, *args.opts])
     keys = get_cfg()
-    first = next((k for k, word in enumerate(words) if word.split(".")[0] in keys), len(words))
+    first = next(
+        (
+            k
+            for k, word in enumerate(words)
+            if word.split(".")[0] in keys and not Path(word).exists()
+        ),
+        len(words),
+    )
     inputs, overrides = words[:first], words[first:] + getattr(args, "old_opts", [])
     if not args.run_folder and not args.config_file:
         raise UserError("No model is named. Pass a RUN, or --config-file FILE and MODEL.WEIGHTS.")
@@ -82,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}. Set it to 1 or more.")
     check_folder_of("--json", args.json)
+    for path in (*map(Path, inputs), args.annotations):
+        if path and args.json and args.json.resolve() == path.resolve():
+            raise UserError(f"--json {args.json} would replace what is read. Set another file.")
     sources = find_sources([Path(word) for word in inputs], args.output)
     cfg = trained_detector_cfg(args.run_folder, args.config_file, overrides)
     labels = labels_for(cfg, args.annotations)

@@ -14,7 +14,7 @@ from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw
 
 from repr_det.detection.fonts import Line
-from repr_det.engine.files import write_whole
+from repr_det.engine.files import write_whole, writing
 from repr_det.errors import UserError
 
 COLOURS: tuple[tuple[int, int, int], ...] = (
@@ -157,7 +157,7 @@ def draw_detections(
         ``out_png`` as a path.
 
     Raises:
-        UserError: if there are no images.
+        UserError: there are no images, or the sheet cannot be written.
     """
     tiles = [
         [draw_instances(image, each, class_names, side) for each in drawn]
@@ -181,7 +181,8 @@ def draw_detections(
             if row == 0:
                 Line(title, head * 0.62).draw(pen, x, head * 0.1, "black")
     out_png = Path(out_png)
-    write_whole(out_png, lambda file: sheet.save(file, format="PNG"))
+    with writing(Path(out_png)):
+        write_whole(Path(out_png), lambda file: sheet.save(file, format="PNG"))
     return out_png
 
 

@@ -31,6 +31,7 @@ from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
 from repr_det.engine.class_names import check_names, recorded_names
 from repr_det.engine.data import SUFFIXES, check_depth, first_line, images_below, is_too_thin
+from repr_det.engine.files import writing
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
 
@@ -108,10 +109,14 @@ def _check_drawn(sources: Sequence[Source], output: Path) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output} is a file. Set a folder.")
     by_target: dict[Path, Path] = {}
+    there = next(path for path in (output, *output.resolve().parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--output {output} is read-only. Set another folder.")
     inputs = {source.path.resolve() for source in sources}
+    around = {folder for path in inputs for folder in path.parents}
     for source in sources:
         target = (output / source.drawn).resolve()
-        if target in inputs:
+        if target in inputs or (target.parent in around and target.exists()):
             raise UserError(f"--output {output} would replace {target}. Set another folder.")
         if target in by_target:
             raise UserError(
@@ -283,7 +288,7 @@ def predict(
 
     Raises:
         UserError: several images are the same one of the labels, not one image could be read, or
-            a video cannot be written.
+            a picture or video cannot be written.
     """
     outcome = Outcome()
     videos = [source for source in sources if source.is_video]
@@ -377,8 +382,9 @@ def _read_images(
 
 
 def _save(path: Path, picture: Pixels) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, quality=95)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(path, quality=95)
 
 
 # --- videos

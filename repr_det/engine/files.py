@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,8 +14,8 @@ from repr_det.errors import UserError, shown
 
 def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a temporary file and rename it, so that the file is whole or not there at all."""
-    # With a name of its own, since another process may write the same file.
-    aside = target.with_name(f".{target.name}.{os.getpid()}.writing")
+    # With a name of its own, since another process may write the same file, and not a longer one.
+    aside = target.with_name(f".{target.name[:40]}.{os.getpid()}.writing")
     try:
         with open(aside, "wb") as file:
             write(file)
@@ -26,19 +27,39 @@ def write_whole(target: Path, write: Callable[[IO[bytes]], object]) -> None:
         raise
 
 
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Make it a mistake of the user that a file cannot be written.
+
+    Raises:
+        UserError: the block raised an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}). Set another path."
+        ) from error
+
+
 def write_text_whole(target: Path, text: str) -> None:
-    """Write a text file by :func:`write_whole`. A pipe, device or link is written to directly."""
-    if target.is_symlink() or (target.exists() and not target.is_file()):  # such as /dev/stdout
-        target.write_text(text, encoding="utf-8")
-    else:
-        write_whole(target, lambda file: file.write(text.encode()))
+    """Write a text file by :func:`write_whole`. A pipe, device or link is written to directly.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(target):
+        if target.is_symlink() or (target.exists() and not target.is_file()):  # as /dev/stdout
+            target.write_text(text, encoding="utf-8")
+        else:
+            write_whole(target, lambda file: file.write(text.encode()))
 
 
 def check_folder_of(option: str, path: Path | None) -> None:
-    """Refuse the path of a file to write where its folder does not exist. None passes.
+    """Refuse the path of a file that cannot be written. None passes.
 
     Raises:
-        UserError: its folder does not exist, or it is a folder itself.
+        UserError: its folder does not exist or is read-only, or it is a folder itself.
     """
     if path is None:
         return
@@ -46,6 +67,8 @@ def check_folder_of(option: str, path: Path | None) -> None:
         raise UserError(f"Folder {path.parent} of {option} does not exist. Create it.")
     if path.is_dir():
         raise UserError(f"Target {path} of {option} is a folder. Set the name of a file.")
+    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+        raise UserError(f"Folder {path.parent} of {option} is read-only. Set another one.")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from repr_det.detection.drawing import COLOURS
 from repr_det.detection.fonts import families
-from repr_det.engine.files import write_whole
+from repr_det.engine.files import write_whole, writing
 from repr_det.errors import UserError
 from repr_det.report.arms import BEFORE, REPR, STANDARD
 
@@ -617,11 +617,12 @@ def save(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG or SVG, by the suffix of its path, on white.
 
     Raises:
-        UserError: another suffix.
+        UserError: another suffix, or it cannot be written.
     """
     path = Path(path)
     check_suffix(path)
     with _style():
         kind = {"format": path.suffix[1:], "metadata": _METADATA[path.suffix]}
-        write_whole(path, lambda file: figure.savefig(file, dpi=200, facecolor="white", **kind))
+        with writing(path):
+            write_whole(path, lambda file: figure.savefig(file, dpi=200, facecolor="white", **kind))
     return path

@@ -58,6 +58,7 @@ def test_a_run_folder_against_a_file(files, tmp_path, capsys):
     ap = record["bbox"]["overall"]["AP"]
     assert ap["first"] == pytest.approx(expected(5), abs=1e-9)
     assert ap["second"] == pytest.approx(expected(15), abs=1e-9)
+    assert "resamples of 20 images, 5 of them without a detection" in " ".join(printed.out.split())
     assert ap["difference"] == pytest.approx(expected(15) - expected(5), abs=1e-9)
     # B finds what A finds and more, so it is better in every resample that holds more.
     assert 20 < ap["low"] < ap["difference"] < ap["high"] < 80 and ap["better"] == 100
@@ -183,7 +184,10 @@ def test_results_without_detections_are_compared_by_boxes(files, capsys):
     assert "| Boxes" in printed and "| Masks" not in printed
 
 
-def test_a_record_that_cannot_be_written_leaves_the_earlier_one(files, tmp_path, monkeypatch):
+def test_a_record_that_cannot_be_written_leaves_the_earlier_one(
+    files, tmp_path, monkeypatch, capsys
+):
+    """And the table is printed."""
     out = tmp_path / "out" / "record.json"
     out.parent.mkdir()
     out.write_text("earlier")
@@ -193,8 +197,10 @@ def test_a_record_that_cannot_be_written_leaves_the_earlier_one(files, tmp_path,
 
     monkeypatch.setattr("os.fsync", full)
     arguments = [files["truth"], files["a"], files["b"], "--resamples", "5", "--json", str(out)]
-    with pytest.raises(OSError, match="No space"):
-        main(["compare", *arguments])
+    assert main(["compare", *arguments]) == 2
+    found = capsys.readouterr()
+    assert "record.json cannot be written (No space left on device). Set another" in found.err
+    assert "AP50" in found.out
     assert out.read_text() == "earlier" and list(out.parent.iterdir()) == [out]
 
 

@@ -146,6 +146,22 @@ def test_mistakes_are_one_sentence(tmp_path, capsys, source, target, words):
     assert re.search(words, told) and not (tmp_path / target).exists()
 
 
+def test_what_is_not_of_this_command_is_not_replaced(tmp_path, capsys):
+    source, target = tmp_path / "r18.pth", tmp_path / "b.pth"
+    torch.save(make_classifier("resnet18").network.state_dict(), source)
+    before = source.read_bytes()
+    assert main(["export-backbone", str(source), "-o", str(source)]) == 2
+    assert "r18.pth is the source" in capsys.readouterr().err and source.read_bytes() == before
+    for content in ("MODEL: {WEIGHTS: mine.pth}\nINPUT: {FORMAT: RGB}\n", "words", "MODEL: [1"):
+        (tmp_path / "b.yaml").write_text(content)
+        assert main(["export-backbone", str(source), "-o", str(target)]) == 2
+        assert "b.yaml, which is another file" in capsys.readouterr().err
+        assert (tmp_path / "b.yaml").read_text() == content and not target.exists()
+    (tmp_path / "b.yaml").unlink()
+    for _ in range(2):  # its own is replaced
+        assert main(["export-backbone", str(source), "-o", str(target)]) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

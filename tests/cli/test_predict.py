@@ -262,6 +262,9 @@ def inputs(tmp_path, run, monkeypatch):
     (tmp_path / "empty").mkdir()
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "good.png").write_bytes(content)
+    (tmp_path / "below" / "deep").mkdir(parents=True)
+    for name in ("below/twin.png", "below/deep/twin.png"):
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "one.json").write_text(
         json.dumps({"images": [], "annotations": [], "categories": [{"id": 1, "name": "x"}]})
     )
@@ -279,6 +282,13 @@ def inputs(tmp_path, run, monkeypatch):
         (["clip.mp4"], ["--output", "out"], "Video clip.mp4 cannot be read"),
         (["twin"], ["--output", "out"], "would both be drawn as"),
         ([], ["--output", "."], "--output . would replace"),
+        (["below/deep/twin.png"], ["--output", "below"], "--output below would replace"),
+        ([], ["--json", "good.png"], "--json good.png would replace what is read"),
+        (
+            ["--annotations", "one.json"],
+            ["--json", "one.json"],
+            "--json one.json would replace what is read",
+        ),
         ([], ["--output", "notes.txt"], "--output notes.txt is a file. Set a folder"),
         ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0. Set it to 1 or more"),
         ([], ["--output", "out", "--score-threshold", "1.5"], "--score-threshold is 1.5"),
@@ -296,6 +306,20 @@ def test_mistakes_are_told_in_one_sentence(run, inputs, capsys, more, options, s
     (line,) = [line for line in lines if line.startswith("repr-det predict: error: ")]
     assert sentence in line and line == lines[-1]
     assert set(inputs.rglob("*")) == before
+
+
+def test_folders_and_images_may_be_called_like_keys_of_the_config(run, inputs):
+    (inputs / "TEST").mkdir()
+    for name in ("TEST/a.png", "INPUT.png"):
+        (inputs / name).write_bytes((inputs / "good.png").read_bytes())
+    assert call(run, "TEST", "INPUT.png", "--output", "drawn") == 0
+    assert {path.name for path in (inputs / "drawn").iterdir()} == {"a.png", "INPUT.png"}
+
+
+def test_a_picture_that_cannot_be_written(run, inputs, tmp_path, capsys):
+    (tmp_path / "out" / "good.png").mkdir(parents=True)
+    assert call(run, "good.png", "--output", tmp_path / "out") == 2
+    assert "good.png cannot be written (Is a directory)" in capsys.readouterr().err
 
 
 def test_not_one_image_can_be_read(run, inputs, capsys):

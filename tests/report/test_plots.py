@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
+from repr_det.errors import UserError
 from repr_det.report import plots
 from repr_det.report.arms import BEFORE, REPR, STANDARD
 from repr_det.report.plots import Line, Panel
@@ -157,6 +158,6 @@ def test_a_failed_write_leaves_the_earlier_picture(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UserError, match="a.png cannot be written .No space left on device"):
         plots.save(plots.curves(two_runs()), path)
     assert path.read_bytes() == b"earlier" and list(tmp_path.iterdir()) == [path]
