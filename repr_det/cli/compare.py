@@ -126,8 +126,8 @@ def _caption(
     return (
         f"In per cent; compared with {baseline}. {runs}. Interval: {level}, {resamples:,} paired "
         f"resamples of {found['images']:,} images{without}.{several} Better: share of resamples in "
-        "which the arm is strictly better. Do not trust the interval of a class with objects in a few "
-        "images only: resamples of them show too little."
+        "which the arm is strictly better. Do not trust the interval of a class with objects in a "
+        "few images only: resamples of them show too little."
     )
 
 
