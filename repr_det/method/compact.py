@@ -427,7 +427,7 @@ class _Body:
         for module, cuts in by_module.items():
             writes, loads = _model_hooks(cuts)
             self._handles.append(module._register_state_dict_hook(writes))
-            self._handles.append(module._register_load_state_dict_pre_hook(loads))
+            self._handles.append(module.register_load_state_dict_pre_hook(loads))
         if self._optimizer is not None:
             hooks = _optimizer_hooks(self._cuts)
             self._handles.append(self._optimizer.register_state_dict_post_hook(hooks[0]))
@@ -443,11 +443,12 @@ def _model_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
             if key in state:
                 state[key] = cut.fill(state[key].detach(), cut.aside)
 
-    def loads(state: dict[str, Any], prefix: str, *_: Any) -> None:
+    def loads(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for cut in cuts:
             key = prefix + cut.name
             if key in state and state[key].shape == cut.shape:
-                cut.aside = state[key].detach().clone()
+                if module is cut.module:  # a copy of it has the same hooks
+                    cut.aside = state[key].detach().clone()
                 state[key] = cut.take(state[key])
 
     return writes, loads

@@ -335,7 +335,7 @@ class RePr:
         names = followed(selected, self.graph.partly, self._scales_by_length)
         # Filters of unsuitable layers would not stay zero.
         found = separable(layers, names - self.graph.unsuitable - elsewhere.keys())
-        if left_out := elsewhere.keys() & set(selected):
+        if left_out := (elsewhere.keys() - self.graph.unsuitable) & set(selected):
             name = min(left_out)
             message = (
                 f"RePr: {name}{' and others' * (len(left_out) > 1)} cannot lose filters, because "

@@ -190,7 +190,9 @@ def _with_contents(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[
 
 
 def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
-    if is_lazy(tensor):
+    strides = tensor.stride() if tensor.layout == torch.strided and not is_lazy(tensor) else ()
+    repeated = any(step == 0 and n > 1 for step, n in zip(strides, tensor.shape, strict=False))
+    if is_lazy(tensor) or repeated:  # torch writes to none whose entries share memory
         return lambda: tensor
     before = tensor.detach().clone()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from repr_det.method.modules import is_conv, is_norm
 
@@ -46,12 +47,16 @@ def shared_layers(
 
 
 def irregular_layers(modules: dict[str, nn.Module], shared: dict[str, set[str]]) -> set[str]:
-    """Layers whose weight is computed, or is shared with a module that is not a layer."""
+    """Layers whose weight, or a norm's shift, is computed, or shared with what is no layer."""
     found: set[str] = set()
     for name, module in modules.items():
         if not is_layer(module):
             continue
-        computed = not is_norm(module) and module._parameters.get("weight") is None
+        computed = (
+            parametrize.is_parametrized(module)
+            if is_norm(module)
+            else module._parameters.get("weight") is None
+        )
         if computed or not all(is_layer(modules[other]) for other in shared.get(name, ())):
             found.add(name)
     return found

@@ -67,7 +67,7 @@ from repr_det.method.sharing import (
     overlaid_layers,
     shared_layers,
 )
-from repr_det.method.trials import counts_channels, is_silent, keeps_zeros
+from repr_det.method.trials import counts_channels, is_per_filter, is_silent, keeps_zeros
 
 
 def _tensors_in(values: Any) -> list[Tensor]:
@@ -681,9 +681,8 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
     heads = convs.keys() - found.read
     used = found.ran | found.irregular  # attention uses its projection's weight without calling it
     linears = {name: layer for name, layer in tracer.linears.items() if name in used}
-    layers = {**convs, **linears}
-    not_run = _not_run(tracer)
-    several = found.irregular | tracer.shared.keys()
+    layers, not_run = {**convs, **linears}, _not_run(tracer)
+    several, doubtful = found.irregular | tracer.shared.keys(), found.irregular | found.doubtful
     for name in layers if not_run else heads | (several & layers.keys()):
         found.pin(tracer._fresh(name))
     for name in several & found.inputs.keys():
@@ -717,8 +716,9 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
             ),
             *(
                 name
-                for name in convs.keys() & (found.irregular | found.doubtful)
-                if name in found.shapes and not is_silent(convs[name], found.shapes[name])
+                for name in convs.keys() & found.shapes.keys()
+                if not is_per_filter(convs[name], found.shapes[name])
+                or (name in doubtful and not is_silent(convs[name], found.shapes[name]))
             ),
         },
         groups=groups_of(found.tied, widths),

@@ -121,6 +121,33 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
         return False
 
 
+def is_per_filter(conv: nn.Module, shape: torch.Size) -> bool:
+    """Whether further parameters of a conv, one entry a filter, touch that filter alone.
+
+    A gain of each input channel has as many entries where a conv has as many inputs as filters.
+
+    Args:
+        conv: the conv.
+        shape: of its input.
+    """
+    own = FilterLayer("", conv).per_filter.values()
+    if not own:
+        return True
+    weight: Tensor = FilterLayer("", conv).weight
+    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = noise.to(weight.device, weight.dtype)
+    try:
+        with unchanged(conv), eager(), torch.no_grad():
+            before = conv(noise)
+            for parameter in own:
+                parameter[::2] += 1.0
+            after = conv(noise)
+    except Exception:  # a conv of an unknown kind may raise anything
+        return False
+    dim = -(weight.dim() - 1)
+    return torch.equal(*(out.movedim(dim, 0)[1::2] for out in (before, after)))
+
+
 class _Convolutions(TorchDispatchMode):
     """Keeps the results of convolutions."""
 

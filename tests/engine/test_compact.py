@@ -200,6 +200,22 @@ def test_module_alone_writes_full_size_tensors_through_a_wrapper():
     assert wrapped["module.8.running_mean"].shape == (8,)
 
 
+def test_weights_loaded_into_a_copy_stay_out_of_the_network():
+    """As where other weights are evaluated in the middle of S2."""
+    run = Run(net("chain"), "momentum", compact=True)
+    earlier = copy.deepcopy(run.model.state_dict())
+    run.until(S1 + 1)
+    assert run.compact.active
+    before = copy.deepcopy(run.model.state_dict())
+    other = copy.deepcopy(run.model)
+    other.load_state_dict(earlier)
+    for grown in (False, True):
+        if grown:
+            run.compact.grow()
+        for key, value in run.model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+
+
 def test_averaged_copy_shrinks_and_grows_with_the_model():
     runs = []
     for on in (False, True):

@@ -506,6 +506,26 @@ class ScaledConv(nn.Conv2d):
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
+class InputGain(nn.Conv2d):
+    """A gain for each input channel, as many as there are filters."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.ones(self.in_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.gain[:, None, None])
+
+
+@pytest.mark.parametrize(("kind", "names"), [(InputGain, ["2"]), (ScaledConv, ["1", "2"])])
+def test_parameters_are_of_filters_only_if_no_other_filter_reads_them(kind, names):
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), kind(8, 8, 3), nn.SiLU(), nn.Conv2d(8, 8, 1), nn.SiLU()), Pooled(8)
+    )
+    found = names_of(model)
+    assert found == [{"2": "3"}.get(name, name) for name in names]
+
+
 class RootMeanSquare(nn.Module):
     """A norm with a weight and no bias."""
 

@@ -7,7 +7,14 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel
 
-from repr_det.method.modules import is_conv, is_norm, mixes_channels, named_modules, unwrap
+from repr_det.method.modules import (
+    is_conv,
+    is_norm,
+    mixes_channels,
+    named_modules,
+    unchanged,
+    unwrap,
+)
 from tests.method.nets import Residual
 
 
@@ -26,6 +33,32 @@ def test_names_look_through_wrappers(wrap):
     found = [name for name, _ in named_modules(plain)]
     assert found == expected
     assert not any("module." in name or "_orig_mod" in name for name in found)
+
+
+class Grid(nn.Module):
+    """Weights positions by a grid whose rows share their memory, made at once or when first run."""
+
+    def __init__(self, cached):
+        super().__init__()
+        self.grid = None if cached else torch.arange(8.0).expand(8, 8)
+
+    def forward(self, x):
+        if self.grid is None:
+            self.grid = torch.arange(8.0).expand(8, 8)
+        return x * (1 + 0.01 * self.grid)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_tensors_whose_entries_share_memory_are_left_alone(cached):
+    """Torch refuses to write to them, so nothing has to be restored."""
+    model = nn.Sequential(Grid(cached), nn.BatchNorm2d(3))
+    for _ in range(2):
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        with unchanged(model):
+            model(torch.randn(2, 3, 8, 8))
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        model[0](torch.randn(2, 3, 8, 8))
+    assert torch.equal(model[0].grid, torch.arange(8.0).expand(8, 8))
 
 
 def test_a_module_called_module_keeps_its_name():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
@@ -145,6 +146,29 @@ def test_norm_that_counts_another_dimension_hides_the_layer(norm, tokens):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch mentions it, too
         assert names_of(model, data, linear=True) == ["4"]
+
+
+class Positive(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softplus(x)
+
+
+def test_layer_whose_norm_computes_its_scale_takes_no_part():
+    """Neither at set-up nor at a drop, which looks without gradients."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)), Pooled(8)
+    )
+    assert names_of(model) == ["1", "3"]
+    parametrize.register_parametrization(model[2], "weight", Positive())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        method = method_of(model)
+    assert [layer.name for layer in method.layers] == ["3"]
+    method.step(1)
+    assert [layer.name for layer in method.layers] == ["3"] == [*method.pruned]
+    with pytest.raises(UserError, match="1 cannot lose filters, because something else uses its"):
+        method_of(model, include=["1"])
 
 
 def test_parameters_inside_a_norm_are_used():
