@@ -261,9 +261,18 @@ GATES = {
 
 ROOTS = {
     "aten::sqrt", "aten::sqrt_", "aten::rsqrt", "aten::rsqrt_", "aten::log", "aten::log_",
+    "aten::log2", "aten::log2_", "aten::log10", "aten::log10_", "aten::hypot", "aten::hypot_",
     "aten::reciprocal", "aten::reciprocal_",
 }  # fmt: skip
-"""Operations that are infinite at zero, or have an infinite slope there."""
+
+
+def is_infinite_at_zero(call: Call) -> bool:
+    """Whether an operation is infinite at zero, or has an infinite slope there."""
+    if call.op in ("aten::pow", "aten::pow_"):
+        exponent = call["exponent"]
+        return isinstance(exponent, (int, float)) and exponent < 1 and exponent != 0
+    return call.op in ROOTS
+
 
 SHIFTS = {"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub"}
 """Operations that may add a constant to a channel, as in ``1 + scale``."""

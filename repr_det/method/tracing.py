@@ -14,10 +14,10 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from repr_det.method.channels import (
     PARTS,
     PRODUCTS,
     READS,
-    ROOTS,
     SHAPE_ONLY,
     SHIFTS,
     Call,
@@ -42,6 +41,7 @@ from repr_det.method.channels import (
     Sources,
     Tag,
     filters_of,
+    is_infinite_at_zero,
     keeps_places,
     merged,
 )
@@ -61,6 +61,7 @@ from repr_det.method.modules import (
     unwrap,
     with_input,
 )
+from repr_det.method.origins import FUNCTIONAL, Origin, tensors_in, together
 from repr_det.method.sharing import (
     irregular_layers,
     names_and_holders,
@@ -68,38 +69,6 @@ from repr_det.method.sharing import (
     shared_layers,
 )
 from repr_det.method.trials import counts_channels, is_per_filter, is_silent, keeps_zeros
-
-
-def _tensors_in(values: Any) -> list[Tensor]:
-    """All tensors in nested containers."""
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
-
-
-class _Origin(NamedTuple):
-    """From which layers the values of a tensor come.
-
-    Attributes:
-        layers: the last layers with weights before it.
-        convs: those of ``layers`` that are convs, with no matrix product since.
-        shifted: those of ``convs`` whose zero has become a constant.
-        weighted: whether it contains parameters outside of layers, such as a scale.
-    """
-
-    layers: frozenset[str] = frozenset()
-    convs: frozenset[str] = frozenset()
-    shifted: frozenset[str] = frozenset()
-    weighted: bool = False
-
-
-def _together(origins: Iterable[_Origin]) -> _Origin:
-    """The origin of a tensor that is computed from tensors of these origins."""
-    origins = list(origins)
-    names = (frozenset().union(*(o[i] for o in origins)) for i in range(3))
-    return _Origin(*names, any(o.weighted for o in origins))
-
-
-_FUNCTIONAL = "a function with weights"
-"""Stands for the name of a layer where an operation uses weights outside of layers."""
 
 
 @dataclass
@@ -213,7 +182,7 @@ class _Tracer(TorchDispatchMode):
         # By identity, and weak: to keep all tensors of a batch would need more memory than a
         # training step.
         self._tags: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
-        self._origins: MutableMapping[Tensor, _Origin] = WeakTensorKeyDictionary()
+        self._origins: MutableMapping[Tensor, Origin] = WeakTensorKeyDictionary()
         # The further results of an operation (the indices of a pooling) have the channels of the
         # first, but are not zero. The value is the first's tag. It is pinned where they are used.
         self._companions: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
@@ -275,19 +244,22 @@ class _Tracer(TorchDispatchMode):
         For example, a forward hook keeps features for a loss, or the model keeps an attribute. The
         output may be an object of any kind.
         """
-        if self._tags:
+        if self._tags or any(origin.weights for origin in self._origins.values()):
             gc.collect()  # nobody uses what only a cycle of references keeps
         self.found.lose("something that outlives the forward pass", *self._tags.values())
+        for tensor, origin in self._origins.items():
+            if origin.weights and tensor.numel() > 1:
+                self.found.irregular |= origin.weights
         self.found.pin(*self._companions.values())
 
-    def _origin(self, values: Any) -> _Origin:
-        return _together(
-            self._origins.get(tensor, _Origin(weighted=id(tensor) in self.parameters))
-            for tensor in _tensors_in(values)
+    def _origin(self, values: Any) -> Origin:
+        return together(
+            self._origins.get(tensor, Origin(weighted=id(tensor) in self.parameters))
+            for tensor in tensors_in(values)
         )
 
-    def _set_origin(self, values: Any, origin: _Origin) -> None:
-        for tensor in _tensors_in(values):
+    def _set_origin(self, values: Any, origin: Origin) -> None:
+        for tensor in tensors_in(values):
             self._origins[tensor] = origin
 
     # --- layers
@@ -320,9 +292,10 @@ class _Tracer(TorchDispatchMode):
     def _has_other_users(self, name: str) -> bool:
         return name in self.found.irregular or name in self.shared
 
-    def _enter(self, name: str) -> None:
+    def _enter(self, name: str, values: Any) -> None:
         """Record that a layer runs, and whether with its own parameters."""
         self.found.ran.add(name)
+        self.found.irregular |= self._weights_in(values)
         present = [*map(id, self.modules[name]._parameters.values())]
         if present != self._own[name]:  # torch.func.functional_call
             self.found.borrowed.add(name)
@@ -333,7 +306,7 @@ class _Tracer(TorchDispatchMode):
         if self._has_other_users(name) or module.in_channels == module.groups:
             # In a depthwise conv each filter has one input channel, which must stay with it.
             self.found.pin(tag)
-        self._enter(name)
+        self._enter(name, values)
         if isinstance(x, Tensor):
             self.found.shapes.setdefault(name, x.shape)
         if not origin.layers:
@@ -352,7 +325,7 @@ class _Tracer(TorchDispatchMode):
             self.found.pin(self._tag(x), tag)
         if self._tag(out) is None and not any(map(is_norm, self.modules[name].modules())):
             self.found.doubtful.add(name)
-        self._set_origin(out, _Origin(frozenset([name]), frozenset([name])))
+        self._set_origin(out, Origin(frozenset([name]), frozenset([name])))
 
     def _fresh(self, name: str, dim: int = 1) -> Tag:
         """The tag of the output of a conv or linear layer."""
@@ -361,7 +334,7 @@ class _Tracer(TorchDispatchMode):
 
     def _enter_linear(self, name: str, x: Any, values: Any) -> None:
         module = self.modules[name]
-        self._enter(name)
+        self._enter(name, values)
         origin = self._origin(values)
         if not origin.layers and name in self.linears:
             self.found.stems.add(name)
@@ -377,10 +350,10 @@ class _Tracer(TorchDispatchMode):
             self.found.pin(self._tag(x))
 
     def _leave_linear(self, name: str, x: Any, values: Any, out: Any) -> None:
-        self._set_origin(out, _Origin(frozenset([name])))
+        self._set_origin(out, Origin(frozenset([name])))
         if name not in self.linears:
             self._lose_all(name, out)
-            for tensor in _tensors_in(out):
+            for tensor in tensors_in(out):
                 self._set_tag(tensor, None)
             return
         self._inside -= 1
@@ -391,7 +364,7 @@ class _Tracer(TorchDispatchMode):
         """Other modules with parameters are the origin of an output that comes from no layer."""
         if not self._inside and not self._origin(out).layers:
             self.found.read |= self._origin(values).layers
-            self._set_origin(out, _Origin(frozenset([name])))
+            self._set_origin(out, Origin(frozenset([name])))
 
     def _add_input(self, name: str, tag: Tag | None, width: int, dim: int) -> None:
         known = tag is not None and tag.dim == dim and len(tag.sources) == width
@@ -404,7 +377,7 @@ class _Tracer(TorchDispatchMode):
         self.found.inputs[name] = sources
 
     def _enter_norm(self, name: str, x: Any, values: Any) -> None:
-        self._enter(name)
+        self._enter(name, values)
         self.found.used.update(self.parameters[id(p)] for p in self.modules[name].parameters())
         opened = self._open[-1] if self._open and not self._inside else None
         if opened is not None and not opened.seen and isinstance(x, Tensor) and not self._tag(x):
@@ -415,7 +388,7 @@ class _Tracer(TorchDispatchMode):
     def _leave_norm(self, name: str, x: Any, values: Any, out: Any) -> None:
         if self._inside == 1:
             self._set_origin(out, self._origin(values))
-            others = [self._tag(tensor) for tensor in _tensors_in(values) if tensor is not x]
+            others = [self._tag(tensor) for tensor in tensors_in(values) if tensor is not x]
             self.found.lose(f"the norm {name}", *others)
             if isinstance(x, Tensor) and isinstance(out, Tensor) and x.shape == out.shape:
                 self._set_tag(out, self._through_norm(name, x, self._tag(x), values))
@@ -463,15 +436,18 @@ class _Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
-        self._notice_use(args, kwargs)
-        if not hasattr(func, "_schema"):  # takes functions: torch.cond, flex_attention
+        operation = func._schema.name if hasattr(func, "_schema") else ""
+        weights = self._notice_use(args, kwargs, operation)
+        if not operation:  # takes functions: torch.cond, flex_attention
             self._lose_all(str(func), (args, kwargs))
             out = func(*args, **kwargs)
             self._set_origin(out, self._origin((args, kwargs)))
             return out
         call = Call(func, args, kwargs, self._tag)
-        origin = self._next_origin(call)
+        origin = Origin(weighted=True, weights=weights) if weights else self._next_origin(call)
         tags = call.run()
+        for tensor in call.written():
+            self.found.irregular.update(self.holders.get(id(tensor), ()))
         if call.op in CONVOLUTIONS and self._open:
             tags = [self._convolved(call)]
         else:
@@ -481,7 +457,7 @@ class _Tracer(TorchDispatchMode):
             if call.tied:
                 tags = [self._without_sums(tag) for tag in tags]
             self._note_losses(call, tags)
-        outputs = _tensors_in(call.out)
+        outputs = tensors_in(call.out)
         self._forget_written(call, outputs, origin)
         self._set_origin(outputs, origin)
         for tensor, tag in zip(outputs, tags, strict=False):
@@ -501,7 +477,7 @@ class _Tracer(TorchDispatchMode):
     def _note_losses(self, call: Call, tags: list[Tag | None]) -> None:
         """Record layers with a filter that goes into an operation and not out of it."""
         known = [tag.sources for tag in tags if tag is not None]
-        for tag in filter(None, call.given["self"] if call.op in ROOTS else ()):
+        for tag in filter(None, call.given["self"] if is_infinite_at_zero(call) else ()):
             self.found.infinite.update(name for name, _ in filters_of(tag.sources))
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
@@ -510,29 +486,53 @@ class _Tracer(TorchDispatchMode):
                 for name, _ in filters_of(tag.sources).difference(*map(filters_of, known)):
                     self.found.lost.setdefault(name, call.op)
 
-    def _notice_use(self, args: tuple, kwargs: dict) -> None:
-        """Record weights that are used outside of their layer. Pin channels of companions."""
-        opened = {one.name for one in self._open}
-        for tensor in _tensors_in((args, kwargs)):
+    def _notice_use(self, args: tuple, kwargs: dict, operation: str) -> frozenset[str]:
+        """Record weights that meet data outside of their layer. Pin channels of companions.
+
+        Returns:
+            The layers whose weights are all that the operation takes, as in a penalty on weights.
+            What does not meet data later has no influence on channels.
+        """
+        tensors, data = tensors_in((args, kwargs)), []
+        used: frozenset[str] = frozenset()
+        for tensor in tensors:
             if (companion := self._companions.get(tensor)) is not None:
                 self.found.pin(companion)
-            holders = self.holders.get(id(tensor), ())
-            if not opened.intersection(holders):
-                self.found.irregular.update(holders)
             if id(tensor) in self.parameters:
                 self.found.used.add(self.parameters[id(tensor)])
+            weights = self._weights_in(tensor)
+            used |= weights
+            if not weights:
+                data.append(tensor)
+        meets = operation in CONTRACTIONS or not operation
+        if data and (meets or any(self._origin(x).layers and x.numel() > 1 for x in data)):
+            self.found.irregular |= used
+            return frozenset()
+        return used
 
-    def _next_origin(self, call: Call) -> _Origin:
+    def _weights_in(self, values: Any) -> frozenset[str]:
+        """The layers from whose weights alone some tensors are computed, outside of the layers."""
+        opened = {one.name for one in self._open}
+        found: set[str] = set()
+        for tensor in tensors_in(values):
+            holders = self.holders.get(id(tensor), ())
+            if not opened.intersection(holders):
+                found.update(holders)
+            if (origin := self._origins.get(tensor)) is not None:
+                found |= origin.weights
+        return frozenset(found)
+
+    def _next_origin(self, call: Call) -> Origin:
         """The origin of an operation's result. Records which layers are read, and which gate."""
         names = READS.get(call.op) or list(call.given)
         each = [self._origin(call[name]) for name in names]
-        origin = _together(each)
+        origin = together(each)
         if any(one.weighted and not one.layers for one in each):
             self._note_scaled(call)
         if call.op in CONTRACTIONS:
             if origin.weighted:  # a product with a weight outside of layers
                 self.found.read |= origin.layers
-                return _Origin(frozenset([_FUNCTIONAL]))
+                return Origin(frozenset([FUNCTIONAL]))
             return origin._replace(convs=frozenset(), shifted=frozenset())
         if call.op in GATES:
             (tag,) = call.given["self"]
@@ -577,7 +577,7 @@ class _Tracer(TorchDispatchMode):
         self.found.pin(*itertools.chain.from_iterable(others))
         return self._fresh(opened.name)
 
-    def _forget_written(self, call: Call, outputs: list[Tensor], origin: _Origin) -> None:
+    def _forget_written(self, call: Call, outputs: list[Tensor], origin: Origin) -> None:
         """Forget the tags of tensors that were written into, or share memory with one."""
         written = call.written()
         if not written or keeps_places(call.op):
@@ -586,7 +586,7 @@ class _Tracer(TorchDispatchMode):
         results = {id(tensor) for tensor in outputs}
         for other in list(self._origins):
             if id(other) not in results and other.untyped_storage()._cdata in memory:
-                self._origins[other] = _together([self._origins[other], origin])
+                self._origins[other] = together([self._origins[other], origin])
                 self.found.lose(call.op, self._tag(other))
                 self._set_tag(other, None)
 

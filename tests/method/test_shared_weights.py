@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method.tracing import trace
 from tests.method.found import Between, dead, images, method_of, names_of
@@ -43,6 +44,114 @@ def test_weight_with_another_user_has_no_dead_columns(name):
     graph = trace(model)
     assert graph.fixed["a"].all() and graph.fixed["b"].all()
     assert dead(model, b=[1]) == {"c": [1]}
+
+
+def orthogonality(m):
+    rows = [F.normalize(conv.weight.flatten(1), dim=1) for conv in (m.b, m.c)]
+    return sum((r @ r.T).square().sum() - (r @ r.T).diagonal().square().sum() for r in rows)
+
+
+PENALTIES = {
+    "squares": lambda m: sum(p.square().sum() for p in m.parameters()),
+    "orthogonality": orthogonality,
+    "scale of the norm": lambda m: m.norm.weight.abs().sum(),
+    "distance": lambda m: (m.b.weight - torch.ones(8, 1, 1)).norm(),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalty_in_the_loss_is_no_other_user(name):
+    """What it takes meets no data, so it has no influence on channels."""
+    model, x = Elsewhere(lambda m, x, y: 0.0), images()[0]
+    plain = trace(model, lambda: model(x).mean())
+    found = trace(model, lambda: model(x).mean() + 0.1 * PENALTIES[name](model))
+    assert plain.fixed.keys() == found.fixed.keys() and plain.unsuitable == found.unsuitable
+    assert all(torch.equal(mask, found.fixed[key]) for key, mask in plain.fixed.items())
+    assert plain.readers.keys() == found.readers.keys()
+    for key, reader in plain.readers.items():
+        masks = {"a": torch.arange(8) == 1, "b": torch.arange(8) == 2}
+        assert torch.equal(reader.dead(masks), found.readers[key].dead(masks))
+
+
+def scaled(m):
+    return F.normalize(m.b.weight.flatten(1), dim=1).view_as(m.b.weight)
+
+
+def keep(m):
+    m.kept = scaled(m)
+    return 0.0
+
+
+def write(m):
+    with torch.no_grad():
+        m.b.weight.mul_(1.0)
+    return 0.0
+
+
+MEETS = {
+    "features": lambda m, x, y: F.conv2d(y, scaled(m)).mean(),
+    "images": lambda m, x, y: F.conv2d(x.repeat(1, 3, 1, 1)[:, :8], scaled(m)).mean(),
+    "a layer": lambda m, x, y: m.last(scaled(m).view(1, 8, 8, 1)).mean(),
+    "a norm": lambda m, x, y: m.norm(scaled(m).view(1, 8, 8, 1)).mean(),
+    "later runs": lambda m, x, y: keep(m),
+    "something written": lambda m, x, y: write(m),
+}
+
+
+@pytest.mark.parametrize("name", MEETS)
+def test_what_is_computed_of_a_weight_and_meets_data_is_another_user(name):
+    model, x, one = Elsewhere(lambda m, x, y: 0.0), images()[0], {"a": torch.arange(8) == 1}
+
+    def run():
+        return model(x).mean() + MEETS[name](model, x, F.silu(model.a(x)))
+
+    assert trace(model, lambda: model(x).mean()).readers["b"].dead(one).any()
+    found = trace(model, run)
+    assert not found.readers["b"].dead(one).any()
+    assert found.fixed["b"].all()
+
+
+def test_a_penalty_in_the_loss_trains_as_in_a_smaller_network():
+    """The paper's orthogonality loss, with global clipping, given to RePr or not."""
+
+    class Net(nn.Module):
+        def __init__(self, first=8, second=8):
+            super().__init__()
+            self.stem, self.b = nn.Conv2d(3, 6, 3), nn.Conv2d(6, first, 3)
+            self.c, self.head = nn.Conv2d(first, second, 3), nn.Linear(second, 2)
+
+        def forward(self, x):
+            x = F.silu(self.c(F.silu(self.b(F.silu(self.stem(x))))))
+            return self.head(x.mean((2, 3)))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0]), batch[1]) + 0.1 * orthogonality(model)
+
+    batches = [(images(size=8)[0].double() + i, torch.arange(2)) for i in range(10)]
+    for given in ({}, {"batches": lambda: iter(batches), "loss": loss}):
+        torch.manual_seed(0)
+        model = Net().double()
+        optimizer = torch.optim.SGD(model.parameters(), 0.05)
+        method = RePr(model, optimizer, RePrSchedule(1, 50, 1), 0.4, **given)
+        method.step(1)
+        first, second = ~method.pruned["b"], ~method.pruned["c"]
+        smaller = Net(int(first.sum()), int(second.sum())).double()
+        state = dict(model.state_dict())
+        state |= {"b.weight": state["b.weight"][first], "b.bias": state["b.bias"][first]}
+        state["c.weight"] = state["c.weight"][second][:, first]
+        state |= {"c.bias": state["c.bias"][second], "head.weight": state["head.weight"][:, second]}
+        smaller.load_state_dict(state)
+        other = torch.optim.SGD(smaller.parameters(), 0.05)
+        for i, batch in enumerate(batches):
+            method.step(2 + i)
+            for network, trainer in ((model, optimizer), (smaller, other)):
+                trainer.zero_grad()
+                loss(network, batch).backward()
+                nn.utils.clip_grad_norm_(network.parameters(), 0.05)
+                trainer.step()
+        ours = model.c.weight[second][:, first]
+        torch.testing.assert_close(ours, smaller.c.weight, rtol=0, atol=1e-12)
+        assert not model.c.weight[:, ~first].any()
 
 
 def test_weight_that_a_module_which_is_no_layer_holds_has_no_dead_columns():
@@ -206,6 +315,11 @@ ROOTS = {
     "inverse root": (lambda x: x * x.square().mean((2, 3), keepdim=True).rsqrt(), False),
     "logarithm": (lambda x: x.abs().log(), False),
     "reciprocal": (lambda x: x.reciprocal(), False),
+    "power below one": (lambda x: x.sign() * x.abs() ** 0.5, False),
+    "power above one": (lambda x: x.abs() ** 1.5, True),
+    "negative power": (lambda x: x.square() ** -1, False),
+    "logarithm of base two": (lambda x: x.square().log2(), False),
+    "hypotenuse": (lambda x: torch.hypot(x, x), False),
     "root of more than zero": (lambda x: (x.square() + 1e-6).sqrt(), True),
 }
 
