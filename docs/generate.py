@@ -14,7 +14,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from repr_det.classification.config import add_classification_config
+from repr_det.classification.config import add_classification_config, add_scheme_config
 from repr_det.cli import COMMANDS, PROGRAM, build_parser
 from repr_det.detection.config import add_detection_config
 from repr_det.engine.config import add_repr_config, add_trainer_config
@@ -25,7 +25,7 @@ SECTIONS: dict[str, tuple[Callable[[CfgNode], None], ...]] = {
     "RePr": (add_repr_config,),
     "Training of any task": (add_trainer_config, add_solver_config),
     "Detection": (add_detection_config,),
-    "Classification": (add_classification_config,),
+    "Classification": (add_classification_config, add_scheme_config),
 }
 _KEY = re.compile(r"cfg\.([A-Z][A-Z0-9_.]*) = (?!CfgNode)")
 _WIDTH = "90"

@@ -55,7 +55,11 @@ def add_classification_config(cfg: CfgNode) -> None:
 
     # Orthogonality loss, weighted; 0 for none. The paper's weight is 0.01.
     cfg.MODEL.CLASSIFIER.ORTHO_LOSS = 0.0
+    add_scheme_config(cfg)
 
+
+def add_scheme_config(cfg: CfgNode) -> None:
+    """Add the keys of other training schemes that the paper combines or compares with RePr."""
     # Knowledge distillation, and Born-Again networks (a teacher with the student's own
     # architecture at temperature 1).
     cfg.DISTILL = CfgNode()
