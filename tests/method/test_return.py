@@ -293,7 +293,7 @@ def test_copies_are_kept_in_step(name):
 
 
 def test_frozen_readers_get_their_weights_back():
-    """They could not learn them anew."""
+    """A frozen layer cannot learn its weights again."""
     torch.manual_seed(0)
     model = net("chain", torch.float32)
     model[7].weight.requires_grad_(False)
@@ -373,7 +373,7 @@ def test_an_average_of_torch_is_looked_through():
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_filters_that_read_nothing_else_come_back_as_they_were(transposed):
-    """At zero behind a norm, depthwise filters would get gradients hundreds of times too large."""
+    """Depthwise filters that return at zero after a norm would get much too large gradients."""
     torch.manual_seed(0)
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     model = nn.Sequential(
