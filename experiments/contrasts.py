@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from experiments.protocol import (
     chosen,
 )
 from experiments.run_studies import AGAIN, metric_of, record_path, recorded_cell, value_of
+from experiments.runs import read_record
 from experiments.summarise import MEASURES, mean_and_spread, mean_difference
 from experiments.tables import RECORDS, Row, Table
 from repr_det.detection.bootstrap import corrected_level
@@ -240,7 +240,7 @@ def again_in_markdown(output: Path) -> str:
     folders = output, output / AGAIN
     for again in sorted((output / AGAIN).glob(f"*/*/{RECORDS}")):
         cell = recorded_cell(again)
-        records = [json.loads(record_path(cell, folder).read_text()) for folder in folders]
+        records = [read_record(record_path(cell, folder)) for folder in folders]
         numbers = [value_of(record, cell) for record in records]
         lines.append(
             {

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import experiments.efficientnet_lite
 from experiments.protocol import STUDIES, Cell, all_cells, choice_cells, next_cell
-from experiments.runs import FULL, Run, alone_in, execute, plan, write_record
+from experiments.runs import FULL, Run, alone_in, execute, plan, read_record, write_record
 from experiments.tables import ACCURACY, AP, Overrides, Row, Table
 from repr_det.engine.command_line import exit_status
 from repr_det.errors import UserError
@@ -103,7 +103,7 @@ def read_values(output: Path) -> dict[Cell, float | None]:
         for cell in new:
             path = record_path(cell, output)
             if path.is_file():
-                values[cell] = value_of(json.loads(path.read_text()), cell)
+                values[cell] = value_of(read_record(path), cell)
             elif tries(cell, output) >= TRIES:
                 values[cell] = None
         if len(values) == before:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from repr_det import RePr, RePrSchedule
+from repr_det.method.graph import ChannelGraph
 from repr_det.method.tracing import trace
 from tests.method.nets import loss
 
@@ -27,8 +28,12 @@ def names_of(model, *data, **arguments):
 
 
 def dead(model, **pruned):
+    """:func:`dead_channels` of a model that is followed on an example."""
+    return dead_channels(trace(model), pruned)
+
+
+def dead_channels(graph: ChannelGraph, pruned: dict[str, list[int]]) -> dict[str, list[int]]:
     """Which input channels of which readers are zero while some filters are pruned."""
-    graph = trace(model)
     masks = {}
     for name, filters in pruned.items():
         masks[name] = torch.zeros(graph.convs[name].out_channels, dtype=torch.bool)

@@ -15,17 +15,8 @@ from torch.nn import functional as F
 from repr_det.method.graph import reader_of
 from repr_det.method.removal import Removable
 from repr_det.method.tracing import trace
+from tests.method.found import dead_channels
 from tests.method.nets import PreActivation, Residual, chain
-
-
-def silent(graph, pruned: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Which input channels of which readers are zero while some filters are pruned."""
-    masks = {}
-    for name, filters in pruned.items():
-        masks[name] = torch.zeros(graph.convs[name].out_channels, dtype=torch.bool)
-        masks[name][filters] = True
-    dead = {r.name: r.dead(masks).nonzero().flatten().tolist() for r in graph.readers.values()}
-    return {name: channels for name, channels in dead.items() if channels}
 
 
 def norm_names(graph, conv):
@@ -132,8 +123,8 @@ def test_detectron2_stem_and_prediction_layers(fpn, retinanet):
 
 def test_fpn_inside_a_bottleneck(fpn):
     conv = "backbone.bottom_up.res3.1.conv"
-    assert silent(fpn, {f"{conv}1": [3, 7]}) == {f"{conv}2": [3, 7]}
-    assert silent(fpn, {f"{conv}2": [5]}) == {f"{conv}3": [5]}
+    assert dead_channels(fpn, {f"{conv}1": [3, 7]}) == {f"{conv}2": [3, 7]}
+    assert dead_channels(fpn, {f"{conv}2": [5]}) == {f"{conv}3": [5]}
 
 
 def test_fpn_residual_sum_is_silent_only_where_all_parties_are(fpn):
@@ -142,19 +133,19 @@ def test_fpn_residual_sum_is_silent_only_where_all_parties_are(fpn):
     everyone = {f"{stage}{party}": [4] for party in parties}
     some = {f"{stage}{party}": [4] for party in parties[:2]}
     # Two parties: the sum behind the first block; all four: whatever reads the stage.
-    assert silent(fpn, some) == {f"{stage}1.conv1": [4]}
-    assert silent(fpn, everyone) == {
+    assert dead_channels(fpn, some) == {f"{stage}1.conv1": [4]}
+    assert dead_channels(fpn, everyone) == {
         f"{stage}1.conv1": [4], f"{stage}2.conv1": [4], "backbone.fpn_lateral2": [4],
         "backbone.bottom_up.res3.0.conv1": [4], "backbone.bottom_up.res3.0.shortcut": [4],
     }  # fmt: skip
-    assert silent(fpn, {f"{stage}0.conv3": [4]}) == {}
+    assert dead_channels(fpn, {f"{stage}0.conv3": [4]}) == {}
 
 
 def test_fpn_top_down_sum(fpn):
     lateral = "backbone.fpn_lateral"
-    assert silent(fpn, {f"{lateral}5": [9]}) == {"backbone.fpn_output5": [9]}
-    assert silent(fpn, {f"{lateral}4": [9]}) == {}
-    assert silent(fpn, {f"{lateral}5": [9], f"{lateral}4": [9]}) == {
+    assert dead_channels(fpn, {f"{lateral}5": [9]}) == {"backbone.fpn_output5": [9]}
+    assert dead_channels(fpn, {f"{lateral}4": [9]}) == {}
+    assert dead_channels(fpn, {f"{lateral}5": [9], f"{lateral}4": [9]}) == {
         "backbone.fpn_output5": [9], "backbone.fpn_output4": [9]
     }  # fmt: skip
 
@@ -164,10 +155,10 @@ def test_fpn_levels_share_their_readers(fpn):
     output = "backbone.fpn_output"
     rpn, box = "proposal_generator.rpn_head.conv", "roi_heads.box_head.fc1"
     levels = {f"{output}{i}": [2] for i in (2, 3, 4)}
-    assert silent(fpn, levels) == {}
+    assert dead_channels(fpn, levels) == {}
     # The boxes are pooled from levels 2 to 5 into 7 x 7, flattened channel by channel.
     everywhere = levels | {f"{output}5": [2]}
-    assert silent(fpn, everywhere) == {rpn: [2], box: list(range(2 * 49, 3 * 49))}
+    assert dead_channels(fpn, everywhere) == {rpn: [2], box: list(range(2 * 49, 3 * 49))}
 
 
 def test_c4_box_head_reads_res4(c4):
@@ -175,23 +166,23 @@ def test_c4_box_head_reads_res4(c4):
         n for n in c4.convs if n.startswith("backbone.res4") and n.endswith(("conv3", "shortcut"))
     ]
     assert len(stage) == 7
-    found = silent(c4, {name: [11] for name in stage})
+    found = dead_channels(c4, {name: [11] for name in stage})
     assert found["roi_heads.res5.0.conv1"] == found["roi_heads.res5.0.shortcut"] == [11]
     assert found["proposal_generator.rpn_head.conv"] == [11]
     last = [f"roi_heads.res5.{n}" for n in ("0.shortcut", "0.conv3", "1.conv3", "2.conv3")]
-    found = silent(c4, {name: [6] for name in last})
+    found = dead_channels(c4, {name: [6] for name in last})
     # Pooled over positions before the predictor reads it.
     assert found["roi_heads.box_predictor.cls_score"] == [6]
     assert found["roi_heads.box_predictor.bbox_pred"] == [6]
 
 
 def test_retinanet_head_is_shared_between_levels(retinanet):
-    assert silent(retinanet, {"head.cls_subnet.0": [1]}) == {"head.cls_subnet.2": [1]}
+    assert dead_channels(retinanet, {"head.cls_subnet.0": [1]}) == {"head.cls_subnet.2": [1]}
     levels = [f"backbone.fpn_output{i}" for i in (3, 4, 5)]
     levels += ["backbone.top_block.p6", "backbone.top_block.p7"]
-    found = silent(retinanet, {name: [8] for name in levels})
+    found = dead_channels(retinanet, {name: [8] for name in levels})
     assert found["head.cls_subnet.0"] == found["head.bbox_subnet.0"] == [8]
-    assert "head.cls_subnet.0" not in silent(retinanet, {name: [8] for name in levels[:-1]})
+    assert "head.cls_subnet.0" not in dead_channels(retinanet, {name: [8] for name in levels[:-1]})
 
 
 # --- torchvision
@@ -212,17 +203,17 @@ def test_resnet18():
     for conv in graph.convs:
         (link,) = graph.norms[conv]
         assert one_to_one(link, graph.convs[conv].out_channels)
-    assert silent(graph, {"layer1.0.conv1": [0]}) == {"layer1.0.conv2": [0]}
+    assert dead_channels(graph, {"layer1.0.conv1": [0]}) == {"layer1.0.conv2": [0]}
     last = ["layer4.0.downsample.0", "layer4.0.conv2", "layer4.1.conv2"]
-    assert silent(graph, {name: [5] for name in last})["fc"] == [5]
+    assert dead_channels(graph, {name: [5] for name in last})["fc"] == [5]
 
 
 def test_vgg16_linear_layer_reads_the_flattened_map():
     graph = trace(classifier("vgg16", init_weights=False))
     assert len(graph.convs) == 13
     assert graph.norms == {}
-    assert silent(graph, {"features.28": [1]}) == {"classifier.0": list(range(49, 98))}
-    assert silent(graph, {"features.0": [3]}) == {"features.2": [3]}
+    assert dead_channels(graph, {"features.28": [1]}) == {"classifier.0": list(range(49, 98))}
+    assert dead_channels(graph, {"features.0": [3]}) == {"features.2": [3]}
 
 
 def test_googlenet_auxiliary_heads_run_only_in_training():
@@ -230,10 +221,10 @@ def test_googlenet_auxiliary_heads_run_only_in_training():
     assert "aux1.conv.conv" in graph.convs
     assert norm_names(graph, "aux1.conv.conv") == ["aux1.conv.bn"]
     # Concatenation of four branches: 64, 128, 32, 32 channels.
-    found = silent(graph, {"inception3a.branch2.1.conv": [10]})
+    found = dead_channels(graph, {"inception3a.branch2.1.conv": [10]})
     for branch in ("branch1.conv", "branch2.0.conv", "branch3.0.conv", "branch4.1.conv"):
         assert found[f"inception3b.{branch}"] == [74]
-    found = silent(graph, {"inception4a.branch1.conv": [0]})
+    found = dead_channels(graph, {"inception4a.branch1.conv": [0]})
     assert found["aux1.conv.conv"] == [0]
 
 
@@ -252,7 +243,7 @@ def test_auxiliary_heads_of_a_model_that_trains_on_real_batches_only():
 
     model = NeedsLabels()
     graph = trace(model, lambda: model(torch.zeros(2, 3, 64, 64), labels=1))
-    found = silent(graph, {"network.inception4a.branch1.conv": [0]})
+    found = dead_channels(graph, {"network.inception4a.branch1.conv": [0]})
     assert found["network.aux1.conv.conv"] == [0]
 
 
@@ -278,8 +269,8 @@ def test_mobilenet_depthwise_keeps_a_channel_in_its_place():
     block = "features.3.conv."
     assert graph.convs[f"{block}1.0"].groups == 144
     # The depthwise conv has filters of its own: it is a reader, and the channel ends there.
-    assert silent(graph, {f"{block}0.0": [7]}) == {f"{block}1.0": [7]}
-    assert silent(graph, {f"{block}1.0": [7]}) == {f"{block}2": [7]}
+    assert dead_channels(graph, {f"{block}0.0": [7]}) == {f"{block}1.0": [7]}
+    assert dead_channels(graph, {f"{block}1.0": [7]}) == {f"{block}2": [7]}
 
 
 def test_densenet_filters_are_read_through_norms_of_all_later_layers():
@@ -291,7 +282,7 @@ def test_densenet_filters_are_read_through_norms_of_all_later_layers():
     for link in links:
         assert torch.equal(link.channels, torch.arange(64, 96))
         assert torch.equal(link.filters, torch.arange(32))
-    found = silent(graph, {conv: [1]})
+    found = dead_channels(graph, {conv: [1]})
     assert found == {
         **{f"features.denseblock1.denselayer{i}.conv1": [65] for i in range(2, 7)},
         "features.transition1.conv": [65],
@@ -357,8 +348,8 @@ class Shortcut(nn.Module):
 def test_padded_channels_are_zero():
     graph = trace(Shortcut())
     # Channels 0, 1, 6, 7 of the sum are conv2's alone; 2 to 5 are conv1's 0 to 3 as well.
-    assert silent(graph, {"conv2": [0, 3, 7]}) == {"last": [0, 7]}
-    assert silent(graph, {"conv2": [0, 3], "conv1": [1]}) == {"last": [0, 3], "conv2": [1]}
+    assert dead_channels(graph, {"conv2": [0, 3, 7]}) == {"last": [0, 7]}
+    assert dead_channels(graph, {"conv2": [0, 3], "conv1": [1]}) == {"last": [0, 3], "conv2": [1]}
 
 
 def written_beside(y, x):
@@ -393,7 +384,7 @@ def test_tensor_that_is_written_into_through_a_view(combine):
 
     graph = trace(Into())
     # Channel 0 of what `last` reads is the stem's as well, whatever `conv` gives.
-    assert silent(graph, {"conv": [0]}) == {}
+    assert dead_channels(graph, {"conv": [0]}) == {}
     assert norm_names(graph, "conv") == norm_names(graph, "stem") == []
     assert graph.stems == {"stem"}
 
@@ -440,8 +431,8 @@ def test_weight_shared_by_two_convs_is_one_reader_of_both():
             return self.one(self.a(x)) + self.two(self.b(x))
 
     graph = trace(Twice())
-    assert silent(graph, {"a": [1]}) == {}
-    assert silent(graph, {"a": [1], "b": [1]}) == {"one": [1]}
+    assert dead_channels(graph, {"a": [1]}) == {}
+    assert dead_channels(graph, {"a": [1], "b": [1]}) == {"one": [1]}
 
 
 def test_conv_that_runs_twice_reads_both():
@@ -454,8 +445,8 @@ def test_conv_that_runs_twice_reads_both():
             return self.conv(self.conv(self.stem(x)))
 
     graph = trace(Again())
-    assert silent(graph, {"stem": [2]}) == silent(graph, {"conv": [2]}) == {}
-    assert silent(graph, {"stem": [2], "conv": [2]}) == {"conv": [2]}
+    assert dead_channels(graph, {"stem": [2]}) == dead_channels(graph, {"conv": [2]}) == {}
+    assert dead_channels(graph, {"stem": [2], "conv": [2]}) == {"conv": [2]}
 
 
 @pytest.mark.parametrize(
@@ -464,13 +455,13 @@ def test_conv_that_runs_twice_reads_both():
 def test_norms_of_all_kinds_are_paired(norm):
     graph = trace(nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)))
     assert norm_names(graph, "0") == ["1"]
-    assert silent(graph, {"0": [5]}) == {"3": [5]}
+    assert dead_channels(graph, {"0": [5]}) == {"3": [5]}
 
 
 def test_norm_that_mixes_channels_without_a_scale_hides_what_is_behind_it():
     norm = nn.GroupNorm(2, 6, affine=False)
     graph = trace(nn.Sequential(nn.Conv2d(3, 6, 1), norm, nn.ReLU(), nn.Conv2d(6, 2, 1)))
-    assert silent(graph, {"0": [5]}) == {}
+    assert dead_channels(graph, {"0": [5]}) == {}
 
 
 def test_layer_norm_over_the_last_dimension():
@@ -485,7 +476,7 @@ def test_layer_norm_over_the_last_dimension():
     graph = trace(Last())
     (link,) = graph.norms["conv"]
     assert (link.name, link.dim) == ("norm", 3)
-    assert silent(graph, {"conv": [4]}) == {"linear": [4]}
+    assert dead_channels(graph, {"conv": [4]}) == {"linear": [4]}
 
 
 def test_norm_after_a_sum_belongs_to_no_conv():
@@ -501,7 +492,7 @@ def test_norm_after_a_sum_belongs_to_no_conv():
     graph = trace(Sum())
     assert graph.norms == {}
     # Its beta would let a constant through.
-    assert silent(graph, {"a": [1], "b": [1]}) == {}
+    assert dead_channels(graph, {"a": [1], "b": [1]}) == {}
 
 
 class Outside(nn.Module):
@@ -521,8 +512,8 @@ class Outside(nn.Module):
 def test_conv_class_that_runs_outside_the_dispatcher():
     graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), Outside(4, 6), nn.ReLU(), nn.Conv2d(6, 2, 1)))
     assert norm_names(graph, "1") == ["1.norm"]
-    assert silent(graph, {"1": [5]}) == {"3": [5]}
-    assert silent(graph, {"0": [2]}) == {"1": [2]}
+    assert dead_channels(graph, {"1": [5]}) == {"3": [5]}
+    assert dead_channels(graph, {"0": [2]}) == {"1": [2]}
 
 
 def test_operation_that_wakes_zeros_hides_what_is_behind_it():
@@ -541,9 +532,9 @@ def test_operation_that_wakes_zeros_hides_what_is_behind_it():
         lambda x: x.flip(1),
         lambda x: x**0,
     ):
-        assert silent(trace(Shifted(operation)), {"a": [1]}) == {}
+        assert dead_channels(trace(Shifted(operation)), {"a": [1]}) == {}
     for operation in (torch.tanh, lambda x: 2 * x, F.silu, lambda x: x * torch.sigmoid(x.mean())):
-        assert silent(trace(Shifted(operation)), {"a": [1]}) == {"b": [1]}
+        assert dead_channels(trace(Shifted(operation)), {"a": [1]}) == {"b": [1]}
 
 
 # --- how the model is run
@@ -592,7 +583,7 @@ def test_compiled_parts_are_seen():
 def test_dense_block_readers():
     graph = trace(PreActivation(growth=4, layers=3))
     assert [link.name for link in graph.norms["convs.0"]] == ["norms.1", "norms.2", "norms.3"]
-    assert silent(graph, {"convs.0": [1]}) == {"convs.1": [7], "convs.2": [7], "linear": [7]}
+    assert dead_channels(graph, {"convs.0": [1]}) == {"convs.1": [7], "convs.2": [7], "linear": [7]}
 
 
 class Particular(nn.Module):
@@ -611,7 +602,7 @@ def test_model_that_cannot_be_run_is_told():
         trace(Particular())
     pair = SimpleNamespace(image=torch.zeros(1, 3, 4, 4), factor=2.0)
     model = Particular()
-    assert silent(trace(model, lambda: model(pair)), {"first": [1]}) == {"second": [1]}
+    assert dead_channels(trace(model, lambda: model(pair)), {"first": [1]}) == {"second": [1]}
 
 
 def test_model_without_layers_is_told():
@@ -633,7 +624,7 @@ def test_training_mode_that_fails_leaves_what_evaluation_showed():
             return self.b(y)
 
     graph = trace(OnlyEvaluates())
-    assert silent(graph, {"a": [0]}) == {"b": [0]}
+    assert dead_channels(graph, {"a": [0]}) == {"b": [0]}
     assert graph.stems == {"a"}
 
 
