@@ -157,9 +157,8 @@ def read(folder: str | Path) -> History | None:
             [Drop(**drop) for drop in content["drops"]],
             [Overlap(**overlap) for overlap in content["overlaps"]],
         )
-        for drop in found.drops:
-            for name in drop.pruned:
-                found.layers[name]  # it must be known
+        if not all(drop.pruned.keys() <= found.layers.keys() for drop in found.drops):
+            raise KeyError("a drop names an unknown layer")
         return found
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

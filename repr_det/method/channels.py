@@ -264,6 +264,7 @@ ROOTS = {
     "aten::log2", "aten::log2_", "aten::log10", "aten::log10_", "aten::hypot", "aten::hypot_",
     "aten::reciprocal", "aten::reciprocal_",
 }  # fmt: skip
+"""Operations that are always infinite at zero, or have an infinite slope there."""
 
 
 def is_infinite_at_zero(call: Call) -> bool:

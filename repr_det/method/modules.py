@@ -189,10 +189,15 @@ def _with_contents(value: Any, seen: dict[int, Callable[[], Any]]) -> Callable[[
     return lambda: value
 
 
+def _shares_entries(tensor: Tensor) -> bool:
+    """Whether entries share memory, as after ``expand``. Torch refuses to write to them."""
+    if tensor.layout != torch.strided:
+        return False
+    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
-    strides = tensor.stride() if tensor.layout == torch.strided and not is_lazy(tensor) else ()
-    repeated = any(step == 0 and n > 1 for step, n in zip(strides, tensor.shape, strict=False))
-    if is_lazy(tensor) or repeated:  # torch writes to none whose entries share memory
+    if is_lazy(tensor) or _shares_entries(tensor):
         return lambda: tensor
     before = tensor.detach().clone()
 

@@ -102,7 +102,7 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
     layer = FilterLayer("", conv)
     chosen = torch.arange(layer.num_filters) % 2 == 0
     weight, slots = layer.weight, layer.filter_slots(chosen)
-    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    noise = _noise(layer, shape)
     places = chosen.nonzero().flatten().to(weight.device)
     dim = -(weight.dim() - 1)
 
@@ -110,7 +110,7 @@ def is_silent(conv: nn.Module, shape: torch.Size) -> bool:
         with eager(), _Convolutions() as convolutions:
             for slot in slots:
                 slot.fill(0.0)
-            results = [conv(noise.to(weight.device, weight.dtype))]
+            results = [conv(noise)]
         if any(map(is_norm, conv.modules())):
             results = convolutions.results  # before the norm, whose shift belongs to the filter
         return not any(result.index_select(dim, places).any() for result in results)
@@ -130,12 +130,11 @@ def is_per_filter(conv: nn.Module, shape: torch.Size) -> bool:
         conv: the conv.
         shape: of its input.
     """
-    own = FilterLayer("", conv).per_filter.values()
+    layer = FilterLayer("", conv)
+    own = layer.per_filter.values()
     if not own:
         return True
-    weight: Tensor = FilterLayer("", conv).weight
-    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
-    noise = noise.to(weight.device, weight.dtype)
+    noise = _noise(layer, shape)
     try:
         with unchanged(conv), eager(), torch.no_grad():
             before = conv(noise)
@@ -144,8 +143,14 @@ def is_per_filter(conv: nn.Module, shape: torch.Size) -> bool:
             after = conv(noise)
     except Exception:  # a conv of an unknown kind may raise anything
         return False
-    dim = -(weight.dim() - 1)
+    dim = -(layer.weight.dim() - 1)
     return torch.equal(*(out.movedim(dim, 0)[1::2] for out in (before, after)))
+
+
+def _noise(layer: FilterLayer, shape: torch.Size) -> Tensor:
+    """One random input of a layer that has inputs of this shape."""
+    noise = torch.randn(1, *shape[1:], generator=torch.Generator().manual_seed(0))
+    return noise.to(layer.weight.device, layer.weight.dtype)
 
 
 class _Convolutions(TorchDispatchMode):

@@ -204,8 +204,9 @@ class RunFolder:
         if match := NUMBERED.fullmatch(self._newest):
             last = min(last, int(match[1]))
         numbered = [(number, path) for number, path in numbered if number <= last]
-        final = [path for path in (self.folder / FINAL,) if self.finished and path.is_file()]
-        return [path for _, path in sorted(numbered)] + final
+        found = [path for _, path in sorted(numbered)]
+        final = self.folder / FINAL
+        return [*found, final] if self.finished and final.is_file() else found
 
     @property
     def weights(self) -> Path:
