@@ -1,7 +1,7 @@
 """Follows every channel through a real run of a model.
 
 Shows which norm follows a layer and which layers and operations read its channels. :func:`trace`
-runs the model under a :class:`_Tracer`, which notes in a :class:`_Found` what it sees.
+runs the model under a :class:`_Tracer`, which notes in a :class:`Found` what it sees.
 :func:`_graph` makes a graph of the notes. What operations do with channels is in
 :mod:`repr_det.method.channels`.
 
@@ -11,12 +11,11 @@ modules say too little: Detectron2's FrozenBatchNorm2d is no torch BatchNorm.
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -46,6 +45,7 @@ from repr_det.method.channels import (
     merged,
 )
 from repr_det.method.examples import Example, examples
+from repr_det.method.found import Found
 from repr_det.method.graph import ChannelGraph, Reader, groups_of, reader_of, visible_units
 from repr_det.method.layers import NormLink, column_layout
 from repr_det.method.modules import (
@@ -69,77 +69,6 @@ from repr_det.method.sharing import (
     shared_layers,
 )
 from repr_det.method.trials import counts_channels, is_per_filter, is_silent, keeps_zeros
-
-
-@dataclass
-class _Found:
-    """What runs showed so far, as names and numbers.
-
-    Attributes:
-        ran: layers whose forward ran.
-        used: parameters that an operation outside of norms and linear layers used.
-        inputs: by conv and linear layer, the sources of its input channels, merged over calls.
-        lost: by layer with a filter that could not be followed everywhere, where it was lost.
-        links: by (layer, norm, channel of the norm), the filter that the channel belongs to.
-        link_dims: by (layer, norm), the dimension that counts the norm's channels.
-        mixed: channels of norms that held something other than one filter.
-        read: layers whose output another layer with weights reads.
-        stems: layers with no layer with weights before them.
-        gating: filters whose zero becomes a constant that multiplies other channels.
-        irregular: layers that do not simply multiply their input by their own weight. The weight
-            is computed from others, is used outside the layer, or multiplies something other than
-            the input. Also norms that do not keep zeros.
-        tied: pairs of filters that are removed together or not at all.
-        fixed: filters that must not be removed.
-        shapes: by conv, the shape of its input.
-        doubtful: convs whose output may not be zero where their filter is zero.
-        scaled: layers whose filters meet a parameter outside of layers, such as a scale.
-        infinite: layers whose filters go into an operation that is infinite at zero.
-        borrowed: layers that run with other parameters than theirs, or share memory with others.
-    """
-
-    ran: set[str] = field(default_factory=set)
-    used: set[str] = field(default_factory=set)
-    inputs: dict[str, Channels] = field(default_factory=dict)
-    lost: dict[str, str] = field(default_factory=dict)
-    links: dict[tuple[str, str, int], int] = field(default_factory=dict)
-    link_dims: dict[tuple[str, str], int] = field(default_factory=dict)
-    mixed: set[tuple[str, int]] = field(default_factory=set)
-    read: set[str] = field(default_factory=set)
-    stems: set[str] = field(default_factory=set)
-    gating: set[Filter] = field(default_factory=set)
-    irregular: set[str] = field(default_factory=set)
-    tied: set[tuple[Filter, Filter]] = field(default_factory=set)
-    fixed: set[Filter] = field(default_factory=set)
-    shapes: dict[str, torch.Size] = field(default_factory=dict)
-    doubtful: set[str] = field(default_factory=set)
-    scaled: set[str] = field(default_factory=set)
-    infinite: set[str] = field(default_factory=set)
-    borrowed: set[str] = field(default_factory=set)
-
-    def copy(self) -> _Found:
-        return _Found(**{key: copy.copy(value) for key, value in vars(self).items()})
-
-    def pin(self, *tags: Tag | None) -> None:
-        """Forbid that the channels of these tags are removed."""
-        for tag in tags:
-            # The filters of one channel are tied already, so any of them stands for all.
-            self.fixed.update(next(iter(s)) for s in (tag.sources if tag else ()) if s)
-
-    def lose(self, what: str, *tags: Tag | None) -> None:
-        """Pin these channels, and record that they could not be followed into ``what``."""
-        self.pin(*tags)
-        for tag in tags:
-            for name, _ in filters_of(tag.sources if tag else ()):
-                self.lost.setdefault(name, what)
-
-    def tie(self, a: Channels, b: Channels) -> None:
-        """Remove channels ``a[i]`` and ``b[i]`` together or not at all."""
-        for x, y in zip(a, b, strict=True):
-            if x and y and x != y:
-                self.tied.add((next(iter(x)), next(iter(y))))
-            elif x != y and (x or y):
-                self.fixed.add(next(iter(x or y)))
 
 
 @dataclass
@@ -174,7 +103,7 @@ class _Tracer(TorchDispatchMode):
         self.spatial = {n: m.weight.dim() - 2 for n, m in self.convs.items()}
         self.parameters, self.holders = names_and_holders(self.modules)
         self.shared = shared_layers(self.modules, self.holders)
-        self.found = _Found(
+        self.found = Found(
             irregular=irregular_layers(self.modules, self.shared),
             borrowed=overlaid_layers(self.modules),
         )
@@ -760,7 +689,7 @@ def _links(tracer: _Tracer) -> dict[str, list[NormLink]]:
     return norms
 
 
-def _around_norms(found: _Found, several: Collection[str]) -> None:
+def _around_norms(found: Found, several: Collection[str]) -> None:
     """Tie filters that share a channel of a norm. Lose those that share it with something else."""
     first: dict[tuple[str, int], Filter] = {}
     for (conv, norm, channel), index in found.links.items():
