@@ -262,23 +262,44 @@ GATES = {
 ROOTS = {
     "aten::sqrt", "aten::sqrt_", "aten::rsqrt", "aten::rsqrt_", "aten::log", "aten::log_",
     "aten::log2", "aten::log2_", "aten::log10", "aten::log10_", "aten::hypot", "aten::hypot_",
-    "aten::reciprocal", "aten::reciprocal_",
+    "aten::reciprocal", "aten::reciprocal_", "aten::atan2", "aten::atan2_", "aten::logit",
+    "aten::logit_",
 }  # fmt: skip
 """Operations that are always infinite at zero, or have an infinite slope there."""
 
 
-def is_infinite_at_zero(call: Call) -> bool:
-    """Whether an operation is infinite at zero, or has an infinite slope there."""
-    if call.op in ("aten::pow", "aten::pow_"):
-        exponent = call["exponent"]
-        return isinstance(exponent, (int, float)) and exponent < 1 and exponent != 0
-    return call.op in ROOTS
+def infinite_at_zero(call: Call) -> list[Tag | None]:
+    """Tags of channels that an operation makes infinite at zero, or gives an infinite slope."""
+    if call.op in DIVISIONS:
+        return call.given.get("other", [])
+    exponent = call["exponent"] if call.op in ("aten::pow", "aten::pow_") else None
+    is_below_one = isinstance(exponent, (int, float)) and exponent < 1 and exponent != 0
+    return call.given["self"] if is_below_one or call.op in ROOTS else []
+
+
+NORMS = {
+    "aten::native_batch_norm", "aten::_native_batch_norm_legit", "aten::_batch_norm_with_update",
+    "aten::_native_batch_norm_legit_no_training", "aten::cudnn_batch_norm",
+    "aten::miopen_batch_norm", "aten::native_group_norm", "aten::native_layer_norm",
+    "aten::_fused_rms_norm",
+}  # fmt: skip
+"""Norms that are written as operations, on any device."""
+
+
+def is_own_norm(call: Call) -> bool:
+    """Whether an operation is a norm with parameters or statistics of its own.
+
+    It is asked outside of norms that are modules. Nobody could hold these parameters at zero.
+    """
+    return call.op in NORMS and bool({"weight", "bias", "running_mean"} & call.given.keys())
 
 
 SHIFTS = {"aten::add", "aten::add_", "aten::sub", "aten::sub_", "aten::rsub"}
 """Operations that may add a constant to a channel, as in ``1 + scale``."""
 
 PRODUCTS = {"aten::mul", "aten::mul_"}
+
+DIVISIONS = {"aten::div", "aten::div_"}
 
 READS = {
     "aten::index": ("self",), "aten::index_select": ("self",), "aten::gather": ("self",),
@@ -312,17 +333,24 @@ _ZEROS = {"aten::zeros", "aten::zeros_like", "aten::new_zeros"}
     "aten::relu", "aten::relu_", "aten::leaky_relu", "aten::leaky_relu_", "aten::elu", "aten::elu_",
     "aten::gelu", "aten::gelu_", "aten::silu", "aten::silu_", "aten::mish", "aten::mish_",
     "aten::tanh", "aten::tanh_", "aten::hardswish", "aten::hardswish_", "aten::neg", "aten::neg_",
-    "aten::abs", "aten::abs_", "aten::clone", "aten::contiguous", "aten::detach", "aten::alias",
-    "aten::lift_fresh", "aten::_to_copy",
+    "aten::abs", "aten::abs_", "aten::sign", "aten::sign_", "aten::clone", "aten::contiguous",
+    "aten::detach", "aten::alias", "aten::lift_fresh", "aten::_to_copy",
 )  # fmt: skip
 def _entrywise(call: Call) -> Tag | None:
     return call.tag("self")
 
 
-@rule("aten::hardtanh", "aten::hardtanh_")
+@rule(
+    "aten::hardtanh", "aten::hardtanh_", "aten::clamp", "aten::clamp_", "aten::clamp_min",
+    "aten::clamp_min_", "aten::clamp_max", "aten::clamp_max_",
+)  # fmt: skip
 def _clamped(call: Call) -> Tag | None:
+    low, high = (call[f"{end}_val" if "tanh" in call.op else end] for end in ("min", "max"))
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        return None
     # Otherwise zero becomes one of the limits.
-    return call.tag("self") if call["min_val"] <= 0 <= call["max_val"] else None
+    keeps_zeros = (low is None or low <= 0) and (high is None or high >= 0)
+    return call.tag("self") if keeps_zeros else None
 
 
 def keeps_places(op: str) -> bool:
@@ -404,13 +432,16 @@ def _padded(call: Call) -> Tag | None:
     return Tag(tag.dim, zero * before + tag.sources + zero * after)
 
 
-@rule("aten::mean")
-def _mean(call: Call) -> Tag | None:
+@rule(
+    "aten::mean", "aten::sum", "aten::amax", "aten::amin", "aten::linalg_vector_norm",
+    "aten::var", "aten::std",
+)  # fmt: skip
+def _reduced(call: Call) -> Tag | None:
     tag = call.tag("self")
     if tag is None or not call["dim"]:
-        return None  # the mean of all entries
+        return None  # of all entries
     dims = {call.axis(d) for d in call["dim"]}
-    if tag.dim in dims:
+    if tag.dim in dims or call.out.isnan().any():  # the variance of one entry
         return None
     gone = 0 if call["keepdim"] else sum(d < tag.dim for d in dims)
     return Tag(tag.dim - gone, tag.sources)
@@ -564,8 +595,7 @@ def _sum(call: Call) -> Tag | None:
 @rule("aten::mul", "aten::mul_", "aten::div", "aten::div_")
 def _product(call: Call) -> Tag | None:
     """A factor that has at least as many dimensions as the other one: its channels stay zero."""
-    is_division = call.op.startswith("aten::div")
-    if is_division and call.tag("other") is not None:
+    if call.op in DIVISIONS and call.tag("other") is not None:
         return None  # by zero
     for name, other in (("self", "other"), ("other", "self")):
         tag = call.tag(name)

@@ -348,8 +348,8 @@ class RePr:
         elif not found:
             raise UserError(
                 f"RePr: {min(selected)} cannot lose filters, because something else uses its "
-                f"weight, bias or norm, its norm does not keep zeros, or zeros become infinite. "
-                f"Change INCLUDE/EXCLUDE."
+                f"weight, bias or norm, its norm does not keep zeros or is no module, or zeros "
+                f"become infinite. Change INCLUDE/EXCLUDE."
             )
         return found
 

@@ -33,7 +33,8 @@ class Found:
         shapes: by conv, the shape of its input.
         doubtful: convs whose output may not be zero where their filter is zero.
         scaled: layers whose filters meet a parameter outside of layers, such as a scale.
-        infinite: layers whose filters go into an operation that is infinite at zero.
+        unsuitable: layers whose filters go into an operation that is infinite at zero, or into a
+            norm that is no module.
         borrowed: layers that run with other parameters than theirs, or share memory with others.
     """
 
@@ -53,7 +54,7 @@ class Found:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     doubtful: set[str] = field(default_factory=set)
     scaled: set[str] = field(default_factory=set)
-    infinite: set[str] = field(default_factory=set)
+    unsuitable: set[str] = field(default_factory=set)
     borrowed: set[str] = field(default_factory=set)
 
     def copy(self) -> Found:
@@ -78,5 +79,5 @@ class Found:
         for x, y in zip(a, b, strict=True):
             if x and y and x != y:
                 self.tied.add((next(iter(x)), next(iter(y))))
-            elif x != y and (x or y):
-                self.fixed.add(next(iter(x or y)))
+            elif x != y and (one := x or y):
+                self.fixed.add(next(iter(one)))

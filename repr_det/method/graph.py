@@ -81,7 +81,7 @@ class ChannelGraph:
             multiplies other channels: squeeze-and-excitation, softmax over branches.
         unsuitable: layers whose filters cannot be held. Their norm is used elsewhere, or their
             output may not be zero where all that belongs to a filter is zero, or goes into an
-            operation that is infinite at zero.
+            operation that is infinite at zero, or into a norm that is no module.
         groups: by layer, the group of each filter (int32 of shape (J,)). Filters of one group are
             removed together or not at all: a sum, a shared layer or a concatenated batch combines
             their channels.

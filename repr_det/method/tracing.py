@@ -40,7 +40,8 @@ from repr_det.method.channels import (
     Sources,
     Tag,
     filters_of,
-    is_infinite_at_zero,
+    infinite_at_zero,
+    is_own_norm,
     keeps_places,
     merged,
 )
@@ -406,8 +407,8 @@ class _Tracer(TorchDispatchMode):
     def _note_losses(self, call: Call, tags: list[Tag | None]) -> None:
         """Record layers with a filter that goes into an operation and not out of it."""
         known = [tag.sources for tag in tags if tag is not None]
-        for tag in filter(None, call.given["self"] if is_infinite_at_zero(call) else ()):
-            self.found.infinite.update(name for name, _ in filters_of(tag.sources))
+        for tag in filter(None, infinite_at_zero(call)):
+            self.found.unsuitable.update(name for name, _ in filters_of(tag.sources))
         if call.op in SHAPE_ONLY or (known and call.op in PARTS):
             return
         for tag in filter(None, itertools.chain.from_iterable(call.given.values())):
@@ -458,6 +459,8 @@ class _Tracer(TorchDispatchMode):
         origin = together(each)
         if any(one.weighted and not one.layers for one in each):
             self._note_scaled(call)
+        if is_own_norm(call):
+            self.found.unsuitable |= self._origin(call["input"]).convs
         if call.op in CONTRACTIONS:
             if origin.weighted:  # a product with a weight outside of layers
                 self.found.read |= origin.layers
@@ -637,7 +640,7 @@ def _graph(tracer: _Tracer) -> ChannelGraph:
         heads=heads,
         gates={name for name, _ in found.gating - read},
         unsuitable={
-            *(convs.keys() & (found.borrowed | found.infinite)),
+            *(convs.keys() & (found.borrowed | found.unsuitable)),
             *(
                 conv
                 for conv, norm, channel in found.links

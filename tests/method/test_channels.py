@@ -47,11 +47,21 @@ EXAMPLES = {
             "relu", "relu_", "elu", "elu_", "gelu", "gelu_", "silu", "silu_", "mish", "mish_",
             "tanh", "tanh_", "hardswish", "hardswish_", "neg", "neg_", "abs", "abs_", "clone",
             "detach", "alias", "lift_fresh", "_to_copy", "leaky_relu", "leaky_relu_", "hardtanh",
-            "hardtanh_",
+            "hardtanh_", "sign", "sign_",
         )
     },
     "hardtanh above zero": (ATEN.hardtanh.default, (0.5, 2.0)),
     "hardtanh below zero": (ATEN.hardtanh.default, (-2.0, -0.5)),
+    "clamp": (ATEN.clamp.default, (-0.5, None)),
+    "clamp_": (ATEN.clamp_.default, (None, 0.5)),
+    "clamp_min": (ATEN.clamp_min.default, (0,)),
+    "clamp_min_": (ATEN.clamp_min_.default, (-0.5,)),
+    "clamp_max": (ATEN.clamp_max.default, (0.5,)),
+    "clamp_max_": (ATEN.clamp_max_.default, (0,)),
+    "clamp above zero": (ATEN.clamp.default, (0.5, 2.0)),
+    "clamp_min above zero": (ATEN.clamp_min.default, (1e-6,)),
+    "clamp_max below zero": (ATEN.clamp_max.default, (-1e-6,)),
+    "clamp by tensors": (ATEN.clamp.Tensor, (tensor(1), None)),
     "squared": (ATEN.pow.Tensor_Scalar, (2,)),
     "square in place": (ATEN.pow_.Scalar, (2,)),
     "to the power of zero": (ATEN.pow.Tensor_Scalar, (0,)),
@@ -93,6 +103,14 @@ EXAMPLES = {
     "mean of the last two": (ATEN.mean.dim, ([-1, -2],)),
     "mean that keeps": (ATEN.mean.dim, ([2], True)),
     "mean of the first": (ATEN.mean.dim, ([0],)),
+    "sum": (ATEN.sum.dim_IntList, ([-1, 0], True)),
+    "sum of all": (ATEN.sum.default, ()),
+    "largest": (ATEN.amax.default, ([-1],)),
+    "smallest": (ATEN.amin.default, ([-1], True)),
+    "length": (ATEN.linalg_vector_norm.default, (2, [-1, -2])),
+    "sum of sizes": (ATEN.linalg_vector_norm.default, (1, [-1], True)),
+    "variance": (ATEN.var.correction, ([-1, -2],)),
+    "deviation": (ATEN.std.correction, ([0],)),
     "mean of all": (ATEN.mean.dim, ([],)),
     "mean": (ATEN.mean.default, ()),
     "flattened": (ATEN.view.default, ([3, -1],)),
@@ -155,12 +173,13 @@ SHAPES = [X, X[1:], X[2:], (2, *X), (3, 4, 1, 1), (3, 1, 1), (12, 4)]
 
 UNKNOWN = {
     # Zero does not stay zero.
-    "hardtanh above zero", "hardtanh below zero", "to the power of zero", "pad with ones",
+    "hardtanh above zero", "hardtanh below zero", "clamp above zero", "clamp_min above zero",
+    "clamp_max below zero", "clamp by tensors", "to the power of zero", "pad with ones",
     "plus one", "plus something", "relative position",
     # The slope at zero is infinite.
     "root",
     # Entries of all dimensions are mixed.
-    "mean", "mean of all", "roll of all",
+    "mean", "mean of all", "sum of all", "roll of all",
     # Which entries are taken may depend on the channels, or be other channels.
     "index of channels", "index by a mask",
     # There is no rule.

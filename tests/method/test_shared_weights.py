@@ -320,6 +320,17 @@ ROOTS = {
     "negative power": (lambda x: x.square() ** -1, False),
     "logarithm of base two": (lambda x: x.square().log2(), False),
     "hypotenuse": (lambda x: torch.hypot(x, x), False),
+    "angle": (lambda x: torch.atan2(x, x), False),
+    "divided by its length": (lambda x: x / x.norm(dim=(2, 3), keepdim=True), False),
+    "divided by its sum": (lambda x: x / x.sum((2, 3), keepdim=True), False),
+    "divided by a length above zero": (lambda x: F.normalize(x, dim=3), True),
+    "standardised": (
+        lambda x: (x - x.mean((2, 3), keepdim=True)) / x.std((2, 3), keepdim=True),
+        False,
+    ),
+    "root of a variance": (lambda x: x * x.var((2, 3), keepdim=True).sqrt(), False),
+    "root of what is above zero": (lambda x: x.clamp(min=0) ** 0.5, False),
+    "mean of powers": (lambda x: F.lp_pool2d(x, 2, 2), False),
     "root of more than zero": (lambda x: (x.square() + 1e-6).sqrt(), True),
 }
 
@@ -332,6 +343,47 @@ def test_conv_before_what_is_infinite_at_zero_takes_no_part(name):
     model[1].a, model[1].b = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
     assert ("1.a" in names_of(model)) == takes_part
     assert "1.b" in names_of(model)
+    if takes_part:  # with zeros all gradients are numbers
+        nn.init.zeros_(model[1].a.weight), nn.init.zeros_(model[1].a.bias)
+        model(torch.randn(2, 3, 8, 8)).sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+class OwnNorm(nn.Module):
+    """A norm that is not written as one: its parameters have names of their own."""
+
+    def __init__(self, norm) -> None:
+        super().__init__()
+        self.norm = norm
+        self.gamma, self.beta = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("variance", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self, x)
+
+
+NORMS = {
+    "batch": (lambda n, x: F.batch_norm(x, n.mean, n.variance, n.gamma, n.beta, n.training), False),
+    "batch, statistics alone": (lambda n, x: F.batch_norm(x, n.mean, n.variance), False),
+    "batch, no parameters": (lambda n, x: F.batch_norm(x, None, None, training=True), True),
+    "group": (lambda n, x: F.group_norm(x, 2, n.gamma, n.beta), False),
+    "layer": (
+        lambda n, x: F.layer_norm(x.movedim(1, -1), (8,), n.gamma, n.beta).movedim(-1, 1),
+        False,
+    ),
+    "instance": (lambda n, x: F.instance_norm(x, None, None, n.gamma, n.beta), False),
+}
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_conv_before_a_norm_that_is_no_module_takes_no_part(name):
+    """Its scale and shift would train on, and its running mean would make a constant of zeros."""
+    norm, takes_part = NORMS[name]
+    convs = [nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)]
+    model = nn.Sequential(*convs[:2], OwnNorm(norm), *convs[2:])
+    assert ("1" in names_of(model)) == takes_part
+    assert "3" in names_of(model)
 
 
 class Shifted(nn.Conv2d):
