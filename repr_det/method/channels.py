@@ -345,7 +345,8 @@ def _entrywise(call: Call) -> Tag | None:
     "aten::clamp_min_", "aten::clamp_max", "aten::clamp_max_",
 )  # fmt: skip
 def _clamped(call: Call) -> Tag | None:
-    low, high = (call[f"{end}_val" if "tanh" in call.op else end] for end in ("min", "max"))
+    names = ("min", "max") if "clamp" in call.op else ("min_val", "max_val")
+    low, high = (call[name] for name in names)
     if isinstance(low, Tensor) or isinstance(high, Tensor):
         return None
     # Otherwise zero becomes one of the limits.
@@ -441,8 +442,10 @@ def _reduced(call: Call) -> Tag | None:
     if tag is None or not call["dim"]:
         return None  # of all entries
     dims = {call.axis(d) for d in call["dim"]}
-    if tag.dim in dims or call.out.isnan().any():  # the variance of one entry
+    if tag.dim in dims:
         return None
+    if call.out.isnan().any():
+        return None  # the variance of one entry is not zero
     gone = 0 if call["keepdim"] else sum(d < tag.dim for d in dims)
     return Tag(tag.dim - gone, tag.sources)
 
