@@ -32,8 +32,8 @@ IOU_75 = 5
 RESULTS = Path("inference", "coco_instances_results.json")
 """Where a run folder holds the results of its last evaluation."""
 
-CATEGORIES = "coco_instances_categories.json"
-"""Next to the results: ids and names of the categories that they are of."""
+_RECORDED = {"category": ("categories", "name"), "image": ("images", "file_name")}
+"""What is recorded next to the results, by id: the part of the annotations and its key."""
 
 _HIGHEST_SCORE = 1e30
 
@@ -126,7 +126,7 @@ def read_results(path: str | Path, truth: Truth) -> list[dict[str, Any]]:
             f"{path} is not a COCO results file: it is {there}. Set a file with a list of "
             f"detections."
         )
-    _check_categories(path, truth)
+    _check_dataset(path, truth)
     for index, result in enumerate(results):
         if problem := _problem(result, truth):
             raise UserError(
@@ -161,33 +161,50 @@ def _problem(result: Any, truth: Truth) -> str | None:
     return None
 
 
-def record_categories(folder: str | Path, truth: Truth) -> None:
-    """Write ids and names of the categories next to a run's results."""
-    categories = [{"id": c["id"], "name": c["name"]} for c in truth.dataset["categories"]]
-    write_text_whole(Path(folder) / CATEGORIES, json.dumps(categories, indent=1) + "\n")
+def record_dataset(folder: str | Path, truth: COCO) -> None:
+    """Write ids and names of categories and images next to a run's results.
+
+    Args:
+        folder: of the results.
+        truth: what was evaluated on. Images are recorded only of annotations that
+            :func:`read_truth` has read: Detectron2 converts others, and renames their images.
+    """
+    for part, key in _RECORDED.values():
+        path = Path(folder) / _record(part)
+        if part == "images" and not isinstance(truth, Truth):
+            path.unlink(missing_ok=True)  # of an earlier evaluation
+            continue
+        entries = [{"id": e["id"], key: e[key]} for e in truth.dataset[part]]
+        write_text_whole(path, json.dumps(entries, indent=1) + "\n")
 
 
-def _check_categories(results: Path, truth: Truth) -> None:
-    """Refuse results of other categories than the annotations', where the run recorded them.
+def _record(part: str) -> str:
+    return f"coco_instances_{part}.json"
+
+
+def _check_dataset(results: Path, truth: Truth) -> None:
+    """Refuse results of other categories or images than the annotations', where these are recorded.
 
     Raises:
-        UserError: a category has another name, or is not there.
+        UserError: one has another name, or is not there.
     """
-    path = results.with_name(CATEGORIES)
-    if results.name != RESULTS.name or not path.is_file():
-        return
-    try:
-        recorded = {c["id"]: c["name"] for c in read_json(path, "Record of categories")}
-    except (KeyError, TypeError):
-        raise UserError(f"{path} is damaged. Evaluate the run again, or remove it.") from None
-    for number, name in recorded.items():
-        there = truth.cats[number]["name"] if number in truth.cats else None
-        if there != name:
-            raise UserError(
-                f"{results} was made where category {shown(number)} is {shown(name)}, but in "
-                f"{truth.file.path} it is {shown(there)}. Set the annotations that the run was "
-                f"evaluated on."
-            )
+    for one, (part, key) in _RECORDED.items():
+        path = results.with_name(_record(part))
+        if results.name != RESULTS.name or not path.is_file():
+            continue
+        try:
+            recorded = {e["id"]: e[key] for e in read_json(path, f"Record of {part}")}
+        except (KeyError, TypeError):
+            raise UserError(f"{path} is damaged. Evaluate the run again, or remove it.") from None
+        there = {e["id"]: e[key] for e in truth.dataset[part]}
+        for number in recorded | there:
+            if recorded.get(number) != there.get(number):
+                raise UserError(
+                    f"{results} was made where {one} {shown(number)} is "
+                    f"{shown(recorded.get(number))}, but in {truth.file.path} it is "
+                    f"{shown(there.get(number))}. Set the annotations that the run was evaluated "
+                    f"on."
+                )
 
 
 def evaluable_types(results: Sequence[dict[str, Any]], truth: Truth) -> tuple[str, ...]:

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
 
-from repr_det.detection.coco_results import RESULTS, Truth, read_truth, record_categories
-from repr_det.detection.datasets import is_coco
+from repr_det.detection.coco_results import RESULTS, Truth, read_truth, record_dataset
 
 
 class CocoEvaluator(COCOEvaluator):
-    """COCO's metrics; records the names of the categories next to the results.
+    """COCO's metrics; records names of categories and images next to the results.
 
     Args:
         cfg: of the model; results go to its ``OUTPUT_DIR``.
@@ -28,9 +27,8 @@ class CocoEvaluator(COCOEvaluator):
     """
 
     def __init__(self, cfg: CfgNode, dataset: str) -> None:
-        metadata = MetadataCatalog.get(dataset)
-        has_file = is_coco(metadata) and metadata.get("json_file")
-        with _reading(read_truth(metadata.json_file)) if has_file else nullcontext():
+        truth = _truth_of(dataset)
+        with _reading(truth) if truth else nullcontext():
             super().__init__(
                 dataset,
                 output_dir=str(Path(cfg.OUTPUT_DIR, RESULTS.parent)),
@@ -43,8 +41,18 @@ class CocoEvaluator(COCOEvaluator):
         """Detectron2's metrics of what was processed."""
         results = super().evaluate(img_ids)
         if comm.is_main_process() and self._predictions:
-            record_categories(self._output_dir, self._coco_api)
+            record_dataset(self._output_dir, self._coco_api)
         return results
+
+
+def _truth_of(dataset: str) -> Truth | None:
+    """The checked annotations of a dataset; None where it has no COCO-format file."""
+    metadata, images = MetadataCatalog.get(dataset), None
+    if metadata.get("held_out_of"):
+        images = {record["image_id"] for record in DatasetCatalog.get(dataset)}
+    if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
+        return None
+    return read_truth(metadata.json_file, images)
 
 
 @contextmanager

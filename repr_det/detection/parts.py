@@ -11,7 +11,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from repr_det.engine.data import held_out_name, part_indices
 from repr_det.errors import UserError
 
-_OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
+_OF_TRAINING_SET = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file")
+"""Metadata that a held-out part shares. Without a file, Detectron2 would write one."""
 
 
 def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -126,8 +127,8 @@ def register_held_out(cfg: CfgNode) -> None:
     def load() -> list[dict[str, Any]]:
         records = DatasetCatalog.get(train)
         of_train = MetadataCatalog.get(train)
-        classes = {key: of_train.get(key) for key in _OF_CLASSES}
-        MetadataCatalog.get(name).set(**{k: v for k, v in classes.items() if v is not None})
+        shared = {key: of_train.get(key) for key in _OF_TRAINING_SET}
+        MetadataCatalog.get(name).set(**{k: v for k, v in shared.items() if v is not None})
         files = _files(records)
         held_out = {files[position] for position in part_indices(len(files), count)[1]}
         return [record for record in records if record["file_name"] in held_out]

@@ -92,6 +92,21 @@ def test_only_held_out_images_are_evaluated(cfg):
     assert len(DetectionTrainer.build_evaluator(cfg, NAMES[1])._coco_api.imgs) == 5
 
 
+def test_held_out_annotations_are_those_of_the_file(cfg):
+    """Ids may be text, and sizes go by the area that the file says."""
+    path = Path(MetadataCatalog.get(NAMES[0]).json_file)
+    content = json.loads(path.read_text())
+    for category in content["categories"]:
+        category["id"] = f"no. {category['id']}"
+    for entry in content["annotations"]:
+        entry.update(category_id=f"no. {entry['category_id']}", area=123.0)
+    path.write_text(json.dumps(content))
+    DetectionTrainer.check(cfg)
+    assert ap_of_all_found(cfg, NAMES[1]) == pytest.approx(100)
+    truth = DetectionTrainer.build_evaluator(cfg, NAMES[1])._coco_api
+    assert len(truth.anns) == 3 and {entry["area"] for entry in truth.anns.values()} == {123.0}
+
+
 def test_images_without_annotations_are_left_out_of_training_only(cfg):
     DetectionTrainer.check(cfg)
     held_out = ids(DatasetCatalog.get(NAMES[1]))

@@ -110,7 +110,7 @@ def renumbered(content):
             entry[key] = {1: 3, 3: 1}.get(entry[key], entry[key])
 
 
-class TestNamesOfClasses:
+class TestNames:
     @pytest.fixture(params=[renamed, renumbered])
     def other(self, request, tmp_path):
         """Data of other names, or of the same in another order."""
@@ -154,6 +154,22 @@ class TestNamesOfClasses:
         ):
             assert "was made where category 3 is" in refused_by(capsys, tool, *given)
 
+    @pytest.mark.parametrize(
+        ("change", "difference"),
+        [
+            (lambda c: c["images"][0].update(file_name="other.png"), 'it is "other.png"'),
+            (lambda c: c["images"].append({**c["images"][0], "id": 99}), "where image 99 is null"),
+        ],
+    )
+    def test_of_images_are_compared(self, trained, capsys, tmp_path, change, difference):
+        """A file of other images with the same ids, and one with more images."""
+        path, _ = write(tmp_path / "other", change)
+        for tool, given in (
+            ("compare", [path, trained[1], trained[1], "--resamples", "2"]),
+            ("eval", ["--results", trained[1], "--annotations", path]),
+        ):
+            assert difference in refused_by(capsys, tool, *given)
+
     def test_are_those_of_predictions_without_annotations(self, trained):
         cfg = trained_detector_cfg(trained[1], None, [])
         assert labels_for(cfg).names == NAMES
@@ -164,7 +180,8 @@ class TestNamesOfClasses:
             state = torch.load(path, weights_only=True)
             del state["trainer"]["hooks"]["ClassNames"]
             torch.save(state, path)
-        (folder / "inference" / "coco_instances_categories.json").unlink()
+        for part in ("categories", "images"):
+            (folder / "inference" / f"coco_instances_{part}.json").unlink()
         assert recorded_names(folder / "model_final.pth") is None
         data = ["--test-data", "input_test", *other]
         assert program("eval", folder, *data) == 0
