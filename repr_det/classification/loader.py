@@ -13,15 +13,16 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
-from repr_det.engine.data import check_batch_size, check_depth, first_line
+from repr_det.engine.data import check_batch_size, first_line, read_rgb
 from repr_det.errors import UserError
 
 Batch = dict[str, Tensor]
@@ -263,7 +264,7 @@ class _FileDataset(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         index, position = key
-        image = v2.functional.pil_to_tensor(read_image(self.data.files[index]))
+        image = torch.tensor(read_image(self.data.files[index])).permute(2, 0, 1)
         # The transforms draw from torch's global generator, so its state is lent to this sample.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.set_state(
@@ -273,16 +274,14 @@ class _FileDataset(Dataset):
         return image.flip(0) if self.bgr else image, int(self.data.labels[index])
 
 
-def read_image(path: str) -> Image.Image:
-    """Decode an image file to RGB.
+def read_image(path: str) -> NDArray[np.uint8]:
+    """The pixels of an image file (height, width, 3), RGB, upright.
 
     Raises:
         UserError: a file that is no image or is truncated, too large, or of more than 8 bits.
     """
     try:
-        with Image.open(path) as image:
-            check_depth(image, path)
-            return image.convert("RGB")
+        return read_rgb(path)
     except UserError:
         raise
     except Exception as error:  # each decoder has its own

@@ -99,6 +99,8 @@ def draw_over(
     zoom = _zoom(image, side)
     if not len(instances):
         return image.repeat(zoom, axis=0).repeat(zoom, axis=1)
+    if image.shape[1] == 2:  # Detectron2 takes a mask two pixels wide for a list of points
+        return draw_instances(image, instances, class_names, side, min_score=0)
     classes = instances.pred_classes.tolist()
     drawn = Visualizer(image, scale=zoom).overlay_instances(
         boxes=instances.pred_boxes,

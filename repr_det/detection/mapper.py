@@ -23,16 +23,25 @@ class NamedImages:
         skip: return None for such an image, so that the loader takes another, and count it.
         longest: of the sides of an image as the model sees it, in pixels; None where images are not
             resized.
+        images: how many different images there are, which cannot all be skipped; None where
+            unknown.
 
     Raises:
         UserError: when called with an image of more than 8 bits a channel, or with one that cannot
-            be read, unless they are skipped. What the mapper raises for a sound image is its own.
+            be read, unless they are skipped and others are left. What the mapper raises for a sound
+            image is its own.
     """
 
     def __init__(
-        self, mapper: Callable[[dict], dict], *, skip: bool, longest: int | None = None
+        self,
+        mapper: Callable[[dict], dict],
+        *,
+        skip: bool,
+        longest: int | None = None,
+        images: int | None = None,
     ) -> None:
-        self._mapper, self._skip, self._longest, self._skipped = mapper, skip, longest, 0
+        self._mapper, self._skip, self._longest, self._images = mapper, skip, longest, images
+        self._skipped: set[str] = set()
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any] | None:
         """Map a record of the dataset to a training example."""
@@ -61,8 +70,10 @@ class NamedImages:
                 f"Image {path} cannot be read ({reason}). Replace it, take it out of the "
                 f"annotations, or, in training, set INPUT.SKIP_BAD_IMAGES True."
             ) from error
-        self._skipped += 1
+        self._skipped.add(path)
         logger.warning(
-            f"Image {path} cannot be read ({reason}) and is skipped, {self._skipped} so far in "
-            f"this process."
+            f"Image {path} cannot be read ({reason}) and is skipped. They are "
+            f"{len(self._skipped)} so far in this process."
         )
+        if len(self._skipped) == self._images:
+            raise UserError("None of the training images can be read. See the warnings above.")

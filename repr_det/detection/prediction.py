@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
 
 import cv2
@@ -18,7 +19,6 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Instances
 from numpy.typing import NDArray
 from PIL import Image
@@ -30,10 +30,12 @@ from repr_det.detection.datasets import num_classes, num_classes_key
 from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
 from repr_det.engine.class_names import check_names, recorded_names
-from repr_det.engine.data import SUFFIXES, check_depth, first_line, images_below, is_too_thin
+from repr_det.engine.data import SUFFIXES, first_line, images_below, is_too_thin, read_rgb
 from repr_det.engine.files import writing
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
+
+logger = logging.getLogger(f"detectron2.{__name__}")
 
 Pixels = NDArray[np.uint8]
 """An image (height, width, 3), RGB."""
@@ -132,7 +134,7 @@ class Labels(NamedTuple):
     Attributes:
         names: of the classes, by contiguous id.
         categories: their ids in COCO's results.
-        images: ids of known images, by file name.
+        images: ids of known images, by file name with slashes.
     """
 
     names: list[str]
@@ -160,7 +162,7 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
                 f"{count}. Set annotations of the dataset that the model was trained on."
             )
         check_names(recorded, found.names, str(annotations))
-        return found._replace(images={i["file_name"]: i["id"] for i in content["images"]})
+        return found._replace(images={_spelled(i["file_name"]): i["id"] for i in content["images"]})
     register_builtin()
     for dataset in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
         found = _labels_of(dataset)
@@ -170,6 +172,11 @@ def labels_for(cfg: CfgNode, annotations: Path | None = None) -> Labels:
     if recorded is None or len(recorded) != count:
         recorded = [f"class {number}" for number in numbers]
     return Labels(recorded, list(numbers), {})
+
+
+def _spelled(file_name: str) -> str:
+    """A file name in one spelling: without ``./`` and backslashes."""
+    return PureWindowsPath(file_name).as_posix()
 
 
 def _labels_of(dataset: str) -> Labels | None:
@@ -341,11 +348,14 @@ def _new_ids(labels: Labels, images: Sequence[Source]) -> Iterator[int]:
     Raises:
         UserError: several images are the same one of the labels.
     """
-    names = Counter(source.drawn.as_posix() for source in images)
+    names = Counter(_spelled(str(source.drawn)) for source in images)
     if twice := [name for name in labels.images if names[name] > 1]:
         raise UserError(
             f"Several images are {twice[0]} of the annotations. Name them in separate calls."
         )
+    unknown = sum(name not in labels.images for name in names)
+    if labels.images and unknown:
+        logger.warning(f"{unknown} of {len(names)} images are not in the annotations: new ids.")
     # Ids may be strings, too.
     known = (number for number in labels.images.values() if isinstance(number, int))
     return itertools.count(max(known, default=0) + 1)
@@ -366,9 +376,7 @@ def _read_images(
 ) -> Iterator[_Frame]:
     for source in sources:
         try:
-            with Image.open(source.path) as opened:
-                check_depth(opened, str(source.path))
-            image = read_image(str(source.path), format="RGB")
+            image = read_rgb(source.path)
         except Exception as error:  # each decoder has its own
             faults.append(f"{source.path} ({first_line(error)})")
             continue
@@ -376,7 +384,7 @@ def _read_images(
         if longest is not None and is_too_thin(width, height, longest):
             faults.append(f"{source.path} (it is too thin, {width} x {height})")
             continue
-        name = source.drawn.as_posix()
+        name = _spelled(str(source.drawn))
         image_id = labels.images[name] if name in labels.images else next(numbers)
         yield _Frame(source, image, image_id, {"file_name": str(source.path)})
 
@@ -393,7 +401,7 @@ def _save(path: Path, picture: Pixels) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
     """A video to read."""
-    capture = cv2.VideoCapture(str(path))
+    capture = cv2.VideoCapture(str(path.resolve()))  # a colon in a bare name is a protocol's
     try:
         yield capture
     finally:

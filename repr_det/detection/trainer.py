@@ -81,13 +81,14 @@ class DetectionTrainer(RePrTrainer):
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}. Set it to one of "
                 f"{', '.join(_SAMPLERS)}."
             )
+        records = training_records(cfg)  # from now on the metadata have the names of keypoints
         resized = any(side > 0 for side in cfg.INPUT.MIN_SIZE_TRAIN)
         mapper = NamedImages(
             DatasetMapper(cfg, is_train=True),
             skip=cfg.INPUT.SKIP_BAD_IMAGES,
             longest=cfg.INPUT.MAX_SIZE_TRAIN if resized else None,
+            images=len({record["file_name"] for record in records}),
         )
-        records = training_records(cfg)
         check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         check_training_objects(cfg, records)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from detectron2.data.detection_utils import read_image
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -97,20 +99,31 @@ def images_below(folder: Path) -> list[Path]:
 
 
 def check_depth(image: Image.Image, path: str) -> None:
-    """Refuse an image of more than 8 bits a channel: Pillow would clip all bright values to white.
+    """Refuse an image of more than 8 bits a channel, of which Pillow would clip or cut the values.
 
     Args:
-        image: an image that is opened; it need not be decoded.
+        image: an image that is opened and not decoded yet.
         path: of its file, for the error.
 
     Raises:
         UserError: it has more than 8 bits.
     """
-    if image.mode.startswith(("I", "F")):
-        raise UserError(
-            f"Image {path} has more than 8 bits a channel (Pillow's mode {image.mode}). Convert it "
-            f"to 8."
-        )
+    # Pillow's mode of 16-bit colours is RGB. Only what the decoder is to read names the bits.
+    stored = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
+    if image.mode.startswith(("I", "F")) or ";16" in stored:
+        raise UserError(f"Image {path} has more than 8 bits a channel. Convert it to 8.")
+
+
+def read_rgb(path: str | Path) -> NDArray[np.uint8]:
+    """The pixels of an image (height, width, 3), RGB, turned upright as EXIF says.
+
+    Raises:
+        UserError: it has more than 8 bits a channel.
+        Exception: of any type, where it cannot be decoded.
+    """
+    with Image.open(path) as image:
+        check_depth(image, str(path))
+    return read_image(str(path), format="RGB")
 
 
 def first_line(error: BaseException) -> str:

@@ -248,13 +248,11 @@ def test_training_crops_have_the_area_shape_and_mirroring_asked_for(tmp_path, fl
         assert abs(place.mean() - 0.5) < 0.1
 
 
-def test_images_of_other_modes_are_read_as_rgb(tmp_path):
-    """Grey, black and white, of a palette, transparent."""
+def test_images_are_seen_as_they_are_meant(tmp_path):
+    """Grey, black and white, of a palette, transparent, or turned by EXIF."""
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
-    written = [w for w in written_in_many_ways(tmp_path, pixels) if w.path.suffix == ".png"]
-    assert len(written) == 6
-    for path, seen in written:
-        assert np.array_equal(np.asarray(read_image(str(path))), seen), path.name
+    for path, seen in written_in_many_ways(tmp_path, pixels):
+        assert np.array_equal(read_image(str(path)), seen), path.name
 
 
 def test_damaged_image_is_named(tmp_path, files):
@@ -274,5 +272,5 @@ def test_batch_that_cannot_be_shared(arrays, batch_size):
 def test_an_image_of_more_than_8_bits_is_refused(tmp_path):
     path = tmp_path / "x_ray.png"
     Image.fromarray(np.full((8, 8), 60_000, np.uint16)).save(path)
-    with pytest.raises(ValueError, match=r"x_ray.png has more than 8 bits a channel .*Convert it"):
+    with pytest.raises(ValueError, match=r"x_ray.png has more than 8 bits a channel\. Convert it"):
         read_image(str(path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -162,13 +163,14 @@ def test_a_turned_image_gives_what_the_upright_one_does(run, predictor, tmp_path
     assert rgb(path).shape == (64, 48, 3) and (height, width) == (6 * 48, 6 * 64)
 
 
-def test_names_and_ids_of_an_annotation_file(run, predictor, tmp_path):
+def test_names_and_ids_of_an_annotation_file(run, predictor, tmp_path, caplog):
     """Found detections can be evaluated on that file; images that it does not know come behind."""
     extra = tmp_path / "other.png"
     extra.write_bytes((run.images / "0.png").read_bytes())
     found = tmp_path / "found.json"
     options = ["--annotations", run.annotations, "--score-threshold", 0, "--json", found]
     assert call(run, run.images, extra, *options) == 0
+    assert "1 of 4 images are not in the annotations" in caplog.text
     entries = json.loads(found.read_text())
     ids = {entry["file_name"]: entry["image_id"] for entry in entries}
     assert ids == {str(run.images / f"{n}.png"): 9 - n for n in range(3)} | {str(extra): 10}
@@ -181,6 +183,23 @@ def test_names_and_ids_of_an_annotation_file(run, predictor, tmp_path):
     found.write_text(json.dumps(known))
     arguments = ["--results", found, "--annotations", run.annotations]
     assert main(["eval", *map(str, arguments)]) == 0
+
+
+def test_file_names_may_be_spelled_in_other_ways(run, tmp_path, caplog):
+    content, photos = json.loads(run.annotations.read_text()), tmp_path / "photos"
+    for number, image in enumerate(content["images"]):
+        source = run.images / image["file_name"]
+        target = photos / ("deep" if number else "") / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+        image["file_name"] = f"deep\\{source.name}" if number else f"./{source.name}"
+    (tmp_path / "file.json").write_text(json.dumps(content))
+    options = ["--annotations", tmp_path / "file.json", "--json", tmp_path / "found.json"]
+    assert call(run, photos, *options, "--score-threshold", 0) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    ids = {Path(entry["file_name"]).name: entry["image_id"] for entry in found}
+    assert ids == {f"{n}.png": 9 - n for n in range(3)}
+    assert "are not in the annotations" not in caplog.text
 
 
 def test_names_of_a_dataset_that_nobody_has_read_yet(run):
@@ -219,6 +238,15 @@ def test_a_video(run, predictor, video, tmp_path):
     assert len(drawn) == FRAMES and drawn_fps == pytest.approx(fps)
     plain = np.mean([np.abs(a.astype(int) - b).mean() for a, b in zip(frames, drawn, strict=True)])
     assert drawn[0].shape == frames[0].shape and plain > 5
+
+
+def test_a_video_with_a_colon_in_its_name(video, tmp_path, monkeypatch):
+    """FFmpeg takes what comes before it for a protocol."""
+    monkeypatch.chdir(tmp_path)
+    name = Path("2024-01-01T10:00:00.mp4")
+    name.write_bytes(video.read_bytes())
+    (source,) = find_sources([name])
+    assert source.is_video
 
 
 def test_a_damaged_image_among_others(run, tmp_path, capsys):

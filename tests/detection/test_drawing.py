@@ -12,6 +12,7 @@ from repr_det.detection.drawing import (
     COLOURS,
     draw_detections,
     draw_instances,
+    draw_over,
     ground_truth,
 )
 
@@ -90,6 +91,14 @@ def test_masks_are_outlined():
     assert coloured[15, 20:40].all()
     assert coloured[15:25, 20].all()
     assert not coloured[17:23, 22:38].any()
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_masks_of_very_narrow_images_are_drawn(width: int) -> None:
+    instances = found([[0, 5, width, 30]], [1], [0.9])
+    instances.pred_masks = torch.ones(1, 40, width, dtype=torch.bool)
+    drawn = draw_over(grey(width=width), instances, NAMES)
+    assert drawn.shape == (40 * 10, width * 10, 3) and (drawn != 128).any()
 
 
 def test_the_sheet_shows_each_image_beside_its_ground_truth(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -43,7 +45,14 @@ class TestUnreadableImages:
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True)
         assert mapper(dict(record)) is None
         assert mapper(dict(record)) is None
-        assert "2 so far" in caplog.text
+        assert mapper({**record, "file_name": "another.jpg"}) is None
+        assert "2 so far" in caplog.text and "3 so far" not in caplog.text
+
+    def test_not_all_images_are_skipped(self, cfg, record):
+        mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True, images=2)
+        assert mapper(dict(record)) is None and mapper(dict(record)) is None
+        with pytest.raises(UserError, match="None of the training images can be read"):
+            mapper({**record, "file_name": "another.jpg"})
 
 
 @pytest.mark.parametrize("order", ["RGB", "BGR"])
@@ -59,14 +68,17 @@ def test_images_are_seen_as_they_are_meant(cfg, tmp_path, order):
         assert np.array_equal(image.permute(1, 2, 0).numpy(), channels), path.name
 
 
-@pytest.mark.parametrize("mode", ["I;16", "F"])
-def test_an_image_of_more_than_8_bits_is_named(tmp_path, mode):
-    """Pillow would make it white."""
-    path = tmp_path / "x_ray.tiff"
-    ramp = np.linspace(0, 60_000, 64).reshape(8, 8)
-    Image.fromarray(ramp.astype({"I;16": np.uint16, "F": np.float32}[mode])).save(path)
+@pytest.mark.parametrize(
+    ("suffix", "channels", "kind"),
+    [*itertools.product(["png", "tiff"], [1, 3, 4], [np.uint16]), ("tiff", 1, np.float32)],
+)
+def test_an_image_of_more_than_8_bits_is_named(tmp_path, suffix, channels, kind):
+    """Pillow would make it white, or take the higher half of 16 bits."""
+    path = tmp_path / f"x_ray.{suffix}"
+    ramp = np.linspace(0, 60_000, 64 * channels).reshape(8, 8, channels)
+    assert cv2.imwrite(str(path), ramp.astype(kind))
     mapper = NamedImages(lambda record: record, skip=True)
-    with pytest.raises(ValueError, match=r"x_ray.tiff has more than 8 bits a channel .*Convert it"):
+    with pytest.raises(ValueError, match=r"x_ray\..* has more than 8 bits a channel\. Convert it"):
         mapper({"file_name": str(path)})
 
 

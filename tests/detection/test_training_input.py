@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 from PIL import Image
 
 from repr_det.detection import keypoints
 from repr_det.detection.prediction import labels_for
+from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.class_names import recorded_names
 from repr_det.errors import UserError
 from repr_det.report.run import read_metrics
-from repr_det.tasks import trained_detector_cfg
+from repr_det.tasks import get_cfg, trained_detector_cfg
 from tests.cli.programs import program
 from tests.coco_damage import SIZES, sound
-from tests.detectors import overrides
+from tests.detectors import overrides, shrink
 
 # pycocotools and numpy 2, in mask.decode
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -243,6 +246,18 @@ def test_a_damaged_image_in_training_is_one_sentence(tmp_path, capsys, workers):
     assert ".png cannot be read (" in sentence and "INPUT.SKIP_BAD_IMAGES" in sentence
 
 
+@pytest.mark.parametrize(
+    ("workers", "deterministic"), [("0", "False"), ("1", "False"), ("1", "True")]
+)
+def test_not_one_image_can_be_read_in_training(tmp_path, capsys, workers, deterministic):
+    data = write(tmp_path / "data")
+    shutil.rmtree(data[1])
+    Path(data[1]).mkdir()
+    keys = {"DATALOADER.NUM_WORKERS": workers, "DETERMINISTIC": deterministic}
+    given = arguments(data, tmp_path / "run", **keys, **{"INPUT.SKIP_BAD_IMAGES": "True"})
+    assert "None of the training images can be read." in refused(capsys, given)
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_an_error_of_the_users_code_keeps_its_traceback(tmp_path, monkeypatch, workers):
     def mine(self, record):
@@ -316,6 +331,16 @@ class TestKeypoints:
         assert all(len(entry["keypoints"]) == 9 for entry in found)
         record = (tmp_path / "run" / "metrics.json").read_text()
         assert "keypoints/AP" in record
+
+    def test_are_trained_from_a_dataset_that_python_registers(self, data):
+        register_coco_instances("input_train", {}, *data)
+        cfg = shrink(get_cfg(), Path("unused"))
+        cfg.MODEL.KEYPOINT_ON, cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS = True, 3
+        cfg.MODEL.ROI_HEADS.NUM_CLASSES, cfg.TEST.KEYPOINT_OKS_SIGMAS = 3, [0.1] * 3
+        cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = ("input_train",)
+        DetectionTrainer.check(cfg)
+        (example,) = next(iter(DetectionTrainer.build_train_loader(cfg)))
+        assert example["instances"].gt_keypoints.tensor.shape[1] == 3
 
     def test_of_another_number_are_refused(self, data, tmp_path, capsys):
         changes = {"MODEL.KEYPOINT_ON": "True", "MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS": "17"}
