@@ -37,7 +37,7 @@ from experiments.runs import (
 from experiments.summarise import over_time, results_page, table_in_markdown
 from experiments.tables import TABLES, Table, only
 from repr_det.engine.command_line import exit_status
-from repr_det.engine.files import check_folder_of, write_text_whole
+from repr_det.engine.files import check_output, write_text_whole
 from repr_det.errors import UserError
 from repr_det.report import plots
 
@@ -199,7 +199,7 @@ def _run(args: argparse.Namespace) -> None:
         print("\n".join(f"{name:20} {table.title}" for name, table in TABLES.items()))
         return
     if args.page:
-        check_folder_of("--page", args.page)
+        check_output("--page", args.page)
         write_page(args.page, args.output or RESULTS)
         print(args.page)
         return
@@ -214,7 +214,7 @@ def _table(args: argparse.Namespace) -> None:
         raise UserError(f"--seeds is {seeds}. Set at least 1.")
     if args.plot:
         plots.check_suffix(args.plot)
-        check_folder_of("--plot", args.plot)
+        check_output("--plot", args.plot)
     output = args.output or DEFAULT_OUTPUT
     table = only(TABLES[args.table], args.rows)
     if args.show:

@@ -68,8 +68,16 @@ def use_data(cfg: CfgNode, args: argparse.Namespace, overrides: Sequence[str] = 
         overrides: keys and values of the command line, which are merged already.
 
     Raises:
-        UserError: files that are not there or contradict themselves.
+        UserError: files that are not there or contradict themselves, or are of the other task.
     """
+    ours, other, users = ("data", "folder", "classifiers")
+    if task_of(cfg) == CLASSIFICATION:
+        ours, other, users = ("folder", "data", "detectors")
+    for split in ("train", "test"):
+        if getattr(args, f"{split}_{other}"):
+            raise UserError(
+                f"--{split}-{other} is for {users}. Set --{split}-{ours}, or another config."
+            )
     for split, data in (("TRAIN", args.train_data), ("TEST", args.test_data)):
         if data is not None:
             use_coco_data(cfg, split, *data)

@@ -217,6 +217,13 @@ def read_arms(args: argparse.Namespace) -> Arms:
     def read(folders: Sequence[str]) -> list[RunFolder]:
         runs = [read_run(folder) for folder in folders]
         for run in runs:
+            tested = run.cfg.DATASETS.TEST
+            named = args.test_data or args.test_folder
+            if named and tested and named[0] not in tested:
+                raise UserError(
+                    f"{run.folder} was evaluated on {' and '.join(tested)}, not on {named[0]}. "
+                    f"Set the data of that name."
+                )
             use_data(run.cfg, args)
         return runs
 

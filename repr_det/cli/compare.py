@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -70,15 +71,16 @@ def run(args: argparse.Namespace) -> None:
     """Compare, print the tables and write the JSON."""
     from repr_det.detection.coco_results import TITLES, results_path
     from repr_det.detection.comparison import compare_results
-    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.engine.files import check_output, write_text_whole
 
     if args.resamples < 1:
         raise UserError(f"--resamples is {args.resamples}. Set at least 1.")
     if args.seed < 0:
         raise UserError(f"--seed is {args.seed}. Set 0 or more.")
-    check_folder_of("--json", args.json)
     arms = _arms(args)
     baseline = baseline_of(arms, args.baseline)
+    files = {name: [str(results_path(path)) for path in arm] for name, arm in arms.items()}
+    check_output("--json", args.json, [args.annotations, *chain(*files.values())])
     found = compare_results(
         args.annotations,
         arms,
@@ -95,7 +97,6 @@ def run(args: argparse.Namespace) -> None:
             tables.append(_table(title, comparison, found["level"]))
     print("\n\n".join([*tables, _caption(arms, baseline, args.resamples, found)]))
     if args.json:
-        files = {name: [str(results_path(path)) for path in arm] for name, arm in arms.items()}
         record = {
             "annotations": str(args.annotations),
             **({"baseline": baseline, "arms": files} if args.arm else files),
@@ -122,7 +123,9 @@ def _caption(
         else ""
     )
     undetected = found["undetected"]
-    without = f", {undetected:,} of them without a detection in any result" if undetected else ""
+    without = (
+        f", up to {undetected:,} of them without a detection in a result" if undetected else ""
+    )
     return (
         f"In per cent; compared with {baseline}. {runs}. Interval: {level}, {resamples:,} paired "
         f"resamples of {found['images']:,} images{without}.{several} Better: share of resamples in "

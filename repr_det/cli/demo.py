@@ -73,5 +73,6 @@ def run(args: argparse.Namespace) -> int:
 
 def unused(folder: Path) -> Path:
     """The folder, or with -2, -3 ... after its name the first that holds no demo."""
+    folder = folder if folder.name else folder.absolute()  # of "."
     names = (folder if n == 1 else folder.with_name(f"{folder.name}-{n}") for n in count(1))
     return next(path for path in names if not any((path / name).exists() for name in ENABLED))

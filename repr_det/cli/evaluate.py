@@ -71,17 +71,19 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a mistake in the command line, the data or the model.
     """
-    from repr_det.detection.coco_results import TITLES, evaluable_types
+    from repr_det.detection.coco_results import TITLES, evaluable_types, results_path
     from repr_det.detection.comparison import in_per_cent
     from repr_det.detection.evaluation import evaluate
-    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.engine.files import check_output, write_text_whole
 
     args.opts = words_after_run(args, args.opts, args.results)
     models = [args.run_folder, args.config_file, args.results]
     if sum(map(bool, models)) != 1:
         raise UserError("Pass one of RUN, --config-file FILE and --results FILE.")
-    for option, path in (("--json", args.json), ("--save-results", args.save_results)):
-        check_folder_of(option, path)
+    results = args.results and results_path(args.results)
+    reads = [results, args.annotations, args.test_data and args.test_data[1]]
+    check_output("--json", args.json, [*reads, args.save_results])
+    check_output("--save-results", args.save_results, [*reads, args.json])
     tables, records = [], {}
     for found in _from_file(args) if args.results else _from_model(args):
         iou_types = (

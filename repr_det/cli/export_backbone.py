@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     from repr_det.classification.export import export_backbone
     from repr_det.engine.checkpoint import has_run, last_checkpoint
     from repr_det.engine.config import flat_settings
-    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.engine.files import check_output, write_text_whole
 
     target = args.output or args.old_target
     if target is None:
@@ -67,10 +67,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{source} has no last_checkpoint. Pass the OUTPUT_DIR of a run.")
         source = last_checkpoint(source)
     settings_file = target.with_suffix(".yaml")
-    check_folder_of("--output", target)
-    check_folder_of("the settings", settings_file)
-    if target.resolve() == source.resolve():
-        raise UserError(f"--output {target} is the source. Set another file.")
+    check_output("--output", target, [source])
+    check_output("the settings", settings_file)
     if settings_file.is_file() and not _is_ours(settings_file):
         raise UserError(
             f"The settings would replace {settings_file}, which is another file. Set another "

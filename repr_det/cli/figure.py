@@ -95,7 +95,7 @@ def _arms(args: argparse.Namespace) -> Arms:
 def run(args: argparse.Namespace) -> None:
     """Draw the figure, print its caption and its path."""
     from repr_det.detection.drawing import draw_detections
-    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.engine.files import check_output, write_text_whole
     from repr_det.report import plots
     from repr_det.report.gallery import FIGURES
     from repr_det.report.material import Material, compute_contributions
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         )
     plots.check_suffix(args.output)
     for option, path in (("--output", args.output), ("--json", args.json)):
-        check_folder_of(option, path)
+        check_output(option, path)
     by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
     if args.json and args.figure not in by_layer:
         raise UserError(

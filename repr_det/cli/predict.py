@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: a mistake in the command line, the inputs or the model.
     """
     from repr_det.detection.prediction import Detector, find_sources, labels_for, predict
-    from repr_det.engine.files import check_folder_of, write_text_whole
+    from repr_det.engine.files import check_output, write_text_whole
     from repr_det.tasks import get_cfg, trained_detector_cfg
 
     words = words_after_run(args, [*args.inputs, *args.opts])
@@ -88,10 +88,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("Nothing would be written. Set --output FOLDER, --json FILE, or both.")
     if args.batch_size < 1:
         raise UserError(f"--batch-size is {args.batch_size}. Set it to 1 or more.")
-    check_folder_of("--json", args.json)
-    for path in (*map(Path, inputs), args.annotations):
-        if path and args.json and args.json.resolve() == path.resolve():
-            raise UserError(f"--json {args.json} would replace what is read. Set another file.")
+    check_output("--json", args.json, [*inputs, args.annotations])
     sources = find_sources([Path(word) for word in inputs], args.output)
     cfg = trained_detector_cfg(args.run_folder, args.config_file, overrides)
     labels = labels_for(cfg, args.annotations)

@@ -40,8 +40,8 @@ def compare_results(
         progress: show bars.
 
     Returns:
-        ``"images"``, their number; ``"undetected"``, how many of them have no detection in any
-        result; ``"level"`` of each interval, see
+        ``"images"``, their number; ``"undetected"``, on how many of them a result has no detection,
+        the most of any result; ``"level"`` of each interval, see
         :func:`repr_det.detection.bootstrap.corrected_level`; and under ``"compared"`` by IoU type
         and arm ``"overall"`` and ``"classes"``: per cent by metric, and by class and metric.
 
@@ -77,8 +77,9 @@ def compare_results(
             matches, baseline, resamples=resamples, seed=seed, level=level, progress=progress
         )
         compared[each] = {name: _as_record(comparison) for name, comparison in found.items()}
-    seen = {entry["image_id"] for results in every for entry in results}
-    undetected = len(truth.imgs.keys() - seen)
+    undetected = max(
+        len(truth.imgs.keys() - {entry["image_id"] for entry in results}) for results in every
+    )
     return {
         "images": len(truth.imgs), "undetected": undetected, "level": level, "compared": compared,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import yaml
 from detectron2.config import CfgNode
@@ -16,7 +17,7 @@ from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer, has_run, last_checkpoint
-from repr_det.engine.config import config_path
+from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.processes import launch
 from repr_det.engine.run_folder import open_run_folder, set_up_process
 from repr_det.engine.trainer import RePrTrainer, check_weights
@@ -53,8 +54,10 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
         UserError: no such file, or it is not YAML, or the config does not accept it.
     """
     path = config_path(name)
+    before = flat_settings(cfg)
     try:
         cfg.merge_from_file(path, allow_unsafe=trusted)
+        _check_no_none(cfg, before)
     except (
         *(yaml.YAMLError, UnicodeDecodeError),  # it is not YAML
         *(AttributeError, TypeError),  # it is YAML but no mapping
@@ -71,12 +74,21 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
     Raises:
         UserError: an override that the config does not accept.
     """
+    before = flat_settings(cfg)
     try:
         cfg.merge_from_list(list(overrides))
-    except (KeyError, ValueError) as error:
+        _check_no_none(cfg, before)
+    except (KeyError, ValueError, TypeError) as error:  # TypeError: below a key that is no section
         raise UserError(f"An override is wrong: {_reason(error)}. Correct it.") from error
     except AssertionError as error:
         raise UserError(f"Overrides must be KEY VALUE pairs of the config: {error}.") from error
+
+
+def _check_no_none(cfg: CfgNode, before: dict[str, Any]) -> None:
+    """Refuse None, which a config accepts for every key."""
+    for key, value in flat_settings(cfg).items():
+        if value is None and before.get(key) is not None:
+            raise ValueError(f"{key} is None")
 
 
 def _reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def config_path(name: str) -> str:
     Raises:
         UserError: neither exists; lists the names in ``configs/``.
     """
-    if Path(name).is_file():
+    if os.path.isfile(name):
         return str(Path(name).resolve())
     package = Path(__file__).resolve().parents[1]
     # A source checkout keeps configs/ next to the package, an installed wheel inside it.

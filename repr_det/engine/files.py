@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -55,17 +55,26 @@ def write_text_whole(target: Path, text: str) -> None:
             write_whole(target, lambda file: file.write(text.encode()))
 
 
-def check_folder_of(option: str, path: Path | None) -> None:
+def check_output(option: str, path: Path | None, reads: Iterable[str | Path | None] = ()) -> None:
     """Refuse the path of a file that cannot be written. None passes.
 
+    Args:
+        option: that names the file.
+        path: of the file.
+        reads: what the command reads, and what else it writes.
+
     Raises:
-        UserError: its folder does not exist or is read-only, or it is a folder itself.
+        UserError: its folder does not exist or is read-only, it is a folder itself, or one of
+            ``reads``.
     """
     if path is None:
         return
-    if not path.parent.is_dir():
+    if any(other is not None and path.resolve() == Path(other).resolve() for other in reads):
+        raise UserError(f"{option} {path} would replace what is read. Set another file.")
+    # Path.is_dir raises where a folder may not be read.
+    if not os.path.isdir(path.parent):
         raise UserError(f"Folder {path.parent} of {option} does not exist. Create it.")
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"Target {path} of {option} is a folder. Set the name of a file.")
     if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
         raise UserError(f"Folder {path.parent} of {option} is read-only. Set another one.")

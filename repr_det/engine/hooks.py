@@ -13,11 +13,12 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage, EventWriter
+from torch import nn
 
 from repr_det.engine.files import read_records
 from repr_det.engine.randomness import mixed_seed
 from repr_det.method.modules import named_modules
-from repr_det.method.ranks import from_first_rank_in_place, group_of
+from repr_det.method.ranks import from_first_rank_in_place, group_of, object_of_first_rank
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
@@ -44,10 +45,10 @@ class SeedEveryStep(HookBase):
 
 
 class SharedStatistics(HookBase):
-    """Copies the first process's buffers to all before an evaluation and before a checkpoint.
+    """Copies the first process's statistics to all before an evaluation and before a checkpoint.
 
-    Running statistics differ between processes, and a checkpoint holds the first one's. Without
-    this hook, it would evaluate and resume differently from the run that wrote it.
+    Buffers and loss normalisers differ between processes, and a checkpoint holds the first one's.
+    Without this hook, it would evaluate and resume differently from the run that wrote it.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -57,7 +58,11 @@ class SharedStatistics(HookBase):
         """Copy them where a later hook evaluates or saves."""
         done = self.trainer.iter + 1
         if done == self.trainer.max_iter or any(p > 0 and done % p == 0 for p in self._periods):
-            from_first_rank_in_place(self.trainer.model.buffers(), group_of(self.trainer.model))
+            model = self.trainer.model
+            from_first_rank_in_place(model.buffers(), group_of(model))
+            set_loss_normalizers(
+                model, object_of_first_rank(loss_normalizers(model), group_of(model))
+            )
 
 
 class RecordKeeper(HookBase):
@@ -212,15 +217,25 @@ class LossNormalizer(HookBase):
 
     def state_dict(self) -> dict[str, float]:
         """The normaliser by the name of its module; empty before the first step."""
-        return {
-            name: float(module.loss_normalizer)  # type: ignore[arg-type]
-            for name, module in named_modules(self.trainer.model)
-            # In keypoint heads it is a string, the kind of normaliser.
-            if not isinstance(getattr(module, "loss_normalizer", ""), str)
-        }
+        return loss_normalizers(self.trainer.model)
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         """Set the normaliser of each module that is in the state."""
-        for name, module in named_modules(self.trainer.model):
-            if name in state:
-                module.loss_normalizer = state[name]  # type: ignore[assignment]
+        set_loss_normalizers(self.trainer.model, state)
+
+
+def loss_normalizers(model: nn.Module) -> dict[str, float]:
+    """The running loss normaliser of RetinaNet and FCOS by the name of its module."""
+    return {
+        name: float(module.loss_normalizer)  # type: ignore[arg-type]
+        for name, module in named_modules(model)
+        # In keypoint heads it is a string, the kind of normaliser.
+        if not isinstance(getattr(module, "loss_normalizer", ""), str)
+    }
+
+
+def set_loss_normalizers(model: nn.Module, values: dict[str, float]) -> None:
+    """Set the running loss normaliser of each module that is named."""
+    for name, module in named_modules(model):
+        if name in values:
+            module.loss_normalizer = values[name]  # type: ignore[assignment]

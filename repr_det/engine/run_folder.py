@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from logging.handlers import MemoryHandler
 from pathlib import Path
@@ -37,7 +38,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
         UserError: ``OUTPUT_DIR`` cannot be a folder, or there is no such device.
     """
     check_device(cfg.MODEL.DEVICE)
-    _check_output_dir(Path(cfg.OUTPUT_DIR))
+    _check_output_dir(cfg.OUTPUT_DIR)
     rank = comm.get_rank()
     lines = MemoryHandler(sys.maxsize, flushLevel=sys.maxsize, flushOnClose=False)
     for name in _LOGGERS:
@@ -88,7 +89,11 @@ def open_run_folder(cfg: CfgNode, lines: MemoryHandler, *, keep_config: bool = F
         logging.getLogger(name).addHandler(file)
 
 
-def _check_output_dir(folder: Path) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
+def _check_output_dir(name: str) -> None:
+    if not name:
+        raise UserError("OUTPUT_DIR is empty. Set a folder.")
+    folder = Path(name)
+    # Path.exists raises where a folder may not be read.
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not os.path.isdir(there):
         raise UserError(f"OUTPUT_DIR {folder} is below {there}, which is a file. Set another one.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import detectron2.solver
 import torch
 from detectron2.config import CfgNode
@@ -47,10 +49,14 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
             keys.
     """
     solver = cfg.SOLVER
+    if solver.OPTIMIZER not in OPTIMIZERS:
+        raise UserError(
+            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}. Set one of {', '.join(OPTIMIZERS)}."
+        )
     build = detectron2.solver.build_optimizer if solver.OPTIMIZER == "SGD" else _build_adaptive
     try:
         optimizer = build(cfg, model)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:  # IndexError: of one number in BETAS
         raise UserError(
             f"SOLVER.OPTIMIZER {solver.OPTIMIZER} cannot be built ({error}). Correct its keys "
             "below SOLVER, such as BASE_LR, MOMENTUM, BETAS or CLIP_GRADIENTS."
@@ -68,10 +74,6 @@ def build_optimizer(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
 
 def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
     solver = cfg.SOLVER
-    if solver.OPTIMIZER not in OPTIMIZERS:
-        raise UserError(
-            f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}. Set one of {', '.join(OPTIMIZERS)}."
-        )
     arguments = {"alpha": solver.RMSPROP_ALPHA}
     if solver.OPTIMIZER != "RMSprop":
         arguments = {"betas": tuple(solver.BETAS)}
@@ -89,6 +91,28 @@ def _build_adaptive(cfg: CfgNode, model: torch.nn.Module) -> Optimizer:
         **arguments,
     )
     return maybe_add_gradient_clipping(cfg, optimizer)
+
+
+def check_resumed(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Refuse to resume with other options than those in a checkpoint, which would go on unnoticed.
+
+    Args:
+        optimizer: of this run.
+        state: of the optimizer in the checkpoint.
+
+    Raises:
+        UserError: an option of a parameter group has changed.
+    """
+    kinds = {"momentum", "betas", "alpha"}  # SGD, Adam and AdamW, RMSprop
+    for now, before in zip(optimizer.param_groups, state["param_groups"], strict=False):
+        keys = (now.keys() & before.keys()) | ((now.keys() ^ before.keys()) & kinds)
+        for key in sorted(keys - {"params", "param_names", "lr"}):
+            if now.get(key) != before.get(key):
+                raise UserError(
+                    f"The checkpoint's optimizer has {key} {before.get(key)}, this run's has "
+                    f"{now.get(key)}. Resume with the same keys below SOLVER, or start a new run "
+                    f"from the checkpoint as MODEL.WEIGHTS."
+                )
 
 
 class TriangularParamScheduler(ParamScheduler):

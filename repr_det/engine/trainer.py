@@ -187,9 +187,12 @@ class RePrTrainer(DefaultTrainer):
             return super().train()
 
     def after_train(self) -> None:
-        """Detectron2's hooks after the last iteration."""
-        # Where a finished run is resumed, Detectron2 counts one iteration too many.
-        self.iter: int = min(self.iter, self.max_iter)
+        """Detectron2's hooks after the last iteration, or after an error."""
+        if self.start_iter == self.max_iter:
+            # Resumed after its last iteration. It may have been killed before it wrote this file.
+            self.iter: int = self.max_iter - 1
+            self.checkpointer.save("model_final", iteration=self.iter)
+            self.iter = self.max_iter
         super().after_train()
 
     @classmethod
@@ -226,6 +229,11 @@ class RePrTrainer(DefaultTrainer):
             UserError: the weights cannot be loaded, or this run cannot resume from the checkpoint.
         """
         resuming = resume and self.checkpointer.has_checkpoint()
+        if resume and not resuming and self.checkpointer.has_set_aside():
+            logger.warning(
+                "There is no checkpoint to resume from, so training starts at iteration 0. Of an "
+                "earlier run in this folder, last_checkpoint is now called last_checkpoint.earlier."
+            )
         if not resuming:
             check_weights(self.cfg.MODEL.WEIGHTS)
         super().resume_or_load(resume=resume)
@@ -243,7 +251,8 @@ class RePrTrainer(DefaultTrainer):
         """Restore the trainer's state from a checkpoint.
 
         Raises:
-            UserError: the checkpoint was written in S2 and this run is without RePr.
+            UserError: the checkpoint was written in S2 and this run is without RePr, or by another
+                optimizer.
         """
         state = state_dict.get("hooks", {}).get(STATE_KEY, {})
         if self._repr_hook is None and state.get("phase") == SUB:
@@ -252,6 +261,7 @@ class RePrTrainer(DefaultTrainer):
                 "REPR.ENABLED is False. Resume with RePr, or start a new run from it as "
                 "MODEL.WEIGHTS."
             )
+        solver.check_resumed(self.optimizer, state_dict["_trainer"]["optimizer"])
         super().load_state_dict(state_dict)
 
 

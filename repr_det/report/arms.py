@@ -44,6 +44,11 @@ class Arms:
         return [run for run in self.runs if run.uses_repr]
 
 
+def longest(runs: Sequence[RunFolder]) -> RunFolder:
+    """The first run of those with the most iterations."""
+    return max(runs, key=lambda run: run.iterations)
+
+
 def by_method(runs: Sequence[RunFolder]) -> Arms:
     """Runs without RePr as the baseline, and runs with it; an arm without runs is left out.
 

@@ -120,10 +120,10 @@ class Outcome:
 def outcome(arms: Arms, resamples: int = 1000) -> Outcome:
     """Final metrics by arm, and intervals of their differences where there can be any.
 
-    The intervals are paired over seeds if every arm shares at least two with the baseline and no
-    arm has two runs of one seed. Otherwise, those of detectors come from a paired bootstrap over
-    the images of the last evaluation, and classifiers have none. Several comparisons widen the
-    intervals; see :func:`repr_det.detection.bootstrap.corrected_level`.
+    The intervals are paired over seeds if all arms share at least two and no arm has two runs of
+    one seed. Runs of other seeds are left out then. Otherwise, those of detectors come from a
+    paired bootstrap over the images of the last evaluation, and classifiers have none. Several
+    comparisons widen the intervals; see :func:`repr_det.detection.bootstrap.corrected_level`.
 
     Args:
         arms: comparable runs.
@@ -178,32 +178,34 @@ def _level_in_words(outcome: Outcome, arms: Arms) -> tuple[str, str]:
 
 
 def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
-    """Paired over seeds; None where an arm shares fewer than two or has two runs of one seed."""
+    """Over the seeds of all arms; None where these are fewer than two, or an arm has one twice."""
     by_seed = {
         name: {run.cfg.SEED: run for run in group if run.cfg.SEED >= 0}
         for name, group in arms.groups.items()
     }
     if sum(map(len, by_seed.values())) < sum(run.cfg.SEED >= 0 for run in arms.runs):
         return None
-    pairs = [by_seed[arms.baseline].keys() & by_seed[name].keys() for name in arms.others]
-    if min(map(len, pairs)) < 2:
+    seeds = sorted(set.intersection(*(set(runs) for runs in by_seed.values())))
+    if len(seeds) < 2:
         return None
     rows = {}
     for metric, row in outcome.rows.items():
         values = {
-            name: {seed: value_at(run, metric, outcome.iteration) for seed, run in runs.items()}
+            name: {seed: value_at(runs[seed], metric, outcome.iteration) for seed in seeds}
             for name, runs in by_seed.items()
         }
+        means = {name: estimate(list(found.values())) for name, found in values.items()}
         differences = {}
         for name in arms.others:
             mean, _, half = paired_difference(values[name], values[arms.baseline], outcome.level)
             differences[name] = Difference(mean, mean - half, mean + half)
-        rows[metric] = replace(row, differences=differences)
+        rows[metric] = replace(row, arms=means, differences=differences)
     level, several = _level_in_words(outcome, arms)
-    counts = " and ".join(map(str, sorted(set(map(len, pairs)))))
+    left_out = len(arms.runs) - len(seeds) * len(arms.groups)
+    others = f" {left_out} runs of other seeds or without one are left out." if left_out else ""
     words = (
-        f"Differences and intervals ({level}, Student's t) are over {counts} pairs of runs with "
-        f"the same seed.{several}"
+        f"Means, differences and intervals ({level}, Student's t) are over the {len(seeds)} seeds "
+        f"that all arms have.{others}{several}"
     )
     return replace(outcome, rows=rows, interval=words)
 

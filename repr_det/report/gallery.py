@@ -16,7 +16,7 @@ from repr_det.engine import recording
 from repr_det.engine.recording import History
 from repr_det.errors import UserError
 from repr_det.report import plots
-from repr_det.report.arms import Arms, last_common_evaluation, value_at
+from repr_det.report.arms import Arms, last_common_evaluation, longest, value_at
 from repr_det.report.material import (
     Material,
     in_depth,
@@ -79,7 +79,7 @@ def _lines(
 
 def _over_training(material: Material, panels: list[Panel]) -> Figure:
     """Panels in which S2 is shaded and falls of the learning rate are marked."""
-    marks = {"spans": material.spans, "rate_drops": material.arms.runs[0].rate_drops}
+    marks = {"spans": material.spans, "rate_drops": longest(material.arms.runs).rate_drops}
     return plots.curves([panel._replace(**marks) for panel in panels])
 
 

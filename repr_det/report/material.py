@@ -21,7 +21,7 @@ from repr_det.engine.files import write_text_whole
 from repr_det.engine.recording import History
 from repr_det.errors import UserError, sentence
 from repr_det.report import examples, plots
-from repr_det.report.arms import BEFORE, Arms
+from repr_det.report.arms import BEFORE, Arms, longest
 from repr_det.report.compare import matches_of
 from repr_det.report.examples import Example
 from repr_det.report.probes import (
@@ -91,7 +91,9 @@ class Material:
         """Where the RePr runs trained the sub-network (S2); none where their schedules differ."""
         keys = [run.cfg.REPR for run in self.arms.with_repr]
         schedules = {(key.UNIT, key.S1, key.S2, key.N) for key in keys}
-        return self.arms.with_repr[0].spans if len(schedules) == 1 else []
+        if len(schedules) != 1:
+            return []
+        return longest(self.arms.with_repr).spans  # others may have been killed
 
     @property
     def dropped(self) -> History:
@@ -164,7 +166,7 @@ class Material:
         """Held-out images: where the first runs of two arms differ most, else the first ones.
 
         Raises:
-            UserError: no results, or no images.
+            UserError: no results, no images, or two arms that differ on none.
         """
         self.check_detection()
         firsts = [group[0] for group in self.arms.groups.values()]
@@ -173,6 +175,8 @@ class Material:
         ids = sorted(truth.getImgIds())
         counts = [examples.mistakes(matches_of(run, BBOX)) for run in firsts]
         chosen = examples.choose(*counts, 6) if len(firsts) == 2 else range(min(4, len(ids)))
+        if not len(chosen):
+            raise UserError("The detectors make equally many mistakes on every image.")
         records = {record["image_id"]: record for record in DatasetCatalog.get(firsts[0].test_set)}
         classes = MetadataCatalog.get(firsts[0].test_set).thing_dataset_id_to_contiguous_id
         return [
@@ -222,7 +226,7 @@ def overlap_over_time(run: RunFolder) -> tuple[pd.Series | None, pd.Series | Non
     recorded = run.series("repr/overlap")
     if recorded is None:
         return _overlap_of_checkpoints(run) if run.checkpoints else (None, None)
-    if run.history is None:
+    if run.history is None or not run.history.overlaps:
         return recorded, None
     filters = run.history.layers
     if any(moment.layers.keys() != filters.keys() for moment in run.history.overlaps):

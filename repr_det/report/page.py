@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from repr_det.detection.drawing import draw_instances
-from repr_det.engine.files import check_folder_of, write_text_whole
+from repr_det.engine.files import check_output, write_text_whole
 from repr_det.errors import UserError, sentence
 from repr_det.report import plots
 from repr_det.report.arms import REPR, STANDARD, Arms
@@ -76,7 +76,7 @@ def write_report(
         UserError: an argument is out of range, ``path`` is a folder, or its folder does not exist.
     """
     path = Path(path)
-    check_folder_of("the report", path)
+    check_output("the report", path)
     if resamples < 0:
         raise UserError(f"The number of resamples is {resamples}. Set 0 or more.")
     write_text_whole(path, _template().render(_content(arms, images, resamples)))
@@ -150,7 +150,7 @@ def _figures(material: Material, missing: Missing) -> dict[str, list[dict[str, s
 def _examples(material: Material) -> dict[str, Any]:
     arms, rows = list(material.arms.groups), []
     examples = material.examples  # reads the dataset, and only then its classes are known
-    names = material.class_names if examples else []
+    names = material.class_names
     for example in examples:
         captions = ["ground truth"] + [
             f"{arm}: {count} {'mistake' if count == 1 else 'mistakes'}"
@@ -175,8 +175,6 @@ def _examples(material: Material) -> dict[str, Any]:
         f"{which} Shown are detections with a score of {100 * MIN_SCORE:.0f} % or more; a mistake "
         "is an object missed or a detection that matches none, at IoU 0.5."
     )
-    if not rows:
-        raise UserError("The detectors make equally many mistakes on every image.")
     return {"examples": rows, "examples_caption": caption}
 
 
@@ -284,7 +282,7 @@ def _runs(arms: Arms, names: Sequence[str]) -> list[dict[str, str | int]]:
 def _schedule(arms: Arms) -> list[str]:
     """How the first run of each arm trained, once where several trained alike."""
     first = {name: group[0] for name, group in arms.groups.items()}
-    with_repr = {name: run for name, run in first.items() if run.uses_repr}
+    with_repr = {name: run for name, run in first.items() if run.cfg.REPR.ENABLED}
     sentences = []
     for describe, runs in ((_training, first), (_cycles, with_repr)):
         said = {name: describe(run) for name, run in runs.items()}

@@ -109,8 +109,8 @@ class RunFolder:
 
     @property
     def uses_repr(self) -> bool:
-        """Whether it was trained with RePr."""
-        return self.cfg.REPR.ENABLED
+        """Whether it was trained with RePr, by its config or by a hook of the user's trainer."""
+        return self.cfg.REPR.ENABLED or any(name.startswith("repr/") for name in self.metrics)
 
     @property
     def task(self) -> str:
@@ -145,17 +145,21 @@ class RunFolder:
     def spans(self) -> list[tuple[float, float]]:
         """Where the run trained the sub-network (S2), as half-open ranges of iterations."""
         try:
-            drops = self.history.drops if self.history else []
+            drops, overlaps = self.history[1:] if self.history else ([], [])
         except UserError:  # damaged; said where the drops themselves are asked for
-            drops = []
-        if not drops or not self.cfg.REPR.S1:
             return []
-        # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
-        length = round(drops[0].iteration * self.cfg.REPR.S2 / self.cfg.REPR.S1)
-        return [
-            (d.iteration, max(d.iteration, min(d.iteration + length, self.iterations)))
-            for d in drops
-        ]
+        keys = self.cfg.REPR
+        if not overlaps and not keys.S1:
+            return []  # of a trainer with a schedule of its own
+        found = []
+        for drop in drops:
+            ends = [moment.iteration for moment in overlaps if moment.iteration > drop.iteration]
+            if not ends and keys.S1:
+                # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
+                ends = [drop.iteration + round(drops[0].iteration * keys.S2 / keys.S1)]
+            end = min([*ends, self.iterations])
+            found.append((drop.iteration, max(drop.iteration, end)))
+        return found
 
     @property
     def rate_drops(self) -> list[float]:

@@ -27,7 +27,7 @@ from repr_det.classification.trainer import ClassificationTrainer
 from repr_det.cli.arguments import add_data
 from repr_det.engine.data import held_out_name
 from repr_det.errors import UserError
-from repr_det.tasks import use_data
+from repr_det.tasks import get_cfg, use_data
 from tests.classification.settings import make_arrays, register, register_corners, small_cfg
 
 
@@ -306,6 +306,20 @@ def test_test_images_of_fewer_classes_are_said_to_be_that(tmp_path):
     use_data(cfg, args)
     with pytest.raises(ValueError, match=r"val_of_.* has other .* \(2 classes instead of 3\)"):
         ClassificationTrainer.check_to_train(cfg)
+
+
+@pytest.mark.parametrize(
+    ("words", "cfg", "sentence"),
+    [
+        (["--train-folder", "a", "b"], get_cfg, "--train-folder is for classifiers. Set --train-d"),
+        (["--test-data", "a", "b", "c"], small_cfg, "--test-data is for detectors. Set --test-fol"),
+    ],
+)
+def test_data_of_the_other_task_are_refused(words, cfg, sentence):
+    parser = argparse.ArgumentParser()
+    add_data(parser)
+    with pytest.raises(UserError, match=sentence):
+        use_data(cfg(), parser.parse_args(words))
 
 
 @pytest.mark.parametrize("make", [[], ["empty"]])

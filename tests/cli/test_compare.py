@@ -58,7 +58,9 @@ def test_a_run_folder_against_a_file(files, tmp_path, capsys):
     ap = record["bbox"]["overall"]["AP"]
     assert ap["first"] == pytest.approx(expected(5), abs=1e-9)
     assert ap["second"] == pytest.approx(expected(15), abs=1e-9)
-    assert "resamples of 20 images, 5 of them without a detection" in " ".join(printed.out.split())
+    # A has none on 15, B on 5.
+    caption = " ".join(printed.out.split())
+    assert "20 images, up to 15 of them without a detection in a result" in caption
     assert ap["difference"] == pytest.approx(expected(15) - expected(5), abs=1e-9)
     # B finds what A finds and more, so it is better in every resample that holds more.
     assert 20 < ap["low"] < ap["difference"] < ap["high"] < 80 and ap["better"] == 100
@@ -202,6 +204,17 @@ def test_a_record_that_cannot_be_written_leaves_the_earlier_one(
     assert "record.json cannot be written (No space left on device). Set another" in found.err
     assert "AP50" in found.out
     assert out.read_text() == "earlier" and list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize(
+    ("of", "file"), [("truth", ""), ("a", ""), ("b", "inference/coco_instances_results.json")]
+)
+def test_the_record_does_not_replace_what_is_read(files, capsys, of, file):
+    path = Path(files[of], file)
+    before = path.read_bytes()
+    assert main(["compare", files["truth"], files["a"], files["b"], "--json", str(path)]) == 2
+    assert "would replace what is read" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 def test_a_record_may_go_into_a_pipe(files, tmp_path):

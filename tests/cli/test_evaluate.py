@@ -182,6 +182,24 @@ def test_mistakes_are_told_in_one_sentence(files, tmp_path, monkeypatch, capsys,
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ["--json", "val.json"],
+        ["--json", "results.json"],
+        ["--save-results", "val.json"],
+        ["--save-results", "results.json"],
+        ["--json", "new.json", "--save-results", "new.json"],
+    ],
+)
+def test_no_output_replaces_what_is_read(files, tmp_path, monkeypatch, capsys, outputs):
+    monkeypatch.chdir(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert main(["eval", "--results", "results.json", "--annotations", "val.json", *outputs]) == 2
+    assert f"{outputs[1]} would replace what is read" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_boxes_against_masks(files, tmp_path, capsys):
     content, results = files
     for entry in content["annotations"]:

@@ -151,7 +151,10 @@ def test_what_is_not_of_this_command_is_not_replaced(tmp_path, capsys):
     torch.save(make_classifier("resnet18").network.state_dict(), source)
     before = source.read_bytes()
     assert main(["export-backbone", str(source), "-o", str(source)]) == 2
-    assert "r18.pth is the source" in capsys.readouterr().err and source.read_bytes() == before
+    assert (
+        "r18.pth would replace what is read" in capsys.readouterr().err
+        and source.read_bytes() == before
+    )
     for content in ("MODEL: {WEIGHTS: mine.pth}\nINPUT: {FORMAT: RGB}\n", "words", "MODEL: [1"):
         (tmp_path / "b.yaml").write_text(content)
         assert main(["export-backbone", str(source), "-o", str(target)]) == 2

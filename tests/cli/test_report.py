@@ -41,6 +41,28 @@ def test_the_page_is_written_and_named(runs, tmp_path, capsys):
     assert "Held-out images" in page.read_text()
 
 
+def test_data_that_a_run_was_not_evaluated_on_are_refused(runs, tmp_path, capsys):
+    """Recorded metrics are of the test set of the run, whatever is named later."""
+    folders, (option, name, *files) = runs
+    page = tmp_path / "report.html"
+    assert main(["report", *folders, "-o", str(page), option, "other", *files]) == 2
+    assert f"was evaluated on {name}, not on other. Set" in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_detectors_that_make_the_same_mistakes_have_no_examples(tmp_path, capsys):
+    annotations, images = write_detection_data(tmp_path / "data")
+    data, folders = ["--test-data", f"same_{tmp_path.name}", str(annotations), str(images)], []
+    for number in range(2):
+        settings = {"DATASETS.TEST": (data[1],), "REPR.ENABLED": bool(number)}
+        folder = tmp_path / f"run_{number}"
+        folders.append(
+            str(write_detection_run(folder, detections([1, 2]), 100 * 26 / 101, settings))
+        )
+    assert main(["figure", "detections", *folders, "-o", str(tmp_path / "a.png"), *data]) == 2
+    assert "make equally many mistakes on every image" in capsys.readouterr().err
+
+
 def test_figures_alone(runs, tmp_path, capsys):
     folders, data = runs
     for figure, name in (("classes", "a.png"), ("curves", "b.svg"), ("detections", "c.png")):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import SimpleTrainer
 from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from repr_det.cli import main, parse
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
+from repr_det.report.run import read_run
 from repr_det.tasks import configure, trainer_for
 from tests.detectors import needs_coco, overrides
 from tests.report.folders import write_detection_data
@@ -275,6 +278,12 @@ def test_a_bug_in_a_users_model_keeps_its_traceback(tmp_path, monkeypatch, error
         ({"DATALOADER.NUM_WORKERS": "-1"}, "DATALOADER.NUM_WORKERS is -1. Set 0 or more"),
         ({"SOLVER.MAX_EPOCHS": "12"}, "SOLVER.MAX_EPOCHS is 12, but only classification reads it"),
         ({"DISTILL.TEACHER": "c3_32"}, "DISTILL.TEACHER is 'c3_32', but only classification"),
+        ({"SOLVER.OPTIMIZER": "sgd"}, "error: SOLVER.OPTIMIZER is 'sgd'. Set one of SGD"),
+        ({"SOLVER.OPTIMIZER": "Adam", "SOLVER.BETAS": "(0.9,)"}, "Adam cannot be built"),
+        ({"SOLVER.MAX_ITER": "None"}, "SOLVER.MAX_ITER is None. Correct it."),
+        ({"REPR.INCLUDE": "None"}, "REPR.INCLUDE is None. Correct it."),
+        ({"SEED.X": "3"}, "An override is wrong"),
+        ({"OUTPUT_DIR": ""}, "OUTPUT_DIR is empty. Set a folder."),
         ({"OUTPUT_DIR": __file__}, "is a file. Set another one"),
         ({"OUTPUT_DIR": f"{__file__}/below"}, "is a file. Set another one"),
     ],
@@ -315,6 +324,22 @@ def test_a_new_run_in_a_folder_keeps_what_the_earlier_one_says(tmp_path):
     assert log.index("Environment info") < log.index("conv layers take part") < log.index("Saving")
 
 
+def test_a_run_that_was_set_aside_is_named_on_resumption(tmp_path, monkeypatch):
+    """A new run was started by mistake, and stopped before it has written a checkpoint."""
+    (tmp_path / "last_checkpoint").write_text("model_0000999.pth")
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SimpleTrainer, "run_step", stop)
+    arguments = ["--config", "repr_faster_rcnn.yaml", *overrides(tmp_path, **SHAPES)]
+    assert main(["train", *arguments]) == 130
+    sentence = "starts at iteration 0. Of an earlier run"
+    assert sentence not in (tmp_path / "log.txt").read_text()
+    assert main(["train", "--resume", *arguments]) == 130
+    assert sentence in (tmp_path / "log.txt").read_text()
+
+
 class TestRefusedResumption:
     """A run that exists is left as it was."""
 
@@ -325,6 +350,20 @@ class TestRefusedResumption:
         train("--config", "repr_faster_rcnn.yaml", *self.arguments(folder))
         (folder / "last_checkpoint").write_text("model_0000002.pth")
         return folder
+
+    def test_at_the_last_iteration_the_final_checkpoint_is_written(self, stopped, tmp_path):
+        """Whoever kills a run may do so between its last two files."""
+        folder = tmp_path / "killed"
+        shutil.copytree(stopped, folder)
+        final = torch.load(folder / "model_final.pth", weights_only=True)
+        (folder / "model_final.pth").unlink()
+        (folder / "last_checkpoint").write_text("model_0000008.pth")
+        train("--config", "repr_faster_rcnn.yaml", "--resume", *self.arguments(folder))
+        again = torch.load(folder / "model_final.pth", weights_only=True)
+        assert again["iteration"] == final["iteration"] == 8
+        assert again["trainer"]["iteration"] == final["trainer"]["iteration"]
+        assert all(torch.equal(again["model"][name], w) for name, w in final["model"].items())
+        assert read_run(folder).finished
 
     def arguments(self, folder, **changes):
         return overrides(
@@ -344,6 +383,12 @@ class TestRefusedResumption:
         [
             ({"REPR.SEED": "7"}, "seed was 0, is 7"),
             ({"REPR.ENABLED": "False"}, "written in S2 of a RePr run"),
+            ({"SOLVER.BASE_LR": "0.0125"}, "optimizer has initial_lr 0.002, this run's has 0.0125"),
+            ({"SOLVER.WEIGHT_DECAY": "0.5"}, "optimizer has weight_decay 0.0001, this run's has"),
+            (
+                {"SOLVER.OPTIMIZER": "AdamW"},
+                "optimizer has betas None, this run's has (0.9, 0.999)",
+            ),
         ],
     )
     def test_refused(self, stopped, capsys, changes, sentence):

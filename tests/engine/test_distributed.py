@@ -11,8 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from detectron2.engine.train_loop import TrainerBase
+from torch import nn
 
 from repr_det import RePr, RePrSchedule
+from repr_det.engine.hooks import SharedStatistics
+from repr_det.tasks import get_cfg
 from tests.method.nets import batch, loss, net
 
 ROOT = Path(__file__).parents[2]
@@ -109,10 +113,33 @@ def calibrate_on_own_images(rank):
     return {"gone": gone, "state": model.state_dict()}
 
 
+def statistics_at_a_checkpoint(rank):
+    """Each rank has its own until then."""
+
+    class Detector(TrainerBase):
+        def __init__(self):
+            super().__init__()
+            self.model = nn.Sequential(nn.BatchNorm2d(3))
+            self.model[0].running_mean.fill_(rank)
+            self.model[0].loss_normalizer = 70.0 + rank  # as in RetinaNet, no buffer
+
+    cfg = get_cfg()
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.TEST.EVAL_PERIOD = 4, 0
+    trainer = Detector()
+    trainer.register_hooks([SharedStatistics(cfg)])
+    found, trainer.max_iter = [], 10
+    for trainer.iter in (2, 3):
+        trainer.after_step()
+        norm = trainer.model[0]
+        found.append([float(norm.running_mean[0]), norm.loss_normalizer])
+    return found
+
+
 def one_process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
     found = {"dropped": drop_by_own_scores(rank), "calibrated": calibrate_on_own_images(rank)}
+    found["shared"] = statistics_at_a_checkpoint(rank)
     torch.save(found, folder / f"{rank}.pth")
     dist.destroy_process_group()
 
@@ -128,6 +155,13 @@ def two_ranks(tmp_path_factory):
 def test_filters_are_dropped_by_the_mean_score_over_ranks(two_ranks):
     expected = {"pruned": {"3": [4, 5], "7": [6, 7]}, "means": [30 / 8, 10 / 8]}
     assert [found["dropped"] for found in two_ranks] == [expected, expected]
+
+
+def test_statistics_are_shared_before_a_checkpoint_and_not_otherwise(two_ranks):
+    assert [found["shared"] for found in two_ranks] == [
+        [[0.0, 70.0], [0.0, 70.0]],
+        [[1.0, 71.0], [0.0, 70.0]],
+    ]
 
 
 def test_statistics_of_returned_channels_are_those_of_all_ranks_images(two_ranks):

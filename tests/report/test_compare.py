@@ -61,7 +61,7 @@ def test_seeds_are_paired(tmp_path):
     assert found_difference.mean == pytest.approx(2)
     half = stats.t.ppf(0.975, 2) * np.std([1, 2, 3], ddof=1) / np.sqrt(3)
     assert found_difference[1:] == pytest.approx((2 - half, 2 + half))
-    assert "3 pairs of runs with the same seed" in found.interval
+    assert "over the 3 seeds that all arms have." in found.interval
 
 
 def test_runs_without_a_seed_are_in_no_pair(tmp_path):
@@ -69,9 +69,9 @@ def test_runs_without_a_seed_are_in_no_pair(tmp_path):
         outcome(by_method(classification(tmp_path / name, seeds)))
         for name, seeds in (("two", [3, 5]), ("three", [3, 5, -1]))
     )
-    assert "2 pairs of runs" in without.interval
+    assert "over the 2 seeds that all arms have. 2 runs of other seeds" in without.interval
     rows = [found.rows["accuracy/top1"] for found in (with_seed, without)]
-    assert rows[0].differences == rows[1].differences
+    assert rows[0] == rows[1]
     assert rows[0].differences[REPR].mean == pytest.approx(1.5)
 
 
@@ -121,7 +121,7 @@ def test_detectors_of_the_same_seeds_are_paired_like_classifiers(tmp_path):
     half_width = stats.t.ppf(0.975, 2) * np.std([1, 3, 2], ddof=1) / np.sqrt(3)
     assert row.mean == pytest.approx(2)
     assert (row.low, row.high) == pytest.approx((2 - half_width, 2 + half_width))
-    assert "3 pairs of runs with the same seed" in found.interval
+    assert "over the 3 seeds that all arms have." in found.interval
     # Seeds that nobody knows do not pair, so all there is are the images.
     for run, ap in zip(runs, [HALF] * 3 + [100.0] * 3, strict=True):
         run.cfg.SEED = -1
@@ -196,12 +196,15 @@ def test_several_arms_are_compared_with_one_baseline(tmp_path):
     found = outcome(arms)
     row = found.rows["accuracy/top1"]
     assert found.level == pytest.approx(0.975)
-    for name, values in (("one", [1, 2, 3]), ("two", [-1, -2])):
+    for name, values in (("one", [1, 2]), ("two", [-1, -2])):
         half = stats.t.ppf(1 - 0.025 / 2, len(values) - 1) * stats.sem(values)
         assert row.differences[name] == pytest.approx(
             (np.mean(values), np.mean(values) - half, np.mean(values) + half)
         )
-    assert "2 and 3 pairs of runs" in found.interval and "Bonferroni" in found.interval
+        mean = row.arms[name].mean - row.arms["base"].mean
+        assert mean == pytest.approx(row.differences[name].mean)
+    assert "the 2 seeds that all arms have. 2 runs of other seeds" in found.interval
+    assert "Bonferroni" in found.interval
 
 
 def test_several_detectors_are_bootstrapped_against_one_baseline(tmp_path):

@@ -14,7 +14,7 @@ from repr_det.classification import ClassificationTrainer
 from repr_det.cli import main
 from repr_det.engine import recording
 from repr_det.errors import UserError
-from repr_det.report.arms import arms_of, by_method
+from repr_det.report.arms import arms_of, by_method, longest
 from repr_det.report.material import Material, in_depth
 from repr_det.report.page import write_report
 from repr_det.report.run import read_metrics, read_run
@@ -112,6 +112,21 @@ def test_s2_is_shaded_where_all_runs_have_it(tmp_path):
         runs.append(read_run(folder))
     assert Material(by_method(runs[:2])).spans == [(40, 60)]
     assert Material(by_method(runs)).spans == []
+
+
+def test_the_longest_run_says_where_s2_was(tmp_path):
+    runs = []
+    for name, length in (("killed", 50), ("whole", 200)):
+        settings = {"REPR.ENABLED": True, "REPR.S1": 40, "REPR.S2": 20, "SOLVER.STEPS": (150,)}
+        folder = write_run(tmp_path / name, settings, length=length)
+        drops = [
+            recording.Drop(n, at, {"conv": [1]}) for n, at in enumerate((40, 100)[: length // 40])
+        ]
+        recording.write(folder, recording.History({"conv": 4}, drops, []))
+        runs.append(read_run(folder))
+    arms = by_method(runs)
+    assert Material(arms).spans == [(40, 60), (100, 120)]
+    assert longest(arms.runs).rate_drops == [150]
 
 
 def test_layers_are_listed_from_the_image_on():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from repr_det.engine import recording
-from repr_det.engine.recording import Drop, History
+from repr_det.engine.recording import Drop, History, Overlap
 from repr_det.errors import UserError
 from repr_det.report.run import (
     of_checkpoint,
@@ -124,6 +124,21 @@ def test_spans_are_exact_where_drops_are_known(tmp_path):
     assert run.spans == []
     with pytest.raises(ValueError, match="damaged"):
         _ = run.history
+
+
+def test_a_run_of_a_trainer_with_a_hook_in_code_is_one_of_repr(tmp_path):
+    """Its config knows nothing of RePr; S2 ends where the overlap after a return was recorded."""
+    folder = write_run(tmp_path / "run", length=100)
+    assert not read_run(folder).uses_repr
+    with open(folder / "metrics.json", "a") as file:
+        file.write(json.dumps({"iteration": 99, "repr/overlap": 0.2}) + "\n")
+    moments = [Overlap(iteration, {"conv": 0.2}) for iteration in (20, 30, 50, 60, 80)]
+    drops = [Drop(0, 20, {"conv": [1]}), Drop(1, 50, {"conv": [0]}), Drop(2, 80, {"conv": [3]})]
+    recording.write(folder, History({"conv": 4}, drops, moments))
+    run = read_run(folder)
+    assert run.uses_repr and run.spans == [(20, 30), (50, 60), (80, 100)]
+    recording.write(folder, History({"conv": 4}, drops, []))
+    assert read_run(folder).spans == []
 
 
 def test_drops_without_a_record_are_read_from_the_newest_checkpoint(tmp_path):
