@@ -201,11 +201,18 @@ def baseline_of(groups: Mapping[str, object], baseline: str | None) -> str:
     return baseline
 
 
-def read_arms(args: argparse.Namespace) -> Arms:
+def data_files(args: argparse.Namespace) -> list[str]:
+    """Annotation files that ``--train-data`` and ``--test-data`` name."""
+    return [data[1] for data in (args.train_data, args.test_data) if data]
+
+
+def read_arms(args: argparse.Namespace, *, as_recorded: bool = False) -> Arms:
     """The runs of a command line, by ``--arm``, or by method where only runs are named.
 
     Args:
         args: with ``runs``, and what :func:`add_arms` and :func:`add_data` add.
+        as_recorded: refuse data of another name than a run's test set, since recorded metrics are
+            of that.
 
     Raises:
         UserError: runs that are not there or cannot be compared, or both ways at once.
@@ -217,12 +224,11 @@ def read_arms(args: argparse.Namespace) -> Arms:
     def read(folders: Sequence[str]) -> list[RunFolder]:
         runs = [read_run(folder) for folder in folders]
         for run in runs:
-            tested = run.cfg.DATASETS.TEST
-            named = args.test_data or args.test_folder
-            if named and tested and named[0] not in tested:
+            tested, named = run.cfg.DATASETS.TEST, args.test_data or args.test_folder
+            if as_recorded and named and tested and named[0] not in tested:
                 raise UserError(
-                    f"{run.folder} was evaluated on {' and '.join(tested)}, not on {named[0]}. "
-                    f"Set the data of that name."
+                    f"{run.folder} was evaluated on {' and '.join(tested)}, not on {named[0]}. Set "
+                    f"{tested[-1]} as the name."
                 )
             use_data(run.cfg, args)
         return runs

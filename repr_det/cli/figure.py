@@ -41,6 +41,7 @@ from repr_det.cli.arguments import (
     add_json,
     add_num_images,
     add_renamed,
+    data_files,
     read_arms,
 )
 from repr_det.errors import UserError
@@ -105,8 +106,8 @@ def run(args: argparse.Namespace) -> None:
             f"There is no figure {args.figure!r}. Set one of {', '.join((*FIGURES, DETECTIONS))}."
         )
     plots.check_suffix(args.output)
-    for option, path in (("--output", args.output), ("--json", args.json)):
-        check_output(option, path)
+    check_output("--output", args.output, [args.json, *data_files(args)])
+    check_output("--json", args.json, data_files(args))
     by_layer = [name for name, entry in FIGURES.items() if entry.by_layer]
     if args.json and args.figure not in by_layer:
         raise UserError(

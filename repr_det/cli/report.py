@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from repr_det.cli.arguments import add_arms, add_data, add_num_images, read_arms
+from repr_det.cli.arguments import add_arms, add_data, add_num_images, data_files, read_arms
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the page and print its path."""
+    from repr_det.engine.files import check_output
     from repr_det.report.page import write_report
 
+    check_output("--output", args.output, data_files(args))
     page = write_report(
-        read_arms(args),
+        read_arms(args, as_recorded=True),
         args.output,
         images=args.num_images,
         resamples=args.resamples,

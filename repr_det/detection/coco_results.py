@@ -197,13 +197,19 @@ def _check_dataset(results: Path, truth: Truth) -> None:
         except (KeyError, TypeError):
             raise UserError(f"{path} is damaged. Evaluate the run again, or remove it.") from None
         there = {e["id"]: e[key] for e in truth.dataset[part]}
+        advice = "Set the annotations that the run was evaluated on."
         for number in recorded | there:
-            if recorded.get(number) != there.get(number):
+            if number not in recorded or number not in there:
+                which = "only the annotations have" if number in there else "only the results know"
+                raise UserError(
+                    f"{results} does not fit {truth.file.path}: {which} {one} {shown(number)}. "
+                    f"{advice}"
+                )
+            if recorded[number] != there[number]:
                 raise UserError(
                     f"{results} was made where {one} {shown(number)} is "
-                    f"{shown(recorded.get(number))}, but in {truth.file.path} it is "
-                    f"{shown(there.get(number))}. Set the annotations that the run was evaluated "
-                    f"on."
+                    f"{shown(recorded[number])}, but in {truth.file.path} it is "
+                    f"{shown(there[number])}. {advice}"
                 )
 
 

@@ -32,9 +32,11 @@ class _SeededDataset(Dataset):
         index, seed = key
         with RandomStream(seed).active():
             # A mapper returns None for an image that is to be skipped; the next one stands in.
-            while (example := self._mapper(self._records[index % len(self._records)])) is None:
-                index += 1
-        return example
+            for other in range(len(self._records)):
+                example = self._mapper(self._records[(index + other) % len(self._records)])
+                if example is not None:
+                    return example
+        raise UserError("None of the training images can be read. See the warnings above.")
 
 
 class BatchPlan(Sampler):

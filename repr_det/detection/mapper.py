@@ -72,8 +72,8 @@ class NamedImages:
             ) from error
         self._skipped.add(path)
         logger.warning(
-            f"Image {path} cannot be read ({reason}) and is skipped. They are "
-            f"{len(self._skipped)} so far in this process."
+            f"Image {path} cannot be read ({reason}) and is skipped. Images skipped so far in this "
+            f"process: {len(self._skipped)}."
         )
         if len(self._skipped) == self._images:
             raise UserError("None of the training images can be read. See the warnings above.")

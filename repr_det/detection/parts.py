@@ -11,8 +11,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_datas
 from repr_det.engine.data import held_out_name, part_indices
 from repr_det.errors import UserError
 
-_OF_TRAINING_SET = ("thing_classes", "thing_dataset_id_to_contiguous_id", "json_file")
-"""Metadata that a held-out part shares. Without a file, Detectron2 would write one."""
+_OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
 
 
 def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
@@ -127,7 +126,9 @@ def register_held_out(cfg: CfgNode) -> None:
     def load() -> list[dict[str, Any]]:
         records = DatasetCatalog.get(train)
         of_train = MetadataCatalog.get(train)
-        shared = {key: of_train.get(key) for key in _OF_TRAINING_SET}
+        # Without a file, Detectron2 converts the records. Those of LVIS count classes differently.
+        file = ("json_file",) if of_train.get("evaluator_type") == "coco" else ()
+        shared = {key: of_train.get(key) for key in (*_OF_CLASSES, *file)}
         MetadataCatalog.get(name).set(**{k: v for k, v in shared.items() if v is not None})
         files = _files(records)
         held_out = {files[position] for position in part_indices(len(files), count)[1]}

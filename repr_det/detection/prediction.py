@@ -355,7 +355,9 @@ def _new_ids(labels: Labels, images: Sequence[Source]) -> Iterator[int]:
         )
     unknown = sum(name not in labels.images for name in names)
     if labels.images and unknown:
-        logger.warning(f"{unknown} of {len(names)} images are not in the annotations: new ids.")
+        logger.warning(
+            f"{unknown} of {len(names)} images are not in the annotations. They get new ids."
+        )
     # Ids may be strings, too.
     known = (number for number in labels.images.values() if isinstance(number, int))
     return itertools.count(max(known, default=0) + 1)
@@ -401,7 +403,7 @@ def _save(path: Path, picture: Pixels) -> None:
 @contextmanager
 def _opened(path: Path) -> Iterator[cv2.VideoCapture]:
     """A video to read."""
-    capture = cv2.VideoCapture(str(path.resolve()))  # a colon in a bare name is a protocol's
+    capture = cv2.VideoCapture(str(path.absolute()))  # a colon in a bare name is a protocol's
     try:
         yield capture
     finally:

@@ -81,7 +81,7 @@ class DetectionTrainer(RePrTrainer):
                 f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN!r}. Set it to one of "
                 f"{', '.join(_SAMPLERS)}."
             )
-        records = training_records(cfg)  # from now on the metadata have the names of keypoints
+        records = training_records(cfg)  # sets the names of keypoints, which DatasetMapper needs
         resized = any(side > 0 for side in cfg.INPUT.MIN_SIZE_TRAIN)
         mapper = NamedImages(
             DatasetMapper(cfg, is_train=True),

@@ -74,7 +74,7 @@ class SafeCheckpointer(DetectionCheckpointer):
 
     def has_set_aside(self) -> bool:
         """Whether :meth:`set_aside_last_checkpoint` has renamed a file of an earlier run."""
-        return (Path(self.save_dir) / "last_checkpoint.earlier").is_file()
+        return os.path.isfile(Path(self.save_dir) / "last_checkpoint.earlier")
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resume from the newest checkpoint that can be read, or load only weights.

@@ -57,7 +57,8 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
     before = flat_settings(cfg)
     try:
         cfg.merge_from_file(path, allow_unsafe=trusted)
-        _check_no_none(cfg, before)
+        if trusted:  # a run's own config has been used
+            _check_no_none(cfg, before)
     except (
         *(yaml.YAMLError, UnicodeDecodeError),  # it is not YAML
         *(AttributeError, TypeError),  # it is YAML but no mapping
@@ -85,9 +86,10 @@ def merge_overrides(cfg: CfgNode, overrides: Sequence[str]) -> None:
 
 
 def _check_no_none(cfg: CfgNode, before: dict[str, Any]) -> None:
-    """Refuse None, which a config accepts for every key."""
+    """Refuse None, which a config accepts for every key, unless it has a meaning."""
     for key, value in flat_settings(cfg).items():
-        if value is None and before.get(key) is not None:
+        # None is "as SOLVER.WEIGHT_DECAY" in WEIGHT_DECAY_NORM and WEIGHT_DECAY_BIAS.
+        if value is None and before.get(key) is not None and "WEIGHT_DECAY" not in key:
             raise ValueError(f"{key} is None")
 
 

@@ -131,7 +131,7 @@ def config_path(name: str) -> str:
     # A source checkout keeps configs/ next to the package, an installed wheel inside it.
     folders = [package.parent / "configs", package / "configs"]
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):
             return str(folder / name)
     names = sorted({path.name for folder in folders for path in folder.glob("*.yaml")})
     twin = name.replace("_standard.yaml", ".yaml")

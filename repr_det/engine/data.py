@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,9 +109,13 @@ def check_depth(image: Image.Image, path: str) -> None:
     Raises:
         UserError: it has more than 8 bits.
     """
-    # Pillow's mode of 16-bit colours is RGB. Only what the decoder is to read names the bits.
-    stored = " ".join(str(tile[3]) for tile in getattr(image, "tile", ()))
-    if image.mode.startswith(("I", "F")) or ";16" in stored:
+    # Pillow's mode of 16-bit colours is RGB. Only what its decoder is to read has the bits, such as
+    # "RGB;16B". "BGR;16" has 16 for all three channels.
+    deep = image.mode.startswith(("I", "F"))
+    for codec, _, _, stored in getattr(image, "tile", ()):
+        deep |= re.search(";16[BLN]", str(stored)) is not None
+        deep |= codec.startswith("ppm") and stored[1] > 255
+    if deep:
         raise UserError(f"Image {path} has more than 8 bits a channel. Convert it to 8.")
 
 

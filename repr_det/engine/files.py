@@ -70,13 +70,16 @@ def check_output(option: str, path: Path | None, reads: Iterable[str | Path | No
     if path is None:
         return
     if any(other is not None and path.resolve() == Path(other).resolve() for other in reads):
-        raise UserError(f"{option} {path} would replace what is read. Set another file.")
-    # Path.is_dir raises where a folder may not be read.
+        raise UserError(
+            f"{option} {path} is a file that this command also reads or writes. Set another one."
+        )
+    # Path's own methods raise where a folder may not be read.
     if not os.path.isdir(path.parent):
         raise UserError(f"Folder {path.parent} of {option} does not exist. Create it.")
     if os.path.isdir(path):
         raise UserError(f"Target {path} of {option} is a folder. Set the name of a file.")
-    if not os.access(path if path.exists() and not path.is_file() else path.parent, os.W_OK):
+    special = os.path.exists(path) and not os.path.isfile(path)  # as /dev/stdout
+    if not os.access(path if special else path.parent, os.W_OK):
         raise UserError(f"Folder {path.parent} of {option} is read-only. Set another one.")
 
 

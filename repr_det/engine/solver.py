@@ -22,6 +22,17 @@ TRIANGULAR = "Triangular"
 _DETECTRON2S = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR")
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
+_IN_A_CHECKPOINT = {
+    "initial_lr": "BASE_LR",
+    "weight_decay": "WEIGHT_DECAY",
+    "momentum": "MOMENTUM",
+    "nesterov": "NESTEROV",
+    "betas": "BETAS",
+    "alpha": "RMSPROP_ALPHA",
+    "decoupled_weight_decay": "OPTIMIZER",
+}
+"""Options of parameter groups that a checkpoint sets on resumption, and the keys below SOLVER."""
+
 
 def add_solver_config(cfg: CfgNode) -> None:
     """Add the keys of optimizers and schedules to a Detectron2 config, in place."""
@@ -103,15 +114,15 @@ def check_resumed(optimizer: Optimizer, state: dict[str, Any]) -> None:
     Raises:
         UserError: an option of a parameter group has changed.
     """
-    kinds = {"momentum", "betas", "alpha"}  # SGD, Adam and AdamW, RMSprop
+    advice = "Resume with the same, or start a new run from the checkpoint as MODEL.WEIGHTS."
     for now, before in zip(optimizer.param_groups, state["param_groups"], strict=False):
-        keys = (now.keys() & before.keys()) | ((now.keys() ^ before.keys()) & kinds)
-        for key in sorted(keys - {"params", "param_names", "lr"}):
-            if now.get(key) != before.get(key):
+        if any((key in now) != (key in before) for key in ("momentum", "betas", "alpha")):
+            raise UserError(f"The checkpoint was written with another SOLVER.OPTIMIZER. {advice}")
+        for key, name in _IN_A_CHECKPOINT.items():
+            if key in now and key in before and now[key] != before[key]:
                 raise UserError(
-                    f"The checkpoint's optimizer has {key} {before.get(key)}, this run's has "
-                    f"{now.get(key)}. Resume with the same keys below SOLVER, or start a new run "
-                    f"from the checkpoint as MODEL.WEIGHTS."
+                    f"The optimizer's {key} was {before[key]} in the checkpoint and is {now[key]} "
+                    f"now (SOLVER.{name}). {advice}"
                 )
 
 

@@ -187,9 +187,12 @@ class RePrTrainer(DefaultTrainer):
             return super().train()
 
     def after_train(self) -> None:
-        """Detectron2's hooks after the last iteration, or after an error."""
-        if self.start_iter == self.max_iter:
-            # Resumed after its last iteration. It may have been killed before it wrote this file.
+        """Detectron2's hooks after the last iteration, or after an error.
+
+        A run that is resumed after its last iteration writes its final checkpoint here: it may have
+        been killed before it had one.
+        """
+        if self.iter > self.max_iter:  # only there; Detectron2 counts one too many
             self.iter: int = self.max_iter - 1
             self.checkpointer.save("model_final", iteration=self.iter)
             self.iter = self.max_iter
@@ -231,8 +234,9 @@ class RePrTrainer(DefaultTrainer):
         resuming = resume and self.checkpointer.has_checkpoint()
         if resume and not resuming and self.checkpointer.has_set_aside():
             logger.warning(
-                "There is no checkpoint to resume from, so training starts at iteration 0. Of an "
-                "earlier run in this folder, last_checkpoint is now called last_checkpoint.earlier."
+                "There is no checkpoint to resume from, so training starts at iteration 0. To "
+                "resume the earlier run in this folder, rename last_checkpoint.earlier to "
+                "last_checkpoint."
             )
         if not resuming:
             check_weights(self.cfg.MODEL.WEIGHTS)
@@ -251,8 +255,8 @@ class RePrTrainer(DefaultTrainer):
         """Restore the trainer's state from a checkpoint.
 
         Raises:
-            UserError: the checkpoint was written in S2 and this run is without RePr, or by another
-                optimizer.
+            UserError: the checkpoint was written in S2 and this run is without RePr, or with
+                another optimizer or other options of it.
         """
         state = state_dict.get("hooks", {}).get(STATE_KEY, {})
         if self._repr_hook is None and state.get("phase") == SUB:

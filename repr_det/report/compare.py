@@ -76,7 +76,7 @@ def paired_difference(
 
 
 class Difference(NamedTuple):
-    """An arm minus the baseline, means over runs; without ends where there is no interval."""
+    """An arm minus the baseline, both means; without ends where there is no interval."""
 
     mean: float
     low: float | None = None
@@ -90,7 +90,7 @@ class Row:
     Attributes:
         title: of the metric.
         unit: ``"%"`` or empty.
-        arms: mean and spread over the runs of each arm.
+        arms: mean and spread of each arm: over its runs, or over the seeds that all arms have.
         differences: by arm, the baseline left out.
     """
 
@@ -202,7 +202,7 @@ def _with_seeds(outcome: Outcome, arms: Arms) -> Outcome | None:
         rows[metric] = replace(row, arms=means, differences=differences)
     level, several = _level_in_words(outcome, arms)
     left_out = len(arms.runs) - len(seeds) * len(arms.groups)
-    others = f" {left_out} runs of other seeds or without one are left out." if left_out else ""
+    others = f" Runs of other seeds, or of none, are left out: {left_out}." if left_out else ""
     words = (
         f"Means, differences and intervals ({level}, Student's t) are over the {len(seeds)} seeds "
         f"that all arms have.{others}{several}"

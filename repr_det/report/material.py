@@ -89,11 +89,11 @@ class Material:
     @property
     def spans(self) -> list[tuple[float, float]]:
         """Where the RePr runs trained the sub-network (S2); none where their schedules differ."""
-        keys = [run.cfg.REPR for run in self.arms.with_repr]
-        schedules = {(key.UNIT, key.S1, key.S2, key.N) for key in keys}
-        if len(schedules) != 1:
-            return []
-        return longest(self.arms.with_repr).spans  # others may have been killed
+        runs = self.arms.with_repr
+        found = longest(runs).spans if runs else []
+        # A run that was killed, or is shorter, may end within a span.
+        ended = {span for run in runs for span in run.spans if span[1] < run.iterations}
+        return found if ended <= set(found) else []
 
     @property
     def dropped(self) -> History:

@@ -110,7 +110,7 @@ class RunFolder:
     @property
     def uses_repr(self) -> bool:
         """Whether it was trained with RePr, by its config or by a hook of the user's trainer."""
-        return self.cfg.REPR.ENABLED or any(name.startswith("repr/") for name in self.metrics)
+        return self.cfg.REPR.ENABLED or self.series("repr/phase") is not None
 
     @property
     def task(self) -> str:
@@ -148,18 +148,19 @@ class RunFolder:
             drops, overlaps = self.history[1:] if self.history else ([], [])
         except UserError:  # damaged; said where the drops themselves are asked for
             return []
-        keys = self.cfg.REPR
-        if not overlaps and not keys.S1:
-            return []  # of a trainer with a schedule of its own
-        found = []
-        for drop in drops:
-            ends = [moment.iteration for moment in overlaps if moment.iteration > drop.iteration]
-            if not ends and keys.S1:
-                # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
-                ends = [drop.iteration + round(drops[0].iteration * keys.S2 / keys.S1)]
-            end = min([*ends, self.iterations])
-            found.append((drop.iteration, max(drop.iteration, end)))
-        return found
+        if self.cfg.REPR.ENABLED and drops:
+            # The first drop ends S1, so the ratio gives S2 in iterations whatever its unit.
+            length = round(drops[0].iteration * self.cfg.REPR.S2 / self.cfg.REPR.S1)
+            ends = [drop.iteration + length for drop in drops]
+        elif overlaps:  # the schedule is in the user's code
+            moments = [moment.iteration for moment in overlaps]
+            ends = [min([m for m in moments if m > drop.iteration] or [math.inf]) for drop in drops]
+        else:
+            return []
+        return [
+            (drop.iteration, max(drop.iteration, min(end, self.iterations)))
+            for drop, end in zip(drops, ends, strict=True)
+        ]
 
     @property
     def rate_drops(self) -> list[float]:

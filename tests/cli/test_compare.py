@@ -213,7 +213,7 @@ def test_the_record_does_not_replace_what_is_read(files, capsys, of, file):
     path = Path(files[of], file)
     before = path.read_bytes()
     assert main(["compare", files["truth"], files["a"], files["b"], "--json", str(path)]) == 2
-    assert "would replace what is read" in capsys.readouterr().err
+    assert "is a file that this command also reads" in capsys.readouterr().err
     assert path.read_bytes() == before
 
 

@@ -196,7 +196,7 @@ def test_no_output_replaces_what_is_read(files, tmp_path, monkeypatch, capsys, o
     monkeypatch.chdir(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert main(["eval", "--results", "results.json", "--annotations", "val.json", *outputs]) == 2
-    assert f"{outputs[1]} would replace what is read" in capsys.readouterr().err
+    assert f"{outputs[1]} is a file that this command also reads" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

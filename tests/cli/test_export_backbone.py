@@ -152,7 +152,7 @@ def test_what_is_not_of_this_command_is_not_replaced(tmp_path, capsys):
     before = source.read_bytes()
     assert main(["export-backbone", str(source), "-o", str(source)]) == 2
     assert (
-        "r18.pth would replace what is read" in capsys.readouterr().err
+        "r18.pth is a file that this command also reads" in capsys.readouterr().err
         and source.read_bytes() == before
     )
     for content in ("MODEL: {WEIGHTS: mine.pth}\nINPUT: {FORMAT: RGB}\n", "words", "MODEL: [1"):

@@ -311,11 +311,11 @@ def inputs(tmp_path, run, monkeypatch):
         (["twin"], ["--output", "out"], "would both be drawn as"),
         ([], ["--output", "."], "--output . would replace"),
         (["below/deep/twin.png"], ["--output", "below"], "--output below would replace"),
-        ([], ["--json", "good.png"], "--json good.png would replace what is read"),
+        ([], ["--json", "good.png"], "--json good.png is a file that this command also reads"),
         (
             ["--annotations", "one.json"],
             ["--json", "one.json"],
-            "--json one.json would replace what is read",
+            "--json one.json is a file that this command also reads",
         ),
         ([], ["--output", "notes.txt"], "--output notes.txt is a file. Set a folder"),
         ([], ["--output", "out", "--batch-size", "0"], "--batch-size is 0. Set it to 1 or more"),

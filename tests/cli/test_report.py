@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import cv2
 import pytest
@@ -48,6 +49,16 @@ def test_data_that_a_run_was_not_evaluated_on_are_refused(runs, tmp_path, capsys
     assert main(["report", *folders, "-o", str(page), option, "other", *files]) == 2
     assert f"was evaluated on {name}, not on other. Set" in capsys.readouterr().err
     assert not page.exists()
+
+
+def test_no_output_replaces_annotations(runs, tmp_path, capsys):
+    folders, data = runs
+    before = Path(data[2]).read_bytes()
+    figure = ["figure", "overlap_by_layer", *folders, "-o", str(tmp_path / "a.png")]
+    for words in (["report", *folders, "-o", data[2]], [*figure, "--json", data[2]]):
+        assert main([*words, *data]) == 2
+        assert "is a file that this command also reads" in capsys.readouterr().err
+        assert Path(data[2]).read_bytes() == before
 
 
 def test_detectors_that_make_the_same_mistakes_have_no_examples(tmp_path, capsys):
@@ -108,7 +119,7 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
         (
             "report",
             [run, "-o", str(out / "no" / "a.html")],
-            f"Folder {out}/no of the report does not exist",
+            f"Folder {out}/no of --output does not exist",
         ),
         ("report", [run, "-o", page, "--num-images", "1"], "1 images are too few"),
         ("figure", ["curves", run, "-o", page], f"{page} ends neither in .png nor in .svg"),
@@ -120,7 +131,7 @@ def test_mistakes_are_told_in_one_sentence_and_nothing_is_written(tmp_path, caps
         ("figure", ["detections", run, "-o", png, "--json", js], "detections has no"),
         ("figure", ["detections", run, "-o", str(out / "a.svg")], "detections is a picture. Set"),
         ("figure", ["curves", run, "-o", str(folder)], f"Target {folder} of --output is a folder"),
-        ("report", [run, "-o", str(folder)], f"Target {folder} of the report is a folder"),
+        ("report", [run, "-o", str(folder)], f"Target {folder} of --output is a folder"),
         ("figure", ["cats", run, "-o", png], "There is no figure 'cats'. Set one of curves,"),
         ("report", [run, "-o", page, "--arm", "a", other], f"{run} belongs to no arm. Set --arm"),
         ("figure", ["detections", run, "-o", png], "This figure is only available for detection"),

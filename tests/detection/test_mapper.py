@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import struct
 
 import cv2
 import numpy as np
@@ -46,7 +47,7 @@ class TestUnreadableImages:
         assert mapper(dict(record)) is None
         assert mapper(dict(record)) is None
         assert mapper({**record, "file_name": "another.jpg"}) is None
-        assert "2 so far" in caplog.text and "3 so far" not in caplog.text
+        assert "process: 2." in caplog.text and "process: 3." not in caplog.text
 
     def test_not_all_images_are_skipped(self, cfg, record):
         mapper = NamedImages(DatasetMapper(cfg, is_train=True), skip=True, images=2)
@@ -80,6 +81,29 @@ def test_an_image_of_more_than_8_bits_is_named(tmp_path, suffix, channels, kind)
     mapper = NamedImages(lambda record: record, skip=True)
     with pytest.raises(ValueError, match=r"x_ray\..* has more than 8 bits a channel\. Convert it"):
         mapper({"file_name": str(path)})
+
+
+def test_colours_of_a_ppm_may_have_16_bits(tmp_path):
+    mapper = NamedImages(lambda record: record, skip=True)
+    for maxval, size in ((255, 1), (1023, 2), (65535, 2)):
+        path = tmp_path / f"{maxval}.ppm"
+        path.write_bytes(f"P6 2 2 {maxval}\n".encode() + bytes(2 * 2 * 3 * size))
+        if maxval == 255:
+            assert mapper({"file_name": str(path)}) is not None
+            continue
+        with pytest.raises(UserError, match="more than 8 bits a channel"):
+            mapper({"file_name": str(path)})
+
+
+def test_an_image_of_16_bits_for_three_channels_is_read(tmp_path):
+    """A BMP with five or six bits a channel."""
+    size, pixels = 14 + 40 + 12, np.arange(4, dtype="<u2").tobytes()
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, len(pixels), 0, 0, 0, 0)
+    masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    start = b"BM" + struct.pack("<IHHI", size + len(pixels), 0, 0, size)
+    (tmp_path / "small.bmp").write_bytes(start + header + masks + pixels)
+    record = {"file_name": str(tmp_path / "small.bmp")}
+    assert NamedImages(lambda record: record, skip=False)(record) is record
 
 
 def test_a_png_with_a_long_text_is_named_and_skipped(cfg, tmp_path):

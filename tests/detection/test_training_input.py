@@ -161,7 +161,10 @@ class TestNames:
         ("change", "difference"),
         [
             (lambda c: c["images"][0].update(file_name="other.png"), 'it is "other.png"'),
-            (lambda c: c["images"].append({**c["images"][0], "id": 99}), "where image 99 is null"),
+            (
+                lambda c: c["images"].append({**c["images"][0], "id": 99}),
+                "only the annotations have image 99.",
+            ),
         ],
     )
     def test_of_images_are_compared(self, trained, capsys, tmp_path, change, difference):

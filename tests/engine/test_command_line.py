@@ -334,7 +334,7 @@ def test_a_run_that_was_set_aside_is_named_on_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr(SimpleTrainer, "run_step", stop)
     arguments = ["--config", "repr_faster_rcnn.yaml", *overrides(tmp_path, **SHAPES)]
     assert main(["train", *arguments]) == 130
-    sentence = "starts at iteration 0. Of an earlier run"
+    sentence = "starts at iteration 0. To resume the earlier run"
     assert sentence not in (tmp_path / "log.txt").read_text()
     assert main(["train", "--resume", *arguments]) == 130
     assert sentence in (tmp_path / "log.txt").read_text()
@@ -383,11 +383,17 @@ class TestRefusedResumption:
         [
             ({"REPR.SEED": "7"}, "seed was 0, is 7"),
             ({"REPR.ENABLED": "False"}, "written in S2 of a RePr run"),
-            ({"SOLVER.BASE_LR": "0.0125"}, "optimizer has initial_lr 0.002, this run's has 0.0125"),
-            ({"SOLVER.WEIGHT_DECAY": "0.5"}, "optimizer has weight_decay 0.0001, this run's has"),
+            (
+                {"SOLVER.BASE_LR": "0.0125"},
+                "initial_lr was 0.002 in the checkpoint and is 0.0125 now (SOLVER.BASE_LR)",
+            ),
+            (
+                {"SOLVER.WEIGHT_DECAY": "0.5"},
+                "weight_decay was 0.0001 in the checkpoint and is 0.5 now (SOLVER.WEIGHT_D",
+            ),
             (
                 {"SOLVER.OPTIMIZER": "AdamW"},
-                "optimizer has betas None, this run's has (0.9, 0.999)",
+                "The checkpoint was written with another SOLVER.OPTIMIZER.",
             ),
         ],
     )

@@ -131,7 +131,7 @@ def test_a_run_of_a_trainer_with_a_hook_in_code_is_one_of_repr(tmp_path):
     folder = write_run(tmp_path / "run", length=100)
     assert not read_run(folder).uses_repr
     with open(folder / "metrics.json", "a") as file:
-        file.write(json.dumps({"iteration": 99, "repr/overlap": 0.2}) + "\n")
+        file.write(json.dumps({"iteration": 99, "repr/phase": 0, "repr/overlap": 0.2}) + "\n")
     moments = [Overlap(iteration, {"conv": 0.2}) for iteration in (20, 30, 50, 60, 80)]
     drops = [Drop(0, 20, {"conv": [1]}), Drop(1, 50, {"conv": [0]}), Drop(2, 80, {"conv": [3]})]
     recording.write(folder, History({"conv": 4}, drops, moments))
@@ -139,6 +139,10 @@ def test_a_run_of_a_trainer_with_a_hook_in_code_is_one_of_repr(tmp_path):
     assert run.uses_repr and run.spans == [(20, 30), (50, 60), (80, 100)]
     recording.write(folder, History({"conv": 4}, drops, []))
     assert read_run(folder).spans == []
+    # A standard run in the same folder is one of its own.
+    with open(folder / "metrics.json", "a") as file:
+        file.write(json.dumps({"iteration": 19, "total_loss": 1.0}) + "\n")
+    assert not read_run(folder).uses_repr
 
 
 def test_drops_without_a_record_are_read_from_the_newest_checkpoint(tmp_path):
