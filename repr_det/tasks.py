@@ -41,7 +41,9 @@ def configure(args: argparse.Namespace) -> CfgNode:
         UserError: a mistake in the config or the files, or a detector with keys of classification.
     """
     cfg = get_cfg()
-    command_line.merge_arguments(cfg, args)
+    if args.config_file:
+        args.config_file = command_line.merge_config_file(cfg, args.config_file)
+    command_line.merge_overrides(cfg, args.opts)
     use_data(cfg, args, args.opts)
     if args.eval_only:
         cfg.DISTILL.TEACHER = ""  # a teacher is not part of the network

@@ -46,10 +46,6 @@ class ClassificationTrainer(RePrTrainer):
 
     LENGTHS = (*RePrTrainer.LENGTHS, "DSD.DENSE_ITERS", "DSD.SPARSE_ITERS")
 
-    def __init__(self, cfg: CfgNode) -> None:
-        self.check_to_train(cfg)
-        super().__init__(self.in_iterations(cfg))
-
     @classmethod
     def check(cls, cfg: CfgNode) -> None:
         """Refuse settings that no batch can be made with."""

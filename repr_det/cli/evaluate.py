@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
             write_text_whole(args.save_results, json.dumps(found.results))
         record: dict[str, Any] = {
             "source": found.source,
-            "annotations": str(found.annotations),
+            "annotations": found.truth.file.path,
             "images": len(found.truth.imgs),
             "detections": len(found.results),
         }

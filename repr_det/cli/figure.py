@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
     if args.figure == DETECTIONS:
         examples = [(e.image, e.truth, *e.found) for e in material.examples]
         titles = ("ground truth", *material.arms.groups)
-        draw_detections(examples, material.class_names, args.output, titles, columns=1)
+        draw_detections(examples, material.class_names, args.output, titles)
         print(args.output)
         return
     if args.figure == "contributions":

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pycocotools.coco import COCO
 
@@ -36,18 +36,6 @@ _RECORDED = {"category": ("categories", "name"), "image": ("images", "file_name"
 """What is recorded next to the results, by id: the part of the annotations and its key."""
 
 _HIGHEST_SCORE = 1e30
-
-
-class Annotations(NamedTuple):
-    """Annotations of a dataset.
-
-    Attributes:
-        path: the file.
-        images: ids of the images of it that count; None for all.
-    """
-
-    path: Path
-    images: frozenset[int] | None = None
 
 
 class Truth(COCO):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw
 
 from repr_det.detection.fonts import Line
 from repr_det.engine.files import write_whole, writing
-from repr_det.errors import UserError
 
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (0, 114, 178),
@@ -138,54 +137,41 @@ def _label(picture: Image.Image, text: str, box: np.ndarray, colour: tuple[int, 
 
 
 def draw_detections(
-    examples: Iterable[Sequence[Any]],
+    examples: Sequence[Sequence[Any]],
     class_names: Sequence[str],
-    out_png: str | Path,
-    titles: Sequence[str] = ("ground truth", "detections"),
-    columns: int = 2,
-    side: int = 384,
-) -> Path:
-    """Save one sheet of images, each several times: with its ground truth and with detections.
+    out_png: Path,
+    titles: Sequence[str],
+) -> None:
+    """Save one sheet of images below each other, each several times in a row.
 
     Args:
-        examples: image (uint8 RGB), ground truth and detections, as for :func:`draw_instances`.
+        examples: image (uint8 RGB), ground truth and detections, as for :func:`draw_instances`; at
+            least one.
         class_names: names of the contiguous class ids.
         out_png: where to save the sheet.
         titles: of what is drawn of each image.
-        columns: how many images next to one another.
-        side: see :func:`draw_instances`.
-
-    Returns:
-        ``out_png`` as a path.
 
     Raises:
-        UserError: there are no images, or the sheet cannot be written.
+        UserError: the sheet cannot be written.
     """
     tiles = [
-        [draw_instances(image, each, class_names, side) for each in drawn]
-        for image, *drawn in examples
+        [draw_instances(image, each, class_names) for each in drawn] for image, *drawn in examples
     ]
-    if not tiles:
-        raise UserError("There are no images to draw detections on. Set at least one.")
     height = max(tile.shape[0] for row in tiles for tile in row)
     width = max(tile.shape[1] for row in tiles for tile in row)
     gap, head = max(4, width // 60), width // 12
-    rows = -(-len(tiles) // columns)
-    columns = min(columns, len(tiles))
-    step_x, step_y = len(titles) * (width + gap) + 2 * gap, height + gap
-    sheet = Image.new("RGB", (columns * step_x - gap, head + rows * step_y), "white")
+    size = gap + len(titles) * (width + gap), head + len(tiles) * (height + gap)
+    sheet = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(sheet)
-    for number, drawn in enumerate(tiles):
-        row, column = divmod(number, columns)
-        for k, (tile, title) in enumerate(zip(drawn, titles, strict=True)):
-            x = gap + column * step_x + k * (width + gap)
-            sheet.paste(Image.fromarray(tile), (x, head + row * step_y))
-            if row == 0:
-                Line(title, head * 0.62).draw(pen, x, head * 0.1, "black")
-    out_png = Path(out_png)
-    with writing(Path(out_png)):
-        write_whole(Path(out_png), lambda file: sheet.save(file, format="PNG"))
-    return out_png
+    for row, drawn in enumerate(tiles):
+        for k, tile in enumerate(drawn):
+            sheet.paste(
+                Image.fromarray(tile), (gap + k * (width + gap), head + row * (height + gap))
+            )
+    for k, title in enumerate(titles):
+        Line(title, head * 0.62).draw(pen, gap + k * (width + gap), head * 0.1, "black")
+    with writing(out_png):
+        write_whole(out_png, lambda file: sheet.save(file, format="PNG"))
 
 
 def ground_truth(record: dict[str, Any], masks: bool) -> Instances:

@@ -21,7 +21,6 @@ from repr_det.detection.bootstrap import average_precision, class_mean
 from repr_det.detection.builtin import register_builtin
 from repr_det.detection.coco_results import (
     METRICS,
-    Annotations,
     Truth,
     check_iou_type,
     read_results,
@@ -57,14 +56,12 @@ class Detections(NamedTuple):
 
     Attributes:
         dataset: its name.
-        annotations: its file.
-        truth: what the file says.
+        truth: its annotations.
         source: results file or checkpoint that the detections are of.
         results: of :func:`repr_det.detection.coco_results.read_results`'s form.
     """
 
     dataset: str
-    annotations: Path
     truth: Truth
     source: str
     results: list[dict[str, Any]]
@@ -88,21 +85,20 @@ def annotation_file(dataset: str) -> Path:
     return Path(metadata.json_file)
 
 
-def annotations_of(cfg: CfgNode, dataset: str) -> Annotations:
+def truth_of(cfg: CfgNode, dataset: str) -> Truth:
     """The annotations of a dataset that a config names, its held-out part included.
 
     Raises:
-        UserError: see :func:`annotation_file` and :func:`register_held_out`.
+        UserError: see :func:`annotation_file`, :func:`register_held_out` and :func:`read_truth`.
     """
     train = None
     if dataset in map(held_out_name, cfg.DATASETS.TRAIN):
         register_held_out(cfg)
         # None for a user's own dataset of that name.
         train = MetadataCatalog.get(dataset).get("held_out_of")
-    if train is None:
-        return Annotations(annotation_file(dataset))
-    path = annotation_file(train)
-    return Annotations(path, frozenset(r["image_id"] for r in DatasetCatalog.get(dataset)))
+    path = annotation_file(train or dataset)
+    images = {record["image_id"] for record in DatasetCatalog.get(dataset)} if train else None
+    return read_truth(path, images)
 
 
 def evaluate(
@@ -136,7 +132,7 @@ def read_detections(results: Path, annotations: Path, dataset: str) -> Detection
     """
     path = results_path(results)
     truth = read_truth(annotations)
-    return Detections(dataset, annotations, truth, str(path), read_results(path, truth))
+    return Detections(dataset, truth, str(path), read_results(path, truth))
 
 
 def detect(
@@ -155,20 +151,18 @@ def detect(
         UserError: datasets, annotations or weights that are not there or do not fit one another;
             an image that cannot be read.
     """
-    truths = {}
-    for dataset in cfg.DATASETS.TEST:
-        annotations = annotations_of(cfg, dataset)
-        truths[dataset] = annotations.path, read_truth(*annotations)
+    truths = {dataset: truth_of(cfg, dataset) for dataset in cfg.DATASETS.TEST}
+    for truth in truths.values():
         if iou_type is not None:
-            check_iou_type([], iou_type, truths[dataset][1])
+            check_iou_type([], iou_type, truth)
     model = load_trained(cfg)
     loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
     check_classes(cfg, cfg.DATASETS.TEST)
     check_trained_classes(cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST)
-    for dataset, (annotations, truth) in truths.items():
+    for dataset, truth in truths.items():
         bar = tqdm(loaders[dataset], f"Detecting on {dataset}", unit="image", disable=not progress)
         results = _detect(model, bar, category_ids(dataset))
-        yield Detections(dataset, annotations, truth, cfg.MODEL.WEIGHTS, results)
+        yield Detections(dataset, truth, cfg.MODEL.WEIGHTS, results)
 
 
 def _detect(

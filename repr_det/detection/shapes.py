@@ -39,9 +39,6 @@ OVERSAMPLING = 4
 FORMAT = 2
 """Part of the cache folder's name; to be raised whenever the drawing below changes."""
 
-SUBSETS = {"10pct": 0.10, "25pct": 0.25}
-"""Suffix of a registered dataset -> the fraction of the training images that it holds."""
-
 _SPLITS = ("train", "val")
 _RADIUS = (0.14, 0.25)  # of an object, as a share of the image's side
 _TURN = np.pi / 6  # most that an object is turned, either way
@@ -422,9 +419,8 @@ def _write_json(path: Path, spec: ShapesSpec, drawn: list[tuple[dict, list[dict]
 def write_shapes(folder: Path, spec: ShapesSpec) -> None:
     """Draw the whole dataset into ``folder``, which must exist.
 
-    Leaves ``train/`` and ``val/`` with the images and, next to them, ``train.json``, ``val.json``
-    and a JSON for each of :data:`SUBSETS` (``train_10pct.json``), which names the first of the
-    training images.
+    Leaves ``train/`` and ``val/`` with the images and, next to them, ``train.json`` and
+    ``val.json``.
 
     Raises:
         UserError: if the objects do not fit into the images.
@@ -434,11 +430,6 @@ def write_shapes(folder: Path, spec: ShapesSpec) -> None:
         (folder / split).mkdir()
         drawn = list(_draw_split(spec, split, folder / split))
         _write_json(folder / f"{split}.json", spec, drawn)
-        if split == "train":
-            for suffix, share in SUBSETS.items():
-                _write_json(
-                    folder / f"train_{suffix}.json", spec, drawn[: round(share * len(drawn))]
-                )
 
 
 def shapes_folder(spec: ShapesSpec = ShapesSpec()) -> Path:
@@ -454,8 +445,8 @@ def shapes_folder(spec: ShapesSpec = ShapesSpec()) -> Path:
     return root / f"shapes-v{FORMAT}-{hashlib.sha256(key.encode()).hexdigest()[:10]}"
 
 
-def prepare_shapes(spec: ShapesSpec = ShapesSpec()) -> Path:
-    """Draw the dataset unless it is there already, and return its folder.
+def _drawn(folder: Path, spec: ShapesSpec) -> Path:
+    """Draw the dataset unless it is there already; returns the folder.
 
     The files are written aside and moved into place together, so an interrupted call leaves no half
     dataset, and processes that call at the same time end up with the same files.
@@ -463,10 +454,6 @@ def prepare_shapes(spec: ShapesSpec = ShapesSpec()) -> Path:
     Raises:
         OSError: if the cache folder cannot be written.
     """
-    return _drawn(shapes_folder(spec), spec)
-
-
-def _drawn(folder: Path, spec: ShapesSpec) -> Path:
     if folder.is_dir():
         return folder
     logger.info("Drawing the built-in dataset into %s (once; takes half a minute)", folder)
@@ -484,14 +471,14 @@ def _drawn(folder: Path, spec: ShapesSpec) -> Path:
 
 
 def register_shapes(spec: ShapesSpec = ShapesSpec(), prefix: str = "shapes") -> None:
-    """Register ``<prefix>_train``, its subsets (``<prefix>_train_10pct``) and ``<prefix>_val``.
+    """Register ``<prefix>_train`` and ``<prefix>_val``.
 
     The files are drawn when one of them is first loaded. Does nothing for a name that is
     registered.
     """
     folder = shapes_folder(spec)
-    for part in (*_SPLITS, *(f"train_{suffix}" for suffix in SUBSETS)):
-        name, images = f"{prefix}_{part}", folder / part.split("_")[0]
+    for part in _SPLITS:
+        name, images = f"{prefix}_{part}", folder / part
         if name in DatasetCatalog.list():
             continue
 

@@ -49,10 +49,6 @@ class DetectionTrainer(RePrTrainer):
             :class:`RePrTrainer` refuses.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
-        self.check(cfg)
-        super().__init__(cfg)
-
     @classmethod
     def check(cls, cfg: CfgNode) -> None:
         """Refuse datasets that are not there; registers those that the config implies."""

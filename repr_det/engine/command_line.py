@@ -30,17 +30,6 @@ TrainerFor = Callable[[CfgNode], type[RePrTrainer]]
 Configure = Callable[[argparse.Namespace], CfgNode]
 
 
-def merge_arguments(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Merge the config file and the ``KEY VALUE`` overrides into a config, in place.
-
-    Raises:
-        UserError: no such config file, or overrides that the config does not accept.
-    """
-    if args.config_file:
-        args.config_file = merge_config_file(cfg, args.config_file)
-    merge_overrides(cfg, args.opts)
-
-
 def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
     """Merge a config file into a config, in place; returns its path.
 

@@ -43,8 +43,7 @@ class RePrTrainer(DefaultTrainer):
     adds its loaders and its evaluator.
 
     Args:
-        cfg: a config from :func:`repr_det.engine.config.get_cfg` with the keys of the task,
-            lengths in iterations.
+        cfg: a config from :func:`repr_det.engine.config.get_cfg` with the keys of the task.
 
     Raises:
         UserError: the config cannot work.
@@ -57,7 +56,8 @@ class RePrTrainer(DefaultTrainer):
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
-        cfg = _scaled_to(cfg, comm.get_world_size(), self.LENGTHS)
+        self.check_to_train(cfg)
+        cfg = _scaled_to(self.in_iterations(cfg), comm.get_world_size(), self.LENGTHS)
         _check_solver(cfg)
         device = torch.device(cfg.MODEL.DEVICE).type
         precision = None

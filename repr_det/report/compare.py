@@ -19,9 +19,8 @@ from repr_det.detection.bootstrap import (
 from repr_det.detection.coco_results import (
     evaluable_types,
     read_results,
-    read_truth,
 )
-from repr_det.detection.evaluation import annotations_of
+from repr_det.detection.evaluation import truth_of
 from repr_det.detection.matching import Matches, match
 from repr_det.errors import UserError, sentence
 from repr_det.report.arms import Arms, last_common_evaluation, value_at
@@ -221,7 +220,7 @@ def _with_bootstrap(outcome: Outcome, arms: Arms, resamples: int) -> Outcome:
                 f"{run.folder} was evaluated last at iteration {last}, not at {outcome.iteration}, "
                 "so its detections are those of another iteration."
             )
-    truth = read_truth(*annotations_of(runs[0].cfg, runs[0].test_set))
+    truth = truth_of(runs[0].cfg, runs[0].test_set)
     # One after another: together, the detections of many runs may not fit into memory.
     kinds = [
         evaluable_types(found, truth) for run in runs if (found := read_results(run.folder, truth))
@@ -270,8 +269,7 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
     """
     if iou_type in run.matches:
         return run.matches[iou_type]
-    annotations, metric = annotations_of(run.cfg, run.test_set), f"{iou_type}/AP"
-    truth = read_truth(*annotations)
+    truth, metric = truth_of(run.cfg, run.test_set), f"{iou_type}/AP"
     found = match(truth, read_results(run.folder, truth), iou_type)
     series = run.evaluations(metric)
     once = np.ones((1, len(found.image_ids)), dtype=np.int32)
@@ -279,7 +277,7 @@ def matches_of(run: RunFolder, iou_type: str) -> Matches:
     if series is not None and abs(here - series.iloc[-1]) > 0.05:
         raise UserError(
             f"The detections in {run.folder} have {BY_NAME[metric].title} {here:.1f} on "
-            f"{annotations.path}, but the run recorded {series.iloc[-1]:.1f}. The dataset or the "
+            f"{truth.file.path}, but the run recorded {series.iloc[-1]:.1f}. The dataset or the "
             "detections have changed. Evaluate the run again."
         )
     run.matches[iou_type] = found

@@ -14,8 +14,8 @@ import pandas as pd
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from tqdm import tqdm
 
-from repr_det.detection.coco_results import BBOX, read_results, read_truth
-from repr_det.detection.evaluation import annotations_of
+from repr_det.detection.coco_results import BBOX, read_results
+from repr_det.detection.evaluation import truth_of
 from repr_det.engine.checkpoint import SafeCheckpointer
 from repr_det.engine.files import write_text_whole
 from repr_det.engine.recording import History
@@ -170,7 +170,7 @@ class Material:
         """
         self.check_detection()
         firsts = [group[0] for group in self.arms.groups.values()]
-        truth = read_truth(*annotations_of(firsts[0].cfg, firsts[0].test_set))
+        truth = truth_of(firsts[0].cfg, firsts[0].test_set)
         results = [read_results(run.folder, truth) for run in firsts]
         ids = sorted(truth.getImgIds())
         counts = [examples.mistakes(matches_of(run, BBOX)) for run in firsts]

@@ -77,7 +77,8 @@ def picture(name, draw=draw_instances):
 def sheet(name, tmp_path):
     image = np.full((40, 60, 3), 128, np.uint8)
     nothing = Instances((40, 60), gt_boxes=Boxes(torch.zeros(0, 4)), gt_classes=torch.zeros(0))
-    path = draw_detections([(image, nothing)], [], tmp_path / "sheet.png", titles=[name])
+    path = tmp_path / "sheet.png"
+    draw_detections([(image, nothing)], [], path, [name])
     return path.read_bytes()
 
 

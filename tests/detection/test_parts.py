@@ -10,8 +10,7 @@ import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from repr_det.detection.coco_results import read_truth
-from repr_det.detection.evaluation import annotations_of
+from repr_det.detection.evaluation import truth_of
 from repr_det.detection.parts import training_records
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.tasks import get_cfg
@@ -83,8 +82,7 @@ def test_only_held_out_images_are_evaluated(cfg):
     DetectionTrainer.check(cfg)
     assert ap_of_all_found(cfg, NAMES[1]) == pytest.approx(100)
     held_out = ids(DatasetCatalog.get(NAMES[1]))
-    assert annotations_of(cfg, NAMES[1]).images == held_out
-    truth = read_truth(*annotations_of(cfg, NAMES[1]))
+    truth = truth_of(cfg, NAMES[1])
     assert set(truth.imgs) == held_out and len(truth.anns) == 3
     # Another config holds other images out under the same name.
     cfg.DATASETS.HELD_OUT = 5

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
@@ -176,16 +175,6 @@ def test_the_hole_of_a_ring_is_outside_its_polygons():
     assert (filled & mask).sum() / (filled | mask).sum() > 0.98
 
 
-def test_subsets_are_the_first_training_images(written: Path):
-    everything = json.loads((written / "train.json").read_text())
-    for suffix, number in (("10pct", 2), ("25pct", 5)):
-        subset = json.loads((written / f"train_{suffix}.json").read_text())
-        assert subset["images"] == everything["images"][:number]
-        ids = {image["id"] for image in subset["images"]}
-        expected = [a for a in everything["annotations"] if a["image_id"] in ids]
-        assert subset["annotations"] == expected
-
-
 def test_registration_writes_nothing_and_loading_writes_once(registered: Path):
     json_file = Path(MetadataCatalog.get("test_shapes_val").json_file)
     assert not any(registered.iterdir())
@@ -194,7 +183,6 @@ def test_registration_writes_nothing_and_loading_writes_once(registered: Path):
     records = DatasetCatalog.get("test_shapes_val")
     assert len(records) == 6
     assert len(DatasetCatalog.get("test_shapes_train")) == 20
-    assert len(DatasetCatalog.get("test_shapes_train_25pct")) == 5
     assert [p.name for p in registered.iterdir()] == [json_file.parent.name]  # nothing left aside
     assert {a["category_id"] for r in records for a in r["annotations"]} <= set(range(6))
 
@@ -205,8 +193,7 @@ def test_registration_writes_nothing_and_loading_writes_once(registered: Path):
 
 def test_registers_its_own_names():
     shapes.register_shapes()
-    names = {"shapes_train", "shapes_val", "shapes_train_10pct", "shapes_train_25pct"}
-    assert names <= set(DatasetCatalog.list())
+    assert {"shapes_train", "shapes_val"} <= set(DatasetCatalog.list())
     assert MetadataCatalog.get("shapes_train").thing_classes == list(CLASSES)
 
 
@@ -241,9 +228,9 @@ def test_an_interrupted_drawing_leaves_nothing_behind(
 
         patch.setattr(cv2, "imwrite", imwrite)
         with pytest.raises(KeyboardInterrupt):
-            shapes.prepare_shapes(SPEC)
+            shapes._drawn(shapes.shapes_folder(SPEC), SPEC)
     assert not any(tmp_path.iterdir())
-    assert (shapes.prepare_shapes(SPEC) / "val.json").is_file()
+    assert (shapes._drawn(shapes.shapes_folder(SPEC), SPEC) / "val.json").is_file()
 
 
 def test_two_processes_may_draw_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -257,7 +244,7 @@ def test_two_processes_may_draw_at_the_same_time(tmp_path: Path, monkeypatch: py
         (folder / "second").touch()
 
     monkeypatch.setattr(shapes, "write_shapes", write_while_another_finishes)
-    folder = shapes.prepare_shapes(spec)
+    folder = shapes._drawn(shapes.shapes_folder(spec), spec)
     assert [p.name for p in folder.iterdir()] == ["first"]
     assert [p for p in tmp_path.iterdir()] == [folder]
 
