@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from repr_det.engine import solver
 from repr_det.engine.amp import MixedPrecisionTrainer, amp_precision
-from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.checkpoint import SafeCheckpointer, last_checkpoint
 from repr_det.engine.data import check_batch_size
 from repr_det.engine.hook import STATE_KEY, RePrHook
 from repr_det.engine.hooks import LossNormalizer, RecordKeeper, SeedEveryStep, SharedStatistics
@@ -193,8 +193,10 @@ class RePrTrainer(DefaultTrainer):
         been killed before it had one.
         """
         if self.iter > self.max_iter:  # only there; Detectron2 counts one too many
-            self.iter: int = self.max_iter - 1
-            self.checkpointer.save("model_final", iteration=self.iter)
+            if last_checkpoint(self.cfg.OUTPUT_DIR).name != "model_final.pth":
+                self.iter: int = self.max_iter - 1
+                self.storage.iter = self.iter
+                self.checkpointer.save("model_final", iteration=self.iter)
             self.iter = self.max_iter
         super().after_train()
 
