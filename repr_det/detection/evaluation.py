@@ -33,7 +33,7 @@ from repr_det.detection.datasets import (
     check_trained_classes,
 )
 from repr_det.detection.matching import match
-from repr_det.detection.parts import register_held_out
+from repr_det.detection.parts import held_out_images, register_held_out
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.engine.data import held_out_name
 from repr_det.engine.trained import load_trained
@@ -96,9 +96,7 @@ def truth_of(cfg: CfgNode, dataset: str) -> Truth:
         register_held_out(cfg)
         # None for a user's own dataset of that name.
         train = MetadataCatalog.get(dataset).get("held_out_of")
-    path = annotation_file(train or dataset)
-    images = {record["image_id"] for record in DatasetCatalog.get(dataset)} if train else None
-    return read_truth(path, images)
+    return read_truth(annotation_file(train or dataset), held_out_images(dataset))
 
 
 def evaluate(

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
 
 from repr_det.detection.coco_results import RESULTS, Truth, read_truth, record_dataset
+from repr_det.detection.parts import held_out_images
 
 
 class CocoEvaluator(COCOEvaluator):
@@ -47,9 +48,9 @@ class CocoEvaluator(COCOEvaluator):
 
 def _truth_of(dataset: str) -> Truth | None:
     """The checked annotations of a dataset; None where it has no COCO-format file."""
-    metadata, images = MetadataCatalog.get(dataset), None
-    if metadata.get("held_out_of"):
-        images = {record["image_id"] for record in DatasetCatalog.get(dataset)}
+    # Its file is known only then.
+    images = held_out_images(dataset)
+    metadata = MetadataCatalog.get(dataset)
     if metadata.get("evaluator_type") != "coco" or not metadata.get("json_file"):
         return None
     return read_truth(metadata.json_file, images)

@@ -138,6 +138,13 @@ def register_held_out(cfg: CfgNode) -> None:
     MetadataCatalog.get(name).set(evaluator_type="coco", held_out_of=train)
 
 
+def held_out_images(dataset: str) -> set[int] | None:
+    """The ids of the images of a held-out part, which is read; None for any other dataset."""
+    if not MetadataCatalog.get(dataset).get("held_out_of"):
+        return None
+    return {record["image_id"] for record in DatasetCatalog.get(dataset)}
+
+
 def _files(records: Iterable[dict[str, Any]]) -> list[str]:
     """The image files of a dataset, each once: a dataset may list a file once for each object."""
     return list(dict.fromkeys(record["file_name"] for record in records))
