@@ -241,9 +241,28 @@ def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
 
 
 def check_datasets(cfg: CfgNode) -> None:
-    """Refuse a config whose datasets are not there; see :func:`check_dataset`."""
+    """Refuse a config whose datasets are not there, or whose test sets COCO's metrics do not fit.
+
+    Raises:
+        UserError: see :func:`check_dataset` and :func:`check_metrics`.
+    """
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         check_dataset(name, uses_of(cfg))
+    for name in cfg.DATASETS.TEST:
+        check_metrics(name)
+
+
+def check_metrics(name: str) -> None:
+    """Refuse to evaluate a dataset that Detectron2 evaluates by LVIS's metrics.
+
+    Raises:
+        UserError: it is one. Its classes count from 1, which COCO's evaluation does not expect.
+    """
+    if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
+        raise UserError(
+            f"Dataset {name} is evaluated by LVIS's metrics, which are not here. For COCO's, set "
+            f"its files with --test-data NAME JSON IMAGES."
+        )
 
 
 def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:

@@ -30,6 +30,7 @@ from repr_det.detection.coco_results import (
 from repr_det.detection.datasets import (
     check_classes,
     check_dataset,
+    check_metrics,
     check_trained_classes,
 )
 from repr_det.detection.matching import match
@@ -71,10 +72,11 @@ def annotation_file(dataset: str) -> Path:
     """The COCO-format annotations of a registered dataset; draws the built-in one if need be.
 
     Raises:
-        UserError: no such dataset, or its files do not exist or are not COCO's.
+        UserError: no such dataset, or its files do not exist or are not COCO's; a test set of LVIS.
     """
     register_builtin()
     check_dataset(dataset)
+    check_metrics(dataset)
     metadata = MetadataCatalog.get(dataset)
     if metadata.get("drawn_on_first_use"):
         DatasetCatalog.get(dataset)

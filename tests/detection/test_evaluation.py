@@ -12,6 +12,8 @@ from repr_det.detection.evaluation import (
     evaluate,
     instances_of,
 )
+from repr_det.detection.trainer import DetectionTrainer
+from repr_det.tasks import get_cfg
 from tests.coco_files import CLASSES, direct, make_results, make_truth, read
 
 
@@ -47,3 +49,20 @@ def test_no_coco_dataset():
         MetadataCatalog.remove("not_coco")
     with pytest.raises(ValueError, match="Dataset nobody_knows is not registered"):
         annotation_file("nobody_knows")
+
+
+def test_a_test_set_of_lvis():
+    """Its classes count from 1, and COCO's evaluation would take each for the one before it."""
+    DatasetCatalog.register("of_lvis", list)
+    MetadataCatalog.get("of_lvis").set(evaluator_type="lvis", json_file=__file__)
+    cfg = get_cfg()
+    try:
+        cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("of_lvis",), ()
+        DetectionTrainer.check(cfg)
+        cfg.DATASETS.TEST = ("of_lvis",)
+        for use in (lambda: DetectionTrainer.check(cfg), lambda: annotation_file("of_lvis")):
+            with pytest.raises(ValueError, match="of_lvis is evaluated by LVIS's .* set its files"):
+                use()
+    finally:
+        DatasetCatalog.remove("of_lvis")
+        MetadataCatalog.remove("of_lvis")
