@@ -66,7 +66,8 @@ def select_layers(
     conv.
 
     Depthwise and single-filter layers never take part, since a filter has no other to be compared
-    with. Nor do layers whose weight does not train, and linear layers whose units are not hidden.
+    with. Nor do complex layers, since criteria are of real numbers, layers whose weight does not
+    train, and linear layers whose units are not hidden.
 
     Args:
         convs: all convs of the model by dotted name.
@@ -107,12 +108,15 @@ def select_layers(
         why = _why_none(layers, names, visible, linear)
         raise UserError(f"RePr found no filters to drop: {why}")
     comparable = [
-        n for n in trainable if num_filters(layers[n]) // getattr(layers[n], "groups", 1) > 1
+        n
+        for n in trainable
+        if num_filters(layers[n]) // getattr(layers[n], "groups", 1) > 1
+        and not layers[n].weight.is_complex()
     ]
     if not comparable:
         raise UserError(
             f"RePr found nothing to compare: all {len(trainable)} matching {kind} layers are "
-            f"depthwise or have a single filter. Change INCLUDE/EXCLUDE."
+            f"depthwise, complex or have a single filter. Change INCLUDE/EXCLUDE."
         )
     return comparable
 

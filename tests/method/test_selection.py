@@ -106,8 +106,32 @@ def depthwise(width=8):
 
 def test_depthwise_and_single_filters_take_no_part():
     assert names_of(depthwise(), include=["*"]) == ["0", "3", "4", "5"]
-    with pytest.raises(ValueError, match="all 2 matching conv layers are depthwise or have a sing"):
+    with pytest.raises(ValueError, match="all 2 matching conv layers are depthwise, complex or "):
         method_of(depthwise(), include=["1", "2"])
+
+
+class Spectral(nn.Module):
+    """Convs between which the features are complex."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(3, 8, 1)
+        self.b = nn.Conv2d(8, 8, 1, dtype=torch.complex64)
+        self.c, self.d = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.d(self.c(self.b(self.a(x).to(torch.complex64)).abs()))
+
+
+def test_complex_layers_take_no_part():
+    model = Spectral()
+    method = method_of(model, include=["*"], prune_ratio=0.5)
+    assert [layer.name for layer in method.layers] == ["a", "c", "d"]
+    before = model.b.weight.detach().clone()
+    method.step(1)
+    assert method.pruned["a"].any()
+    method.step(2)
+    assert method.num_pruned == 0 and torch.equal(model.b.weight, before)
 
 
 def test_frozen_layers_and_layers_outside_the_optimizer_take_no_part():
