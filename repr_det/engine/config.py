@@ -30,7 +30,7 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Number of cycles. N * (S1 + S2) must be smaller than SOLVER.MAX_ITER, and should end before
     # the learning rate first falls: a filter that returns later has too low a rate to learn.
     cfg.REPR.N = 3
-    # Share of all filters that a drop takes, the paper's p.
+    # Share of the filters that a drop takes, of all layers that take part: the paper's p.
     cfg.REPR.PRUNE_RATIO = 0.3
     # What ranks filters: ortho (the paper's score divided by its expected value for random filters
     # of the same size), ortho_paper (the score as printed), ortho_authors (that of the authors'
@@ -49,8 +49,8 @@ def add_repr_config(cfg: CfgNode) -> None:
     # Share of one layer that a drop may take.
     cfg.REPR.MAX_LAYER_RATIO = 0.5
     # Whether pruned filters are taken out of the network during S2: "on", "off" (they stay as
-    # zeros), or "auto": time both at the first drop and remove them if that pays. auto means off
-    # with DETERMINISTIC, with copies, and where S2 has fewer than 600 iterations altogether.
+    # zeros), or "auto": time both at the first drop and remove them if that pays. It means off for
+    # example with DETERMINISTIC; docs/performance.md says where else.
     cfg.REPR.COMPACT = "auto"
     # Length over which the learning rate climbs back after each return, in the unit of S1.
     cfg.REPR.WARMUP = 0

@@ -101,7 +101,7 @@ ROWS = [
         labels='has the id 1, but categories[0] has "3"'),
     Row("an id as text that points nowhere", first(category_id="3"), 'category_id "3", which'),
     Row("a category without objects", lambda content: None),
-    Row("no id", without("annotations", "id"), "annotations[0] has no id"),
+    Row("an annotation without id", without("annotations", "id"), "annotations[0] has no id"),
     Row("no width or height", without("images", "width"), "image 4 has no width",
         labels="image 4 has no width"),
     Row("a box with a negative side", first(bbox=[1, 2, -3, 4]), "has the bbox [1, 2, -3, 4]"),
