@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
 
 from repr_det.engine.files import write_whole
 from repr_det.errors import UserError, shown
@@ -127,6 +129,24 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> dict[str, Any]:
         return read_checkpoint(f)
 
+    def _load_file(self, filename: str) -> Any:
+        try:
+            content = super()._load_file(filename)
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds: a pickle, or a file of pycls
+            raise _no_checkpoint(filename, error) from error
+        weights = content["model"]
+        if not isinstance(weights, dict):
+            raise UserError(f"{filename} is no checkpoint: its model is {shown(weights)}.")
+        for key, value in weights.items():
+            if not isinstance(value, (Tensor, np.ndarray)):
+                raise UserError(
+                    f"{filename} is no checkpoint of Detectron2's: its entry {key} is of type "
+                    f"{type(value).__name__}, not a tensor. Save the weights alone, or under model."
+                )
+        return content
+
     def _load_model(self, checkpoint: Any) -> Any:
         keys = set(self.model.state_dict())
         incompatible = super()._load_model(checkpoint)
@@ -176,9 +196,11 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"Checkpoint {path} does not exist.") from None
     except Exception as error:  # of many kinds, depending on which byte is wrong
-        raise UserError(
-            f"{path} is damaged or is no checkpoint ({type(error).__name__})."
-        ) from error
+        raise _no_checkpoint(path, error) from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(content).__name__}.")
     return content
+
+
+def _no_checkpoint(path: str | Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged or is no checkpoint ({type(error).__name__}).")

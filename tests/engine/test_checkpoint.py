@@ -90,6 +90,28 @@ def test_not_a_checkpoint(tmp_path, content):
         SafeCheckpointer(small_model(), str(tmp_path)).resume_or_load(str(path), resume=False)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.pkl", b"<html>not found</html>", "a.pkl is damaged or is no checkpoint"),
+        ("a.pkl", pickle.dumps([1, 2]), "a.pkl is damaged or is no checkpoint"),
+        ("a.pyth", {"epoch": 3}, "a.pyth is damaged or is no checkpoint"),
+        ("a.pth", {"state_dict": {"0.bias": torch.zeros(1)}, "epoch": 90}, "entry state_dict is"),
+        ("a.pth", {"model": {"0.bias": torch.zeros(1), "epoch": 90}}, "entry epoch is of type int"),
+        ("a.pth", {"model": 7}, "its model is 7"),
+    ],
+)
+def test_checkpoints_of_other_tools_are_refused_in_a_sentence(tmp_path, name, content, sentence):
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    else:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UserError, match=sentence):
+        SafeCheckpointer(small_model()).load_whole(str(tmp_path / name))
+    with pytest.raises(UserError, match=sentence):
+        SafeCheckpointer(small_model()).resume_or_load(str(tmp_path / name), resume=False)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")
 def test_a_changed_byte_never_ends_in_an_error_of_torch(tmp_path):
     path = tmp_path / "model_0000004.pth"
