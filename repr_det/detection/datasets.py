@@ -240,15 +240,14 @@ def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
         keypoints.take_number(cfg, metadata, overrides)
 
 
-def check_datasets(cfg: CfgNode) -> None:
-    """Refuse a config whose datasets are not there, or whose test sets COCO's metrics do not fit.
+def check_test_sets(cfg: CfgNode) -> None:
+    """Refuse test sets that are not there, or that COCO's metrics do not fit.
 
     Raises:
         UserError: see :func:`check_dataset` and :func:`check_metrics`.
     """
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        check_dataset(name, uses_of(cfg))
     for name in cfg.DATASETS.TEST:
+        check_dataset(name, uses_of(cfg))
         check_metrics(name)
 
 
@@ -285,6 +284,8 @@ def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("drawn_on_first_use"):
         return
+    if metadata.get("held_out_of"):  # a part of another one
+        return check_dataset(metadata.held_out_of, uses)
     for kind in ("json_file", "image_root"):
         path = metadata.get(kind)
         if path is not None and not Path(path).exists():

@@ -17,9 +17,11 @@ from repr_det.detection.builtin import register_builtin
 from repr_det.detection.datasets import (
     check_annotations,
     check_classes,
-    check_datasets,
+    check_dataset,
+    check_test_sets,
     check_trained_classes,
     check_training_objects,
+    uses_of,
 )
 from repr_det.detection.deterministic_loader import build_deterministic_loader
 from repr_det.detection.evaluator import CocoEvaluator
@@ -51,10 +53,17 @@ class DetectionTrainer(RePrTrainer):
 
     @classmethod
     def check(cls, cfg: CfgNode) -> None:
-        """Refuse datasets that are not there; registers those that the config implies."""
+        """Refuse test sets that are not there; registers datasets that the config implies."""
         register_builtin()
         register_held_out(cfg)
-        check_datasets(cfg)
+        check_test_sets(cfg)
+
+    @classmethod
+    def check_to_train(cls, cfg: CfgNode) -> None:
+        """Refuse datasets that are not there."""
+        cls.check(cfg)
+        for name in cfg.DATASETS.TRAIN:
+            check_dataset(name, uses_of(cfg))
 
     @classmethod
     def check_to_evaluate(cls, cfg: CfgNode, weights: str) -> None:

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
-from detectron2.modeling import build_model
 from detectron2.utils.env import seed_all_rng
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -23,8 +22,7 @@ from tqdm import tqdm
 from repr_det.engine import solver
 from repr_det.engine.batches import own_batches, training_loss
 from repr_det.engine.checkpoint import SafeCheckpointer
-from repr_det.engine.data import held_out_name
-from repr_det.engine.trainer import check_weights
+from repr_det.engine.trainer import RePrTrainer, check_weights
 from repr_det.errors import UserError
 from repr_det.method.controller import RePr
 from repr_det.method.criteria import Data, filter_overlap, mean_overlap
@@ -94,7 +92,7 @@ def load_network(cfg: CfgNode, weights: str | Path | None) -> Network:
     cfg.defrost()
     cfg.DISTILL.TEACHER = ""  # a teacher is not part of the network
     seed_all_rng(max(cfg.SEED, 0))
-    model = build_model(cfg)
+    model = RePrTrainer.build_model(cfg)
     if weights is not None:
         SafeCheckpointer(model).load_whole(str(weights))
     elif cfg.MODEL.WEIGHTS:  # of a part of the model, maybe
@@ -141,10 +139,8 @@ def held_out_images(cfg: CfgNode, count: int) -> list[Any]:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     cfg.TEST.IMS_PER_BATCH = count
-    trainer, checked = trainer_for(cfg), cfg.clone()
-    if not set(map(held_out_name, cfg.DATASETS.TRAIN)) & set(cfg.DATASETS.TEST):
-        checked.DATASETS.TRAIN = ()  # may well be elsewhere
-    trainer.check(checked)
+    trainer = trainer_for(cfg)
+    trainer.check(cfg)
     loader = trainer.build_test_loader(cfg, cfg.DATASETS.TEST[-1])
     batches, images = [], 0
     for batch in loader:
@@ -328,7 +324,7 @@ def contributions(network: Network) -> dict[str, list[float]]:
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = 0
     trainer = trainer_for(cfg)
-    trainer.check(cfg)
+    trainer.check_to_train(cfg)
     batches = own_batches(trainer.build_train_loader(cfg), max(cfg.SEED, 0))
     network.model.train()
     try:

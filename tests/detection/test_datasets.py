@@ -14,12 +14,13 @@ from repr_det.detection.datasets import (
     check_annotations,
     check_classes,
     check_dataset,
-    check_datasets,
     check_same_classes,
+    check_test_sets,
     check_training_objects,
     take_num_classes,
     use_coco_data,
 )
+from repr_det.detection.trainer import DetectionTrainer
 from repr_det.errors import UserError
 from repr_det.tasks import get_cfg
 
@@ -102,10 +103,15 @@ def test_no_image_folder(cfg, coco, name):
         use_coco_data(cfg, "TRAIN", name, coco[0], "nowhere")
 
 
-def test_unregistered(cfg):
+def test_unregistered(cfg, coco, name):
+    use_coco_data(cfg, "TEST", name, *coco)
     cfg.DATASETS.TRAIN = ("nobody_registered_this",)
+    DetectionTrainer.check(cfg)  # all that evaluation needs
     with pytest.raises(ValueError, match="nobody_registered_this is not registered"):
-        check_datasets(cfg)
+        DetectionTrainer.check_to_train(cfg)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (), cfg.DATASETS.TRAIN
+    with pytest.raises(ValueError, match="nobody_registered_this is not registered"):
+        DetectionTrainer.check(cfg)
 
 
 def test_wrong_number_of_classes(cfg, name):
@@ -145,7 +151,7 @@ def test_what_detectron2_registered_is_read_by_the_same_reader(cfg, registered):
     assert entry["bbox"] == [1, 2, 10, 10] and "segmentation" not in entry
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (registered,)
     cfg.MODEL.MASK_ON = True
-    check_datasets(cfg)
+    check_test_sets(cfg)
     for read in (
         lambda: DatasetCatalog.get(registered),
         lambda: check_annotations(cfg, [registered]),

@@ -58,7 +58,7 @@ def test_a_test_set_of_lvis():
     cfg = get_cfg()
     try:
         cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("of_lvis",), ()
-        DetectionTrainer.check(cfg)
+        DetectionTrainer.check_to_train(cfg)
         cfg.DATASETS.TEST = ("of_lvis",)
         for use in (lambda: DetectionTrainer.check(cfg), lambda: annotation_file("of_lvis")):
             with pytest.raises(ValueError, match="of_lvis is evaluated by LVIS's .* set its files"):

@@ -86,7 +86,8 @@ def test_eval_only(tmp_path, capsys):
     assert (out / "inference" / "coco_instances_results.json").is_file()
     # That of the run that lies there stays as it is.
     (out / "config.yaml").write_text("# of another run\n")
-    train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights))
+    elsewhere = ("DATASETS.TRAIN", "('my_train',)")  # only the test set is here
+    train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights), *elsewhere)
     assert (out / "config.yaml").read_text() == "# of another run\n"
 
 

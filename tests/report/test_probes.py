@@ -85,6 +85,13 @@ def test_a_checkpoint_has_the_layers_and_overlap_of_its_run(trained):
     assert np.array_equal(first_filters(network), stem)
 
 
+def test_a_network_that_is_not_registered_is_no_bug_of_ours():
+    cfg = get_cfg()
+    cfg.MODEL.BACKBONE.NAME = "build_my_backbone"
+    with pytest.raises(UserError, match="build_my_backbone.*import what registers it"):
+        load_network(cfg, None)
+
+
 def test_correlations_are_of_what_the_layer_answers(trained, monkeypatch):
     monkeypatch.setattr(network_module, "OBSERVATIONS", 10**6)  # every position
     run, *_ = trained
