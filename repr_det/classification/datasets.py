@@ -29,7 +29,14 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from iopath.common.file_io import file_lock
 from torch import Tensor
 
-from repr_det.engine.data import datasets_root, held_out_name, is_hidden, is_image, part_indices
+from repr_det.engine.data import (
+    datasets_root,
+    first_line,
+    held_out_name,
+    is_hidden,
+    is_image,
+    part_indices,
+)
 from repr_det.errors import UserError
 
 DOWNLOAD_TIMEOUT_S = 15
@@ -192,7 +199,7 @@ def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{folder} is no folder of class folders with images "
-            f"({str(error).splitlines()[0].rstrip('.')}). Set the folder above the classes, or "
+            f"({first_line(error).rstrip('.')}). Set the folder above the classes, or "
             f"DETECTRON2_DATASETS."
         ) from error
     files, labels = zip(*found.samples, strict=True)

@@ -97,7 +97,7 @@ def read_labels(path: str | Path) -> dict[str, list[dict[str, Any]]]:
         UserError: no such file, or entries that :func:`check` refuses.
     """
     path = str(path)
-    parts = _parts(read_json(path, "Annotation file"), path)
+    parts = _parts(read_json(path, "Annotation file"), path, ("images", "categories"))
     return {
         "images": _images(path, parts["images"]),
         "categories": _categories(path, parts["categories"]),
@@ -187,15 +187,17 @@ class _Faults:
         }
 
 
-def _parts(content: Any, path: str) -> dict[str, list[dict[str, Any]]]:
-    """The three lists of a file, their entries dicts."""
+def _parts(
+    content: Any, path: str, names: Sequence[str] = ("images", "annotations", "categories")
+) -> dict[str, list[dict[str, Any]]]:
+    """Lists of a file, their entries dicts."""
     if type(content) is not dict:
         raise UserError(
             f"{path} is not a COCO annotation file: it is {shown(content)}. Set a file with "
             f"images, annotations and categories."
         )
     parts = {}
-    for part in ("images", "annotations", "categories"):
+    for part in names:
         if type(content.get(part)) is not list:
             raise UserError(
                 f"{path} is not a COCO annotation file: its {part} are {shown(content.get(part))}. "

@@ -22,8 +22,8 @@ def merge_trained(
 
     Args:
         cfg: defaults with the keys of the model's task.
-        run: ``OUTPUT_DIR`` of a run. Its config is used, with the weights of its last checkpoint.
-            It may come from another machine, so ``MODEL.DEVICE`` does not change.
+        run: ``OUTPUT_DIR`` of a run. Its config is used, see :func:`merge_run_config`, with the
+            weights of its last checkpoint.
         config_file: a config file or a bare name in ``configs/``, where ``run`` is None.
         overrides: KEY, VALUE, ...; they override both.
 
@@ -31,7 +31,6 @@ def merge_trained(
         UserError: no such run or config file, a config that cannot be read, or overrides that it
             does not accept.
     """
-    device = cfg.MODEL.DEVICE
     if run is None:
         merge_config_file(cfg, config_file or "")
     else:
@@ -41,10 +40,25 @@ def merge_trained(
                 f"{run} holds no run ({config.name} and last_checkpoint). Pass the OUTPUT_DIR of "
                 "one, or a config file and MODEL.WEIGHTS."
             )
-        merge_config_file(cfg, str(config), trusted=False)
-        cfg.MODEL.DEVICE = device
+        merge_run_config(cfg, config)
         cfg.MODEL.WEIGHTS = str(last_checkpoint(run))
     merge_overrides(cfg, overrides)
+
+
+def merge_run_config(cfg: CfgNode, path: Path) -> None:
+    """Merge the ``config.yaml`` of a run, in place.
+
+    The run may come from another machine, so ``MODEL.DEVICE`` does not change. A trainer of one's
+    own may have keys of its own.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    device = cfg.MODEL.DEVICE
+    cfg.set_new_allowed(True)
+    merge_config_file(cfg, str(path), trusted=False)
+    cfg.set_new_allowed(False)
+    cfg.MODEL.DEVICE = device
 
 
 def load_trained(cfg: CfgNode) -> nn.Module:

@@ -174,7 +174,7 @@ def curves(panels: Sequence[Panel], *, xlabel: str = "iteration", spread: str = 
     panels = [panel for panel in panels if panel.lines]
     if not panels:
         raise UserError("Nothing was recorded yet that could be drawn over iterations.")
-    with _style():
+    with _style([line.label for panel in panels for line in panel.lines]):
         figure = _figure(0.4 + 2.2 * len(panels))
         every = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         shown: list[str] = []
@@ -354,7 +354,7 @@ def dots_by_layer(
         xlabel: what the number is, with its unit.
         palette: from :func:`colours`.
     """
-    with _style():
+    with _style([*values]):
         figure = _figure(1.0 + min(_TALLEST, max(0.9, _ROW * len(names))))
         axes = figure.subplots()
         size = 20 if _ROW * len(names) <= _TALLEST else 8
@@ -415,7 +415,7 @@ def heat_maps(
         palette: from :func:`colours`.
     """
     networks = list(next(iter(layers.values())))
-    with _style():
+    with _style(networks):
         side = WIDTH / max(2.2, len(networks))
         titles = {network: _wrapped(network, side - 0.25) for network in networks}
         figure = _figure(0.75 + (side + 0.18) * len(layers) + _extra(titles))
@@ -477,7 +477,7 @@ def contributions(
         xlabel: what a contribution is, with its unit.
         palette: from :func:`colours`.
     """
-    with _style():
+    with _style([*values]):
         figure = _figure(2.3)
         axes = figure.subplots()
         labels = {arm: f"{arm}, median {np.median(array):.2g}" for arm, array in values.items()}
@@ -501,7 +501,7 @@ def filter_images(filters: Mapping[str, NDArray[np.float64]], palette: Mapping[s
             others as their mean.
         palette: from :func:`colours`.
     """
-    with _style():
+    with _style([*filters]):
         columns = len(filters)
         side = WIDTH / max(columns, 1.6)
         titles = {network: _wrapped(network, side - 0.15) for network in filters}

@@ -15,11 +15,11 @@ from detectron2.config import CfgNode
 from repr_det.detection.matching import Matches
 from repr_det.engine import recording
 from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
-from repr_det.engine.command_line import merge_config_file
 from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.data import held_out_name
 from repr_det.engine.files import read_records
 from repr_det.engine.hook import STATE_KEY
+from repr_det.engine.trained import merge_run_config
 from repr_det.errors import UserError
 from repr_det.report.metrics import KINDS, counted
 from repr_det.tasks import get_cfg, task_of
@@ -275,10 +275,7 @@ def of_checkpoint(config: str, weights: Path) -> RunFolder:
 
 def _read_config(path: Path) -> CfgNode:
     cfg = get_cfg()
-    device = cfg.MODEL.DEVICE
-    cfg.set_new_allowed(True)  # a trainer of one's own has keys of its own
-    merge_config_file(cfg, str(path), trusted=False)
-    cfg.MODEL.DEVICE = device
+    merge_run_config(cfg, path)
     return cfg
 
 

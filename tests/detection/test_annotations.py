@@ -12,7 +12,14 @@ import pytest
 from detectron2.data.datasets import load_coco_json
 from pycocotools import mask as coco_mask
 
-from repr_det.detection.annotations import KEYPOINTS, MASKS, category_names, check, read_coco
+from repr_det.detection.annotations import (
+    KEYPOINTS,
+    MASKS,
+    category_names,
+    check,
+    read_coco,
+    read_labels,
+)
 from repr_det.detection.datasets import records_of
 from repr_det.detection.masks import decoded_counts, rle_fault
 from repr_det.errors import UserError
@@ -307,6 +314,15 @@ def test_hints(write, caplog, change, hint):
     with caplog.at_level(logging.INFO, "detectron2"):
         read_coco(write(change))
     assert hint in caplog.text
+
+
+def test_names_and_images_are_read_from_a_file_without_annotations(write):
+    """As the files of COCO's test sets."""
+    path = write(lambda c: c.pop("annotations"))
+    found = read_labels(path)
+    assert [image["id"] for image in found["images"]] == [i["id"] for i in sound()["images"]]
+    with pytest.raises(UserError, match="its annotations are null"):
+        read_coco(path)
 
 
 def test_the_image_of_lvis_is_known_by_its_url(write):

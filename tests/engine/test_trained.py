@@ -40,6 +40,17 @@ def test_overrides_win(run):
     assert (cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE) == ("other.pth", "meta")
 
 
+def test_a_run_may_have_keys_of_its_own(run):
+    """Those that a user's trainer adds; a mistake on the command line is still one."""
+    with (run / "config.yaml").open("a") as file:
+        file.write("MY: {KEY: 3}\n")
+    cfg = get_cfg()
+    merge_trained(cfg, run, None, [])
+    assert cfg.MY.KEY == 3
+    with pytest.raises(UserError, match="NO_KEY"):
+        merge_trained(get_cfg(), run, None, ["SOLVER.NO_KEY", "1"])
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "last_checkpoint"])
 def test_no_run(run, name):
     (run / name).unlink()

@@ -91,6 +91,30 @@ def test_every_arm_has_its_own_colour():
     assert many["base"] == COLOURS[STANDARD] and many["a"] == COLOURS[REPR]
 
 
+def test_names_of_arms_are_drawn_in_fonts_that_have_them(monkeypatch):
+    asked: set[str] = set()
+
+    def families(names):
+        asked.update(names)
+        return ["DejaVu Sans"]
+
+    monkeypatch.setattr(plots, "families", families)
+    arms, palette = ["\u6807\u51c6", "\u65b0"], plots.colours(["\u6807\u51c6", "\u65b0"])
+    x = np.arange(3.0)
+    table = np.eye(3)
+    for draw in (
+        lambda: plots.curves([Panel("loss", [Line(x, x, "black", arm) for arm in arms])]),
+        lambda: plots.dots_by_layer(["a", "b", "c"], dict.fromkeys(arms, x), "x", palette),
+        lambda: plots.heat_maps({"layer": dict.fromkeys(arms, table)}, "correlation", palette),
+        lambda: plots.contributions(dict.fromkeys(arms, x), "x", palette),
+        lambda: plots.filter_images(dict.fromkeys(arms, np.ones((2, 3, 4, 4))), palette),
+        lambda: plots.bars(["a", "b", "c"], {arm: [x] for arm in arms}, "x", palette),
+    ):
+        asked.clear()
+        draw()
+        assert asked >= set(arms)
+
+
 def test_filters_are_tiled_in_order_and_scaled_one_by_one():
     filters = np.zeros((3, 3, 2, 2))
     filters[0, 0, 0, 0] = 0.001  # red, however small

@@ -16,6 +16,7 @@ from repr_det.classification.models.bn_inception import BNInception
 from repr_det.classification.models.cifar_densenet import CifarDenseNet
 from repr_det.classification.models.cifar_resnet import CifarResNet
 from repr_det.classification.models.plain import PlainConvNet
+from repr_det.engine.data import first_line
 from repr_det.errors import UserError
 
 PAPER_NAMES = (
@@ -164,5 +165,5 @@ def _check_image_size(name: str, network: nn.Module, image_size: int) -> None:
     except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"{name} cannot take images of {image_size} x {image_size} pixels "
-            f"({str(error).splitlines()[0].rstrip('.')}). Set INPUT.IMAGE_SIZE to its size."
+            f"({first_line(error).rstrip('.')}). Set INPUT.IMAGE_SIZE to its size."
         ) from error
