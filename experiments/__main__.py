@@ -36,9 +36,8 @@ from experiments.runs import (
 )
 from experiments.summarise import over_time, results_page, table_in_markdown
 from experiments.tables import TABLES, Table, only
-from repr_det.engine.command_line import exit_status
 from repr_det.engine.files import check_output, write_text_whole
-from repr_det.errors import UserError
+from repr_det.errors import UserError, exit_status
 from repr_det.report import plots
 
 SEEDS = {FULL: 3, QUICK: 1}

@@ -32,8 +32,7 @@ import experiments.efficientnet_lite
 from experiments.protocol import STUDIES, Cell, all_cells, choice_cells, next_cell
 from experiments.runs import FULL, Run, alone_in, execute, plan, read_record, write_record
 from experiments.tables import ACCURACY, AP, Overrides, Row, Table
-from repr_det.engine.command_line import exit_status
-from repr_det.errors import UserError
+from repr_det.errors import UserError, exit_status
 
 TRIES = 2
 """A cell that failed this often counts as failed."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable
 from typing import Any
 
 _SHOWN = 60
@@ -22,6 +24,34 @@ def sentence(error: UserError) -> str:
     if message.startswith("Caught "):
         message = message.strip().splitlines()[-1].partition(": ")[2]
     return message
+
+
+def tell(program: str, error: UserError) -> int:
+    """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
+
+    Args:
+        program: the program's name.
+        error: what is wrong.
+    """
+    print(f"{program}: error: {sentence(error)}", file=sys.stderr)
+    return 2
+
+
+def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -> int:
+    """Do a program's work; returns its exit status: 0, 2 after a mistake, 130 if interrupted.
+
+    Args:
+        program: its name.
+        work: does it, and may return another exit status.
+        stopped: what to print when it is interrupted.
+    """
+    try:
+        return work() or 0
+    except UserError as error:
+        return tell(program, error)
+    except KeyboardInterrupt:
+        print(stopped, file=sys.stderr)
+        return 130
 
 
 def shown(value: Any) -> str:

@@ -13,17 +13,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
 from repr_det.classification.datasets import ImageArrays, ImageFiles
-from repr_det.engine.data import check_batch_size, first_line, read_rgb
-from repr_det.errors import UserError
+from repr_det.engine.data import check_batch_size, read_image
 
 Batch = dict[str, Tensor]
 
@@ -272,22 +269,6 @@ class _FileDataset(Dataset):
             )
             image = self.transform(image)
         return image.flip(0) if self.bgr else image, int(self.data.labels[index])
-
-
-def read_image(path: str) -> NDArray[np.uint8]:
-    """The pixels of an image file (height, width, 3), RGB, upright.
-
-    Raises:
-        UserError: a file that is no image or is truncated, too large, or of more than 8 bits.
-    """
-    try:
-        return read_rgb(path)
-    except UserError:
-        raise
-    except Exception as error:  # each decoder has its own
-        raise UserError(
-            f"{path} cannot be read as an image ({first_line(error)}). Replace it or take it out."
-        ) from error
 
 
 class _EndlessBatches(Sampler[list[tuple[int, int]]]):

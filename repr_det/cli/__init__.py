@@ -16,7 +16,7 @@ from types import ModuleType
 import repr_det
 from repr_det.cli.arguments import HelpFormatter
 from repr_det.cli.noise import silence
-from repr_det.errors import UserError, sentence
+from repr_det.errors import exit_status
 
 silence()  # here, since processes that a command starts import this module and run no main()
 
@@ -84,11 +84,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     if not words or words[0] not in COMMANDS:
         build_parser().parse_args(words)  # prints the help or the mistake, and exits
-    try:
-        return import_module(COMMANDS[words[0]]).run(parse(words)) or 0
-    except UserError as error:
-        print(f"{PROGRAM} {words[0]}: error: {sentence(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{PROGRAM} {words[0]}: interrupted.", file=sys.stderr)
-        return 130
+    program = f"{PROGRAM} {words[0]}"
+    return exit_status(
+        program,
+        lambda: import_module(COMMANDS[words[0]]).run(parse(words)),
+        stopped=f"{program}: interrupted.",
+    )

@@ -31,7 +31,7 @@ from repr_det.errors import UserError
 if TYPE_CHECKING:
     from repr_det.detection.evaluation import Detections, Evaluation
 
-BOXES_ONLY_WITHOUT_MASK_ON = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet", "FCOS")
+BOXES_ONLY_WITHOUT_MASK_ON = ("GeneralizedRCNN", "PanopticFPN", "RetinaNet")
 """Detectron2's architectures, which have no masks if MODEL.MASK_ON is False. Others may."""
 
 

@@ -99,7 +99,6 @@ def run(args: argparse.Namespace) -> int:
         sources,
         args.output,
         batch_size=args.batch_size,
-        longest=detector.longest,
         progress=True,
     )
     if args.json:

@@ -222,6 +222,8 @@ class Detector:
         self._resize = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
+        # Longest side of an image as the model sees it; an image that would be less than half a
+        # pixel wide then cannot be looked at. None for no limit.
         self.longest = cfg.INPUT.MAX_SIZE_TEST if cfg.INPUT.MIN_SIZE_TEST else None
         self._model = load_trained(cfg)
 
@@ -272,7 +274,6 @@ def predict(
     output: Path | None = None,
     *,
     batch_size: int = 1,
-    longest: int | None = None,
     progress: bool = False,
 ) -> Outcome:
     """Detect on images and videos, and draw.
@@ -289,8 +290,6 @@ def predict(
         output: folder for the pictures and videos, made when there is something to write; None to
             draw nothing.
         batch_size: images in a batch.
-        longest: side of an image as the detector sees it, in pixels; an image that would be less
-            than half a pixel wide then is left out. None for no limit.
         progress: show a bar.
 
     Raises:
@@ -312,7 +311,7 @@ def predict(
         def save(frame: _Frame, found: Instances) -> None:
             _save(output / frame.source.drawn, draw_over(frame.image, found, labels.names))
 
-        look(_read_images(images, labels, numbers, outcome.faults, longest), save)
+        look(_read_images(images, labels, numbers, outcome.faults, detector.longest), save)
         if not outcome.images and not videos:
             others = f", nor can the other {len(images) - 1}" if len(images) > 1 else ""
             raise UserError(f"Image {outcome.faults[0]} cannot be read{others}.")

@@ -13,7 +13,6 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
-from torch import nn
 from torch.multiprocessing import ProcessExitedException
 
 from repr_det.engine.checkpoint import SafeCheckpointer, has_run, last_checkpoint
@@ -21,7 +20,7 @@ from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.processes import launch
 from repr_det.engine.run_folder import open_run_folder, set_up_process
 from repr_det.engine.trainer import RePrTrainer, check_weights
-from repr_det.errors import UserError, sentence
+from repr_det.errors import UserError, tell
 
 GRACE_S = 60.0
 """How long a process waits for the main process to report a mistake that both have made."""
@@ -125,7 +124,8 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
             weights = str(last_checkpoint(cfg.OUTPUT_DIR)) if resumed else cfg.MODEL.WEIGHTS
             trainer_class.check_to_evaluate(cfg, weights)
             model = trainer_class.build_model(cfg)
-            load_to_evaluate(model, cfg, args.resume)
+            check_weights(weights, required=True)
+            SafeCheckpointer(model).load_whole(weights)
         else:
             trainer = trainer_class(cfg)
             trainer.resume_or_load(resume=args.resume)
@@ -134,48 +134,6 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         results = trainer_class.test(cfg, model) if args.eval_only else trainer.train()
     if args.eval_only and comm.is_main_process():
         verify_results(cfg, results)
-
-
-def load_to_evaluate(model: nn.Module, cfg: CfgNode, resume: bool) -> None:
-    """Load the last checkpoint of ``OUTPUT_DIR`` if asked to and if there is one, else weights.
-
-    Raises:
-        UserError: there are no weights, they cannot be loaded, or are not the whole model's.
-    """
-    checkpointer = SafeCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-    if resume and checkpointer.has_checkpoint():
-        checkpointer.resume_or_load("", resume=True)
-        return
-    check_weights(cfg.MODEL.WEIGHTS, required=True)
-    checkpointer.load_whole(cfg.MODEL.WEIGHTS)
-
-
-def tell(program: str, error: UserError) -> int:
-    """Print a user's mistake as one sentence on standard error; returns the exit status, 2.
-
-    Args:
-        program: the program's name.
-        error: what is wrong.
-    """
-    print(f"{program}: error: {sentence(error)}", file=sys.stderr)
-    return 2
-
-
-def exit_status(program: str, work: Callable[[], int | None], *, stopped: str) -> int:
-    """Do a tool's work; returns its exit status: 0, 2 after a user's mistake, 130 if interrupted.
-
-    Args:
-        program: the program's name.
-        work: does it, and may return another exit status.
-        stopped: what to print when it is interrupted.
-    """
-    try:
-        return work() or 0
-    except UserError as error:
-        return tell(program, error)
-    except KeyboardInterrupt:
-        print(stopped, file=sys.stderr)
-        return 130
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from detectron2.data.detection_utils import read_image
+from detectron2.data import detection_utils
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -128,7 +128,23 @@ def read_rgb(path: str | Path) -> NDArray[np.uint8]:
     """
     with Image.open(path) as image:
         check_depth(image, str(path))
-    return read_image(str(path), format="RGB")
+    return detection_utils.read_image(str(path), format="RGB")
+
+
+def read_image(path: str | Path) -> NDArray[np.uint8]:
+    """The same, or one sentence.
+
+    Raises:
+        UserError: a file that is no image or is truncated, too large, or of more than 8 bits.
+    """
+    try:
+        return read_rgb(path)
+    except UserError:
+        raise
+    except Exception as error:  # each decoder has its own
+        raise UserError(
+            f"Image {path} cannot be read ({first_line(error)}). Replace it or take it out."
+        ) from error
 
 
 def first_line(error: BaseException) -> str:
@@ -140,7 +156,7 @@ def first_line(error: BaseException) -> str:
 def image_fault(path: str | Path) -> str | None:
     """Why an image cannot be decoded, in one line; None where it can."""
     try:
-        read_image(str(path), format="RGB")
+        detection_utils.read_image(str(path), format="RGB")
     except Exception as error:  # each decoder has its own
         return first_line(error)
     return None

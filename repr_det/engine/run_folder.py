@@ -50,7 +50,7 @@ def set_up_process(cfg: CfgNode, args: argparse.Namespace) -> MemoryHandler:
     seed_all_rng(None if cfg.SEED < 0 else cfg.SEED + rank)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         keep_freed_memory()
-    if not getattr(args, "eval_only", False):
+    if not args.eval_only:
         torch.backends.cudnn.benchmark = cfg.CUDNN_BENCHMARK
     return lines
 

@@ -8,13 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pycocotools.mask
 import torch
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import Boxes, Instances
 
 from repr_det.detection.drawing import ground_truth
 from repr_det.detection.matching import Matches
-from repr_det.engine.data import image_fault
-from repr_det.errors import UserError
+from repr_det.engine.data import read_image
 
 MIN_SCORE = 0.5
 """Detections with a lower score neither count nor show."""
@@ -85,9 +83,7 @@ def example(
     Raises:
         UserError: the image cannot be read.
     """
-    if reason := image_fault(record["file_name"]):
-        raise UserError(f"Image {record['file_name']} cannot be read ({reason}). Replace it.")
-    image = read_image(record["file_name"], format="RGB")
+    image = read_image(record["file_name"])
     found = [
         _instances(
             # A decoded mask is as large as the image, so only masks that are drawn are decoded.

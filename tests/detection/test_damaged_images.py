@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
 
-from repr_det.classification.loader import read_image as read_for_classification
 from repr_det.detection.mapper import NamedImages
 from repr_det.detection.prediction import Labels, find_sources, predict
 from repr_det.engine.data import image_fault
+from repr_det.engine.data import read_image as read_for_classification
 from repr_det.errors import UserError
 
 FORMATS = {
@@ -133,6 +133,7 @@ def test_every_format_is_found_and_read(tmp_path, suffix):
         seen.extend(images)
         raise RuntimeError("enough")
 
+    detector.longest = None
     with pytest.raises(RuntimeError, match="enough"):
         predict(detector, Labels([], [], {}), [source])
     assert seen[0].shape == (30, 40, 3)
