@@ -45,7 +45,10 @@ def test_commands_on_your_own_data_do_their_work(path, tmp_path, monkeypatch):
     small |= {"SOLVER.MAX_ITER": "9", "TEST.EVAL_PERIOD": "9"}
     for words in run:
         if words[0] == "train":
-            words = [*words, *(part for pair in small.items() for part in pair)]
+            # Its ResNet-18, which is small, has a width of its own.
+            other = "MODEL.RESNETS" if "neu_det_faster_rcnn.yaml" in words else ()
+            shorter = {k: v for k, v in small.items() if not k.startswith(other)}
+            words = [*words, *(part for pair in shorter.items() for part in pair)]
         try:
             assert main(words) == 0, words
         finally:
