@@ -143,6 +143,7 @@ def test_images_are_seen_as_they_are_meant(run, tmp_path):
         nothing["pred_classes"] = torch.zeros(0, dtype=torch.int64)
         return [Instances(image.shape[:2], **nothing) for image in images]
 
+    detector.longest = None
     sources = find_sources([image.path for image in written])
     outcome = predict(detector, Labels([], [], {}), sources, batch_size=4)
     assert outcome.images == len(written) == 13 and not outcome.faults
