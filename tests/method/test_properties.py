@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 
+import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
@@ -117,6 +118,7 @@ def check_returned(layer, old, mask):
         assert new[part].any(dim=1)[known].all()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=30, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

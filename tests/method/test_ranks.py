@@ -110,6 +110,7 @@ def rank_without_batches(rank):
     return {criterion: rank_by(criterion, batches) for criterion in CRITERIA}
 
 
+@pytest.mark.slow
 def test_ranking_where_one_rank_has_no_batches(tmp_path):
     first, second = in_two_processes(rank_without_batches, tmp_path)
     alone = rank_without_batches(0)
