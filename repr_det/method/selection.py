@@ -107,18 +107,19 @@ def select_layers(
     if not trainable:
         why = _why_none(layers, names, visible, linear)
         raise UserError(f"RePr found no filters to drop: {why}")
-    comparable = [
-        n
-        for n in trainable
-        if num_filters(layers[n]) // getattr(layers[n], "groups", 1) > 1
-        and not layers[n].weight.is_complex()
-    ]
+    comparable = [n for n in trainable if _is_comparable(layers[n])]
     if not comparable:
         raise UserError(
             f"RePr found nothing to compare: all {len(trainable)} matching {kind} layers are "
             f"depthwise, complex or have a single filter. Change INCLUDE/EXCLUDE."
         )
     return comparable
+
+
+def _is_comparable(layer: nn.Module) -> bool:
+    """Whether a criterion can compare a filter with another one of its group."""
+    in_a_group = num_filters(layer) // getattr(layer, "groups", 1)
+    return in_a_group > 1 and not layer.weight.is_complex()
 
 
 def _why_none(
