@@ -132,7 +132,7 @@ def read_rgb(path: str | Path) -> NDArray[np.uint8]:
 
 
 def read_image(path: str | Path) -> NDArray[np.uint8]:
-    """The same, or one sentence.
+    """:func:`read_rgb` where any image that cannot be read is a user's mistake.
 
     Raises:
         UserError: a file that is no image or is truncated, too large, or of more than 8 bits.

@@ -13,8 +13,7 @@ from PIL import Image, features
 
 from repr_det.detection.mapper import NamedImages
 from repr_det.detection.prediction import Labels, find_sources, predict
-from repr_det.engine.data import image_fault
-from repr_det.engine.data import read_image as read_for_classification
+from repr_det.engine.data import image_fault, read_image
 from repr_det.errors import UserError
 
 FORMATS = {
@@ -96,7 +95,7 @@ def check_image(path):
         if "more than 8 bits" not in sentence:
             assert skipping(record) is None and f"({fault})" in sentence or "too thin" in sentence
     try:
-        read_for_classification(str(path))
+        read_image(str(path))
     except UserError as error:
         assert "\n" not in str(error) and str(path) in str(error)
 
