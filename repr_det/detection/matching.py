@@ -2,7 +2,7 @@
 
 An image's matches do not depend on other images, so they are found once and then counted, once or
 as often as a resample draws the image. faster-coco-eval finds them; pycocotools is the reference
-and does it where faster-coco-eval is not installed.
+of the tests.
 """
 
 from __future__ import annotations
@@ -14,18 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 from numpy.typing import NDArray
 from pycocotools import mask
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
 from repr_det.detection.coco_results import SEGM, check_iou_type
-
-try:
-    from faster_coco_eval.core.faster_eval_api import COCOeval_faster
-except ImportError:
-    COCOeval_faster = None
 
 AREAS = ((0, 1e10), (0, 32**2), (32**2, 96**2), (96**2, 1e10))
 """pycocotools' ranges of area in square pixels: all, small, medium, large."""
@@ -80,12 +75,32 @@ class Matches:
     classes: dict[str, ClassMatches]
 
 
+def with_faster_coco_eval(objects: COCO, detections: COCO, iou_type: str) -> tuple[Flags, Flags]:
+    """See :data:`Engine`."""
+    evaluation = COCOeval_faster(
+        objects, detections, iou_type, print_function=lambda _: None, separate_eval=True
+    )
+    evaluation.params.imgIds = sorted(detections.imgs)
+    evaluation.params.catIds = [_CATEGORY]
+    evaluation.params.maxDets = [MOST_DETECTIONS]
+    evaluation.evaluate()
+    # The matches themselves are only in what an image's evaluation is pickled as: object ids by
+    # threshold and detection, then (among others) what is ignored, by area and then by image.
+    states = [entry.__getstate__() for entry in evaluation._evalImgs_cpp]
+    found = []
+    for part in (0, 4):
+        flags = [np.array(state[part], dtype=np.int64).reshape(THRESHOLDS, -1) for state in states]
+        by_area = np.split(np.concatenate(flags, axis=1), len(AREAS), axis=1)
+        found.append(np.stack(by_area) != 0)
+    return found[0], found[1]
+
+
 def match(
     truth: COCO,
     results: Entries,
     iou_type: str,
     *,
-    engine: Engine | None = None,
+    engine: Engine = with_faster_coco_eval,
     label: str = "Evaluating",
     progress: bool = False,
 ) -> Matches:
@@ -96,7 +111,7 @@ def match(
         results: from :func:`repr_det.detection.coco_results.read_results`.
         iou_type: ``"bbox"`` or ``"segm"``. As in Detectron2, masks are small or large by their own
             area, not by that of their box.
-        engine: finds the matches; None for faster-coco-eval, else pycocotools.
+        engine: finds the matches.
         label: of the progress bar.
         progress: show one.
 
@@ -104,8 +119,6 @@ def match(
         UserError: a detection or an object has no such box or mask.
     """
     check_iou_type(results, iou_type, truth)
-    if engine is None:
-        engine = with_pycocotools if COCOeval_faster is None else with_faster_coco_eval
     image_ids = tuple(sorted(truth.getImgIds()))
     positions = {image: position for position, image in enumerate(image_ids)}
     images = np.array([positions[r["image_id"]] for r in results], dtype=np.int64)
@@ -226,40 +239,3 @@ def _indexed(images: Entries, annotations: Entries) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _set_up(evaluation: COCOeval, detections: COCO) -> None:
-    evaluation.params.imgIds = sorted(detections.imgs)
-    evaluation.params.catIds = [_CATEGORY]
-    evaluation.params.maxDets = [MOST_DETECTIONS]
-
-
-def with_pycocotools(objects: COCO, detections: COCO, iou_type: str) -> tuple[Flags, Flags]:
-    """See :data:`Engine`."""
-    evaluation = COCOeval(objects, detections, iou_type)
-    _set_up(evaluation, detections)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-    by_area = np.array(evaluation.evalImgs, dtype=object).reshape(len(AREAS), -1)
-    return tuple(
-        np.stack([np.concatenate([entry[key] for entry in area], axis=1) for area in by_area]) != 0
-        for key in ("dtMatches", "dtIgnore")
-    )
-
-
-def with_faster_coco_eval(objects: COCO, detections: COCO, iou_type: str) -> tuple[Flags, Flags]:
-    """See :data:`Engine`."""
-    evaluation = COCOeval_faster(
-        objects, detections, iou_type, print_function=lambda _: None, separate_eval=True
-    )
-    _set_up(evaluation, detections)
-    evaluation.evaluate()
-    # The matches themselves are only in what an image's evaluation is pickled as: object ids by
-    # threshold and detection, then (among others) what is ignored, by area and then by image.
-    states = [entry.__getstate__() for entry in evaluation._evalImgs_cpp]
-    found = []
-    for part in (0, 4):
-        flags = [np.array(state[part], dtype=np.int64).reshape(THRESHOLDS, -1) for state in states]
-        by_area = np.split(np.concatenate(flags, axis=1), len(AREAS), axis=1)
-        found.append(np.stack(by_area) != 0)
-    return found[0], found[1]
