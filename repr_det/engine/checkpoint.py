@@ -19,9 +19,7 @@ from repr_det.errors import UserError, shown
 
 logger = logging.getLogger(f"detectron2.{__name__}")
 
-NUMBERED = re.compile(r"model_(\d+)\.pth")
-"""Name of a checkpoint that is not the final one: its last iteration."""
-
+_NUMBERED = re.compile(r"model_(\d+)\.pth")
 _NAME = re.compile(r"[^/\\\s][^/\\\n]*\.pth")
 
 
@@ -116,14 +114,9 @@ class SafeCheckpointer(DetectionCheckpointer):
     def _newest_first(self) -> Iterator[Path]:
         tagged = last_checkpoint(self.save_dir)
         yield tagged
-        numbers = {
-            path: int(match[1])
-            for path in tagged.parent.glob("model_*.pth")
-            if (match := NUMBERED.fullmatch(path.name)) and path != tagged
-        }
-        limit = NUMBERED.fullmatch(tagged.name)
-        for path in sorted(numbers, key=numbers.__getitem__, reverse=True):
-            if limit is None or numbers[path] < int(limit[1]):
+        limit = iteration_of(tagged)
+        for number, path in reversed(numbered_checkpoints(tagged.parent)):
+            if path != tagged and (limit is None or number < limit):
                 yield path
 
     def _torch_load(self, f: str) -> dict[str, Any]:
@@ -163,6 +156,18 @@ class SafeCheckpointer(DetectionCheckpointer):
 def has_run(folder: str | Path) -> bool:
     """Whether a folder holds a run's checkpoint to resume from."""
     return (Path(folder) / "last_checkpoint").is_file()
+
+
+def iteration_of(path: str | Path) -> int | None:
+    """Last iteration of a checkpoint, from its name; None for the final one and other files."""
+    match = _NUMBERED.fullmatch(Path(path).name)
+    return int(match[1]) if match else None
+
+
+def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Checkpoints of a run by their last iteration, ascending; without the final one."""
+    numbers = ((iteration_of(path), path) for path in folder.glob("model_*.pth"))
+    return sorted((number, path) for number, path in numbers if number is not None)
 
 
 def last_checkpoint(folder: str | Path) -> Path:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from repr_det.detection.coco_results import BBOX, read_results
 from repr_det.detection.evaluation import truth_of
-from repr_det.engine.checkpoint import SafeCheckpointer
+from repr_det.engine.checkpoint import SafeCheckpointer, iteration_of
 from repr_det.engine.files import write_text_whole
 from repr_det.engine.recording import History
 from repr_det.errors import UserError, sentence
@@ -245,8 +245,8 @@ def overlap_over_time(run: RunFolder) -> tuple[pd.Series | None, pd.Series | Non
 
 
 def _overlap_of_checkpoints(run: RunFolder) -> tuple[pd.Series, pd.Series]:
-    numbered = [path for path in run.checkpoints if path.name != FINAL]
-    moments = [(int(path.stem.removeprefix("model_")) + 1, path) for path in numbered]
+    numbers = ((iteration_of(path), path) for path in run.checkpoints)
+    moments = [(number + 1, path) for number, path in numbers if number is not None]
     if run.finished and (not moments or moments[-1][0] < run.iterations):
         moments.append((run.iterations, run.folder / FINAL))
     points = {}

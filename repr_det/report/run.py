@@ -14,7 +14,12 @@ from detectron2.config import CfgNode
 
 from repr_det.detection.matching import Matches
 from repr_det.engine import recording
-from repr_det.engine.checkpoint import NUMBERED, last_checkpoint, read_checkpoint
+from repr_det.engine.checkpoint import (
+    iteration_of,
+    last_checkpoint,
+    numbered_checkpoints,
+    read_checkpoint,
+)
 from repr_det.engine.config import config_path, flat_settings
 from repr_det.engine.data import held_out_name
 from repr_det.engine.files import read_records
@@ -199,17 +204,12 @@ class RunFolder:
     @cached_property
     def checkpoints(self) -> list[Path]:
         """By increasing iteration, the final one last; none of an earlier run in the folder."""
-        numbered = [
-            (int(match[1]), path)
-            for path in self.folder.glob("model_*.pth")
-            if (match := NUMBERED.fullmatch(path.name))
-        ]
         # Of runs without a record only the checkpoints are known.
         last = math.inf if self.metrics.empty else self.iterations - 1
-        if match := NUMBERED.fullmatch(self._newest):
-            last = min(last, int(match[1]))
-        numbered = [(number, path) for number, path in numbered if number <= last]
-        found = [path for _, path in sorted(numbered)]
+        newest = iteration_of(self._newest)
+        if newest is not None:
+            last = min(last, newest)
+        found = [path for number, path in numbered_checkpoints(self.folder) if number <= last]
         final = self.folder / FINAL
         return [*found, final] if self.finished and final.is_file() else found
 
