@@ -113,6 +113,34 @@ def check_file_names(content: dict[str, Any], folder: str) -> None:
             )
 
 
+def check_images(name: str, paths: Sequence[str]) -> None:
+    """Refuse images that do not exist.
+
+    Args:
+        name: of their dataset.
+        paths: of the images.
+
+    Raises:
+        UserError: how many, and which is the first.
+    """
+    # A folder that is listed once is faster than a question for each file, above all on a network.
+    listed: dict[str, set[str]] = {}
+    missing = []
+    for path in paths:
+        folder, file = os.path.split(path)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        # Some file systems find a name that is written otherwise.
+        if file not in listed[folder] and not os.path.isfile(path):
+            missing.append(path)
+    if missing:
+        raise UserError(
+            f"Dataset {name}: {len(missing)} of {len(paths)} images do not exist, for example "
+            f"{missing[0]}. Set the folder that the file names are relative to, or take them out "
+            f"of the annotations."
+        )
+
+
 def register_coco(name: str, annotations: str, images: str, uses: Collection[str]) -> None:
     """Register a COCO-format dataset that is checked whenever it is read.
 
@@ -172,7 +200,9 @@ def check_annotations(cfg: CfgNode, datasets: Sequence[str]) -> None:
         metadata = MetadataCatalog.get(name)
         if metadata.get("json_file") and is_coco(metadata):
             content = _read(name, metadata.json_file, uses_of(cfg))
-            check_file_names(content, metadata.get("image_root", ""))
+            folder = metadata.get("image_root", "")
+            check_file_names(content, folder)
+            check_images(name, [os.path.join(folder, i["file_name"]) for i in content["images"]])
 
 
 def is_coco(metadata: Metadata) -> bool:
@@ -252,15 +282,22 @@ def check_test_sets(cfg: CfgNode) -> None:
 
 
 def check_metrics(name: str) -> None:
-    """Refuse to evaluate a dataset that Detectron2 evaluates by LVIS's metrics.
+    """Refuse to evaluate a dataset that COCO's metrics of boxes and masks do not fit.
 
     Raises:
-        UserError: it is one. Its classes count from 1, which COCO's evaluation does not expect.
+        UserError: it is of LVIS, whose classes count from 1, which COCO's evaluation does not
+            expect; or it is labelled for semantic segmentation.
     """
-    if MetadataCatalog.get(name).get("evaluator_type") == "lvis":
+    kind = MetadataCatalog.get(name).get("evaluator_type") or ""
+    if kind == "lvis":
         raise UserError(
             f"Dataset {name} is evaluated by LVIS's metrics, which are not here. For COCO's, set "
             f"its files with --test-data NAME JSON IMAGES."
+        )
+    if kind.endswith("sem_seg"):
+        raise UserError(
+            f"Dataset {name} is evaluated by metrics of semantic segmentation, which are not here. "
+            f"Set DATASETS.TEST () to train without evaluation."
         )
 
 
@@ -290,20 +327,23 @@ def check_dataset(name: str, uses: Collection[str] = (BOXES,)) -> None:
         path = metadata.get(kind)
         if path is not None and not Path(path).exists():
             raise UserError(
-                f"Dataset {name} needs {Path(path).resolve()}, which does not exist. Set "
-                f"DETECTRON2_DATASETS to the folder that holds {_folder_of(path)}. "
-                f"`repr-det demo` needs no data."
+                f"Dataset {name} needs {Path(path).resolve()}, which does not exist. "
+                f"{_where_to_put(path)}"
             )
     if is_coco(metadata) and _has_coco_reader(name):
         register_coco(name, metadata.json_file, metadata.image_root, uses)
 
 
-def _folder_of(path: str) -> str:
-    """Which folder of the datasets' root a file of a dataset is in: ``coco/`` for COCO's."""
+def _where_to_put(path: str) -> str:
+    """What to do about a file of a registered dataset that does not exist."""
     try:
-        return f"{Path(path).relative_to(datasets_root()).parts[0]}/"
+        folder = Path(path).relative_to(datasets_root()).parts[0]  # "coco" for COCO's
     except ValueError:
-        return "it"
+        return "Correct the path that the dataset is registered with."
+    return (
+        f"Set DETECTRON2_DATASETS to the folder that holds {folder}/. `repr-det demo` needs no "
+        f"data."
+    )
 
 
 def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
@@ -312,22 +352,35 @@ def check_classes(cfg: CfgNode, datasets: Sequence[str]) -> None:
     Raises:
         UserError: their number differs, or their names.
     """
+    check_all_same_classes(datasets)
     count = num_classes(cfg)
-    first: str | None = None
     for name in datasets:
-        metadata = MetadataCatalog.get(name)
-        if metadata.get("thing_classes") is None:
-            DatasetCatalog.get(name)  # only then does the catalog know the classes of a file
-        classes: Sequence[str] | None = metadata.get("thing_classes")
-        if classes is None:
-            continue
-        if count != len(classes):
+        classes = _classes_of(name)
+        if classes is not None and len(classes) != count:
             raise UserError(
                 f"{num_classes_key(cfg)} is {count}, but dataset {name} has {len(classes)} "
                 f"classes. Set it to {len(classes)}, or another dataset."
             )
-        first = first or name
-        check_same_classes(first, name)
+
+
+def check_all_same_classes(datasets: Sequence[str]) -> None:
+    """Refuse datasets whose classes differ from each other's; reads them where there are several.
+
+    Raises:
+        UserError: names or their order by id differ.
+    """
+    if len(datasets) > 1:
+        known = [name for name in datasets if _classes_of(name) is not None]
+        for name in known[1:]:
+            check_same_classes(known[0], name)
+
+
+def _classes_of(name: str) -> Sequence[str] | None:
+    """The classes of a dataset, which is read if need be; None where nothing tells them."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("thing_classes") is None:
+        DatasetCatalog.get(name)  # only then does the catalog know the classes of a file
+    return metadata.get("thing_classes")
 
 
 def check_trained_classes(weights: str, datasets: Sequence[str]) -> None:

@@ -30,6 +30,7 @@ from repr_det.detection.coco_results import (
 from repr_det.detection.datasets import (
     check_classes,
     check_dataset,
+    check_images,
     check_metrics,
     check_trained_classes,
 )
@@ -155,6 +156,11 @@ def detect(
     for truth in truths.values():
         if iou_type is not None:
             check_iou_type([], iou_type, truth)
+    for dataset, truth in truths.items():
+        if (folder := MetadataCatalog.get(dataset).get("image_root")) is not None:
+            check_images(
+                dataset, [str(Path(folder, image["file_name"])) for image in truth.imgs.values()]
+            )
     model = load_trained(cfg)
     loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
     check_classes(cfg, cfg.DATASETS.TEST)

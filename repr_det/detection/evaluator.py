@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from detectron2.utils import comm
+from detectron2.utils.logger import log_first_n
 
 from repr_det.detection.coco_results import RESULTS, Truth, read_truth, record_dataset
 from repr_det.detection.parts import held_out_images
@@ -29,6 +31,13 @@ class CocoEvaluator(COCOEvaluator):
 
     def __init__(self, cfg: CfgNode, dataset: str) -> None:
         truth = _truth_of(dataset)
+        if (MetadataCatalog.get(dataset).get("evaluator_type") or "").endswith("panoptic_seg"):
+            log_first_n(
+                logging.WARNING,
+                f"Dataset {dataset}: boxes and masks are evaluated, panoptic quality is not.",
+                key="message",
+                name=f"detectron2.{__name__}",
+            )
         with _reading(truth) if truth else nullcontext():
             super().__init__(
                 dataset,

@@ -8,6 +8,7 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
+from repr_det.detection.datasets import check_all_same_classes
 from repr_det.engine.data import held_out_name, part_indices
 from repr_det.errors import UserError
 
@@ -18,13 +19,14 @@ def training_records(cfg: CfgNode) -> list[dict[str, Any]]:
     """What a config trains on, in Detectron2's format.
 
     Raises:
-        UserError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on, or
-            a sampler that needs whole datasets.
+        UserError: ``DATASETS.HELD_OUT`` or ``TRAIN_SHARE`` out of range, nothing to train on,
+            training sets of different classes, or a sampler that needs whole datasets.
     """
     if not cfg.DATASETS.TRAIN:
         raise UserError(
             "DATASETS.TRAIN is empty. Set registered datasets, or images with --train-data."
         )
+    check_all_same_classes(cfg.DATASETS.TRAIN)
     try:
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN,

@@ -18,6 +18,7 @@ from repr_det.detection.datasets import (
     check_annotations,
     check_classes,
     check_dataset,
+    check_images,
     check_test_sets,
     check_trained_classes,
     check_training_objects,
@@ -97,6 +98,8 @@ class DetectionTrainer(RePrTrainer):
         check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         check_training_objects(cfg, records)
+        if not cfg.INPUT.SKIP_BAD_IMAGES:
+            check_images(" and ".join(cfg.DATASETS.TRAIN), [r["file_name"] for r in records])
         if cfg.DETERMINISTIC:
             return build_deterministic_loader(cfg, records, mapper)
         return build_detection_train_loader(cfg, mapper=mapper, dataset=records)
@@ -104,8 +107,13 @@ class DetectionTrainer(RePrTrainer):
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
         """Detectron2's test loader; an image that cannot be read is named."""
+        own = cfg.clone()
+        own.defrost()
+        # With keypoints DatasetMapper asks for the training set, to mirror them. That is not done
+        # here, and the training set may be on another machine.
+        own.MODEL.KEYPOINT_ON = False
         mapper = NamedImages(
-            DatasetMapper(cfg, is_train=False),
+            DatasetMapper(own, is_train=False),
             skip=False,
             longest=cfg.INPUT.MAX_SIZE_TEST if cfg.INPUT.MIN_SIZE_TEST else None,
         )

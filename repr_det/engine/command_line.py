@@ -51,7 +51,7 @@ def merge_config_file(cfg: CfgNode, name: str, *, trusted: bool = True) -> str:
         *(yaml.YAMLError, UnicodeDecodeError),  # it is not YAML
         *(AttributeError, TypeError),  # it is YAML but no mapping
         *(KeyError, ValueError),  # the config does not know a key, or cannot take a value
-        *(FileNotFoundError, AssertionError),  # its _BASE_
+        *(OSError, AssertionError, RecursionError),  # its _BASE_
     ) as error:
         raise UserError(f"Config {path} cannot be read ({_reason(error)}). Correct it.") from error
     return path
@@ -122,6 +122,8 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         if args.eval_only:
             resumed = args.resume and has_run(cfg.OUTPUT_DIR)
             weights = str(last_checkpoint(cfg.OUTPUT_DIR)) if resumed else cfg.MODEL.WEIGHTS
+            if not cfg.DATASETS.TEST:
+                raise UserError("DATASETS.TEST is empty. Set what to evaluate on.")
             trainer_class.check_to_evaluate(cfg, weights)
             model = trainer_class.build_model(cfg)
             check_weights(weights, required=True)
@@ -129,6 +131,8 @@ def _in_process(args: argparse.Namespace, configure: Configure, trainer_for: Tra
         else:
             trainer = trainer_class(cfg)
             trainer.resume_or_load(resume=args.resume)
+            if trainer.cfg.SOLVER.REFERENCE_WORLD_SIZE != cfg.SOLVER.REFERENCE_WORLD_SIZE:
+                cfg = trainer.cfg  # scaled to the processes; so are the iterations of all records
         open_run_folder(cfg, lines, keep_config=args.eval_only)
         # A loader may still meet a damaged file.
         results = trainer_class.test(cfg, model) if args.eval_only else trainer.train()

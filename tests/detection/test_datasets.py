@@ -191,6 +191,39 @@ def test_training_and_test_files_have_the_same_classes(cfg, coco, name, other):
         MetadataCatalog.remove("other_classes")
 
 
+@pytest.mark.parametrize("count", [2, 3])
+def test_classes_are_compared_before_they_are_counted(cfg, coco, name, count):
+    """Whatever number is set, one of the two datasets does not have it."""
+    use_coco_data(cfg, "TRAIN", name, *coco)
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = count
+    cfg.DATASETS.TRAIN = (name, "other_classes")
+    DatasetCatalog.register("other_classes", list)
+    MetadataCatalog.get("other_classes").thing_classes = ["nut", "bolt"]
+    try:
+        with pytest.raises(UserError, match="Dataset other_classes has other classes than"):
+            check_classes(cfg, cfg.DATASETS.TRAIN)
+        with pytest.raises(UserError, match="Dataset other_classes has other classes than"):
+            DetectionTrainer.training_images(cfg)
+    finally:
+        DatasetCatalog.remove("other_classes")
+        MetadataCatalog.remove("other_classes")
+
+
+@pytest.mark.parametrize("kind", ["sem_seg", "cityscapes_sem_seg"])
+def test_semantic_segmentation_is_not_evaluated(cfg, name, kind):
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(evaluator_type=kind, stuff_classes=["sky"])
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(UserError, match=r"semantic segmentation.* Set DATASETS.TEST \(\)"):
+        check_test_sets(cfg)
+
+
+def test_files_of_a_registered_dataset_that_are_missing(cfg, coco, name):
+    register_coco_instances(name, {}, f"{coco[0]}.gone", coco[1])
+    with pytest.raises(UserError, match="gone, which does not exist. Correct the path that the"):
+        check_dataset(name)
+
+
 @pytest.mark.parametrize(
     ("file_name", "advice"),
     [("train\\1.png", "Set the path with slashes"), ("http://a.org/1.png", "Download the images")],

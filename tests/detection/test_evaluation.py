@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -12,6 +14,7 @@ from repr_det.detection.evaluation import (
     evaluate,
     instances_of,
 )
+from repr_det.detection.evaluator import CocoEvaluator
 from repr_det.detection.trainer import DetectionTrainer
 from repr_det.tasks import get_cfg
 from tests.coco_files import CLASSES, direct, make_results, make_truth, read
@@ -49,6 +52,20 @@ def test_no_coco_dataset():
         MetadataCatalog.remove("not_coco")
     with pytest.raises(ValueError, match="Dataset nobody_knows is not registered"):
         annotation_file("nobody_knows")
+
+
+def test_a_panoptic_test_set_is_said_to_be_evaluated_in_part(tmp_path, caplog):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(make_truth()))
+    MetadataCatalog.get("of_panoptic").set(
+        evaluator_type="coco_panoptic_seg", json_file=str(path), thing_classes=["things"]
+    )
+    cfg = get_cfg()
+    try:
+        CocoEvaluator(cfg, "of_panoptic")
+    finally:
+        MetadataCatalog.remove("of_panoptic")
+    assert "boxes and masks are evaluated, panoptic quality is not" in caplog.text
 
 
 def test_a_test_set_of_lvis():

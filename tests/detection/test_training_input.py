@@ -237,6 +237,33 @@ def test_fewer_iterations_than_are_done_are_refused(copy, capsys):
     assert (folder / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("which", ["train", "test"])
+def test_images_that_are_missing_are_said_before_training(tmp_path, capsys, which):
+    data = [write(tmp_path / name) for name in ("train", "test")]
+    gone = tmp_path / which / "images" / "4.png"
+    gone.unlink()
+    given = arguments(data[0], tmp_path / "run", "--test-data", "input_test", *data[1])
+    sentence = f"Dataset input_{which}: 1 of 3 images do not exist, for example {gone}. "
+    assert sentence in refused(capsys, given)
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_training_images_may_be_skipped(tmp_path):
+    data = [write(tmp_path / name) for name in ("train", "test")]
+    (tmp_path / "train" / "images" / "4.png").unlink()
+    given = arguments(data[0], tmp_path / "run", "--test-data", "input_test", *data[1])
+    run([*given, "INPUT.SKIP_BAD_IMAGES", "True"])
+
+
+def test_missing_images_are_said_before_evaluation(copy, tmp_path, capsys):
+    data, folder = copy
+    elsewhere = str(tmp_path / "elsewhere")
+    Path(elsewhere).mkdir()
+    given = (str(folder), "--test-data", "input_test", data[0], elsewhere)
+    sentence = refused_by(capsys, "eval", *given)
+    assert f"3 of 3 images do not exist, for example {elsewhere}" in sentence
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_damaged_image_in_training_is_one_sentence(tmp_path, capsys, workers):
     """Also where a loader's process meets it."""
@@ -252,8 +279,8 @@ def test_a_damaged_image_in_training_is_one_sentence(tmp_path, capsys, workers):
 @pytest.mark.parametrize("deterministic", ["False", "True"])
 def test_not_one_image_can_be_read_in_training(tmp_path, capsys, deterministic):
     data = write(tmp_path / "data")
-    shutil.rmtree(data[1])
-    Path(data[1]).mkdir()
+    for path in Path(data[1]).iterdir():
+        path.write_bytes(b"")
     keys = {"INPUT.SKIP_BAD_IMAGES": "True", "DETERMINISTIC": deterministic}
     given = arguments(data, tmp_path / "run", **keys)
     assert "None of the training images can be read." in refused(capsys, given)
@@ -332,6 +359,19 @@ class TestKeypoints:
         assert all(len(entry["keypoints"]) == 9 for entry in found)
         record = (tmp_path / "run" / "metrics.json").read_text()
         assert "keypoints/AP" in record
+
+    def test_are_evaluated_where_the_training_set_is_not_there(self, data, tmp_path, capsys):
+        changes = {"MODEL.KEYPOINT_ON": "True", "MODEL.ROI_KEYPOINT_HEAD.CONV_DIMS": "(16,)"}
+        run(arguments(data, tmp_path / "run", **changes))
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            for name in ("input_train", "input_test"):
+                catalog.remove(name)
+        written = tmp_path / "found.json"
+        given = (str(tmp_path / "run"), "--test-data", "input_test", *data, "--json", str(written))
+        assert program("eval", *given) == 0
+        recorded = read_metrics(tmp_path / "run")["bbox/AP"].dropna().iloc[-1]
+        found = json.loads(written.read_text())["datasets"]["input_test"]["bbox"]["overall"]["AP"]
+        assert found == pytest.approx(recorded, abs=1e-9)
 
     def test_are_trained_from_a_dataset_that_python_registers(self, data):
         register_coco_instances("input_train", {}, *data)

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from torch import nn
 
 from repr_det.cli import main, parse
+from repr_det.engine.data import datasets_root
 from repr_det.engine.trainer import RePrTrainer
 from repr_det.errors import UserError
 from repr_det.report.run import read_run
@@ -80,6 +81,8 @@ def test_eval_only(tmp_path, capsys):
     arguments += overrides(out, **{"REPR.ENABLED": "False", "SOLVER.MAX_ITER": "9"})
     text = refused(capsys, "--eval-only", *arguments)
     assert "MODEL.WEIGHTS is empty. Set the checkpoint of a trained model" in text
+    text = refused(capsys, "--eval-only", *arguments, "DATASETS.TEST", "()")
+    assert "DATASETS.TEST is empty. Set what to evaluate on." in text
     assert not out.exists()
     save_weights(weights, *arguments)
     train("--eval-only", *arguments, "MODEL.WEIGHTS", str(weights))
@@ -110,7 +113,7 @@ class TestOtherClasses:
             capsys, "--config", "repr_faster_rcnn.yaml", "--train-data", *two,
             *overrides(tmp_path / "out"), *self.SHAPES[2:],
         )  # fmt: skip
-        assert "NUM_CLASSES is 2, but dataset shapes_val has" in text
+        assert "Dataset shapes_val has other classes than two_" in text
         assert not (tmp_path / "out").exists()
 
     def test_weights_of_another_number_of_classes_are_not_evaluated(self, tmp_path, capsys, two):
@@ -150,12 +153,11 @@ class TestErrors:
     def test_registered_coco_not_found(self, out, capsys, monkeypatch):
         from detectron2.data import MetadataCatalog
 
-        monkeypatch.setitem(
-            MetadataCatalog.get("coco_2017_train").__dict__, "json_file", "nowhere/instances.json"
-        )
+        file = str(datasets_root() / "nowhere" / "instances.json")
+        monkeypatch.setitem(MetadataCatalog.get("coco_2017_train").__dict__, "json_file", file)
         text = refused(capsys, "--config", "repr_faster_rcnn.yaml", *overrides(out))
         assert "nowhere/instances.json, which does not exist" in text
-        assert "DETECTRON2_DATASETS" in text
+        assert "Set DETECTRON2_DATASETS to the folder that holds nowhere/." in text
         assert "`repr-det demo` needs no data" in text
 
     def test_not_coco(self, out, capsys, tmp_path):
@@ -293,6 +295,33 @@ def test_a_typo_is_one_sentence(tmp_path, capsys, changes, sentence):
     arguments = overrides(tmp_path / "out", **(SHAPES | changes))
     assert sentence in refused(capsys, "--config", "repr_faster_rcnn.yaml", *arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_config_that_is_its_own_base_is_one_sentence(tmp_path, capsys):
+    config = tmp_path / "mine.yaml"
+    config.write_text("_BASE_: mine.yaml\n")
+    assert f"Config {config} cannot be read (maximum recursion" in refused(
+        capsys, "--config", str(config)
+    )
+
+
+def test_the_config_of_a_run_that_is_scaled_to_its_processes_says_so(tmp_path):
+    """One process where two were meant: twice the iterations at half the rate."""
+    keys = {"SOLVER.REFERENCE_WORLD_SIZE": "2", "SOLVER.IMS_PER_BATCH": "2"}
+    keys |= {"SOLVER.MAX_ITER": "3", "SOLVER.BASE_LR": "0.002", "SOLVER.STEPS": "(2,)"}
+    keys |= {"REPR.S1": "1", "REPR.S2": "1", "REPR.N": "1"}
+    given = ["--config", "repr_faster_rcnn.yaml", *overrides(tmp_path, **(SHAPES | keys))]
+    train(*given)
+    run = read_run(tmp_path)
+    assert run.iterations == run.cfg.SOLVER.MAX_ITER == 6
+    assert (run.cfg.SOLVER.IMS_PER_BATCH, run.cfg.SOLVER.BASE_LR) == (1, 0.001)
+    assert run.rate_drops == [4]
+    assert run.spans == [(run.cfg.REPR.S1, run.cfg.REPR.S1 + run.cfg.REPR.S2)] == [(2, 4)]
+    # Scaled once and for all: the run's own config changes nothing more.
+    train(*given, "--resume", "SOLVER.MAX_ITER", "4")
+    assert read_run(tmp_path).iterations == read_run(tmp_path).cfg.SOLVER.MAX_ITER == 8
+    train("--config", str(tmp_path / "config.yaml"), "--resume")
+    assert read_run(tmp_path).iterations == read_run(tmp_path).cfg.SOLVER.MAX_ITER == 8
 
 
 def test_a_mistake_leaves_what_another_process_writes_meanwhile(tmp_path, capsys, monkeypatch):
