@@ -292,8 +292,10 @@ def _download(release: CifarRelease, folder: Path) -> Path:
     """Download the official release below ``folder``: whole or not at all, by one process."""
     target = folder / release.reader.base_folder
     timeout = socket.getdefaulttimeout()
-    # In the system's temporary folder, so that nothing is written below ours without a network.
-    with file_lock(str(Path(tempfile.gettempdir(), f"repr_det_{release.name}"))):
+    # In the system's temporary folder, so that nothing is written below ours without a network. The
+    # files there belong to whoever makes them.
+    lock = Path(tempfile.gettempdir(), f"repr_det_{os.getuid()}_{release.name}")
+    with file_lock(str(lock)):
         if target.is_dir():
             return folder
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)

@@ -452,21 +452,27 @@ def _drawn(folder: Path, spec: ShapesSpec) -> Path:
     dataset, and processes that call at the same time end up with the same files.
 
     Raises:
-        OSError: if the cache folder cannot be written.
+        UserError: the cache folder cannot be written to.
     """
     if folder.is_dir():
         return folder
     logger.info("Drawing the built-in dataset into %s (once; takes half a minute)", folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
-        whole = Path(aside) / folder.name
-        whole.mkdir()
-        write_shapes(whole, spec)
-        try:
-            whole.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process was faster
-                raise
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as aside:
+            whole = Path(aside) / folder.name
+            whole.mkdir()
+            write_shapes(whole, spec)
+            try:
+                whole.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process was faster
+                    raise
+    except OSError as error:
+        raise UserError(
+            f"{folder.parent} cannot be written to ({error.strerror}). Set REPR_DET_CACHE to a "
+            f"folder that can; the built-in images are drawn there."
+        ) from error
     return folder
 
 

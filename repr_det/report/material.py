@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -292,10 +293,16 @@ def compute_contributions(run: RunFolder) -> None:
     """Compute the contributions of a run's newest checkpoint, and keep them in its folder.
 
     Raises:
-        UserError: there is no checkpoint, or there are no data.
+        UserError: there is no checkpoint, there are no data, or the folder is read-only.
     """
     if kept_contributions(run):
         return
+    path = run.folder / CONTRIBUTIONS
+    if not os.access(run.folder, os.W_OK):
+        raise UserError(
+            f"Folder {run.folder} is read-only, but the contributions are kept in it. Copy the run "
+            f"to a folder that can be written to."
+        )
     content = {"checkpoint": run.weights.name, "sha256": _sha256(run.weights)}
     content |= {"layers": contributions(load_network(run.cfg, run.weights))}
-    write_text_whole(run.folder / CONTRIBUTIONS, json.dumps(content) + "\n")
+    write_text_whole(path, json.dumps(content) + "\n")

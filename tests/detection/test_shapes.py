@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 
 from repr_det.detection import shapes
 from repr_det.detection.shapes import CLASSES, OVERSAMPLING, ShapesSpec
+from repr_det.errors import UserError
 
 # pycocotools and numpy 2, in mask.decode
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -247,6 +248,13 @@ def test_two_processes_may_draw_at_the_same_time(tmp_path: Path, monkeypatch: py
     folder = shapes._drawn(shapes.shapes_folder(spec), spec)
     assert [p.name for p in folder.iterdir()] == ["first"]
     assert [p for p in tmp_path.iterdir()] == [folder]
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("REPR_DET_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"cannot be written to \(.*Set REPR_DET_CACHE to a folder"):
+        shapes._drawn(shapes.shapes_folder(SPEC), SPEC)
 
 
 def test_a_disk_that_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

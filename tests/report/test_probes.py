@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -220,10 +221,14 @@ def test_contributions_are_what_the_loss_rises_by(trained):
     }
 
 
-def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained):
+def test_contributions_are_kept_for_the_checkpoint_that_they_are_of(trained, monkeypatch):
     run, *_ = trained
     with pytest.raises(ValueError, match="Not computed yet"):
         FIGURES["contributions"].draw(Material(by_method([run])))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+        with pytest.raises(UserError, match=f"Folder {run.folder} is read-only"):
+            compute_contributions(run)
     compute_contributions(run)
     assert "The greedy oracle" in FIGURES["contributions"].draw(Material(by_method([run]))).caption
     path = run.folder / CONTRIBUTIONS
