@@ -116,6 +116,8 @@ class _Tracer(TorchDispatchMode):
         # The further results of an operation (the indices of a pooling) have the channels of the
         # first, but are not zero. The value is the first's tag. It is pinned where they are used.
         self._companions: MutableMapping[Tensor, Tag] = WeakTensorKeyDictionary()
+        # Copies of parameters in another precision, as autocast makes them.
+        self._casts: MutableMapping[Tensor, Tensor] = WeakTensorKeyDictionary()
         self._open: list[_OpenConv] = []
         self._inside = 0  # number of norms and linear layers that are running
 
@@ -134,7 +136,7 @@ class _Tracer(TorchDispatchMode):
         finally:
             self._open.clear()
             self._inside = 0
-            for notes in (self._tags, self._origins, self._companions):
+            for notes in (self._tags, self._origins, self._companions, self._casts):
                 notes.clear()
 
     # --- what is known of a tensor
@@ -376,6 +378,8 @@ class _Tracer(TorchDispatchMode):
         call = Call(func, args, kwargs, self._tag)
         origin = Origin(weighted=True, weights=weights) if weights else self._next_origin(call)
         tags = call.run()
+        if call.op == "aten::_to_copy" and id(call["self"]) in self.parameters:
+            self._casts[call.out] = call["self"]
         for tensor in call.written():
             self.found.irregular.update(self.holders.get(id(tensor), ()))
         if call.op in CONVOLUTIONS and self._open:
@@ -499,7 +503,8 @@ class _Tracer(TorchDispatchMode):
         module, x = self.modules[opened.name], self._tag(call["input"])
         # A single image has no batch dimension until here, so its channels were counted by another.
         same = x == (opened.input and Tag(1, opened.input.sources))
-        plain = call["weight"] is module._parameters.get("weight")
+        weight = self._casts.get(call["weight"], call["weight"])
+        plain = weight is module._parameters.get("weight")
         if opened.seen or not plain or not same:
             self.found.irregular.add(opened.name)
             self.found.lose(f"the layer {opened.name}", x)
@@ -507,6 +512,8 @@ class _Tracer(TorchDispatchMode):
         # Offsets and masks of a deformable convolution.
         others = (tags for name, tags in call.given.items() if name != "input")
         self.found.pin(*itertools.chain.from_iterable(others))
+        if (call["offset_groups"] or 1) > 1:
+            self.found.pin(x)  # each group of input channels has offsets of its own
         return self._fresh(opened.name)
 
     def _forget_written(self, call: Call, outputs: list[Tensor], origin: Origin) -> None:

@@ -433,6 +433,36 @@ def test_filters_stay_where_the_smaller_network_differs(how, dtype):
     assert not run.compact.active and [p.shape for p in run.model.parameters()] == shapes
 
 
+class Deforms(nn.Module):
+    """A deformable conv, whose input channels have one map of offsets or one for each half."""
+
+    def __init__(self, offset_groups):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.offsets = nn.Conv2d(8, offset_groups * 18, 3, padding=1)
+        self.deform = torchvision.ops.DeformConv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = nn.functional.silu(self.stem(x))
+        return self.head(nn.functional.silu(self.deform(x, self.offsets(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("offset_groups", "removed"), [(1, 2), (2, 0)])
+def test_input_channels_with_offsets_of_their_own_stay(offset_groups, removed):
+    """With fewer channels in one half, the others would move to the other half's offsets."""
+    torch.manual_seed(0)
+    model = Deforms(offset_groups)
+    data = batch(0, torch.float32)
+    method = RePr(
+        model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1), 0.25,
+        include=["stem"], batches=lambda: iter([data]), loss=loss,
+    )  # fmt: skip
+    method.step(1)
+    assert Compact(method).shrink().removed == removed
+    assert model.deform.weight.shape[1] == 8 - removed
+
+
 class MagnifiesRounding(nn.Module):
     """Far apart in float32 for two networks that are the same."""
 

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from repr_det.method.graph import reader_of
 from repr_det.method.removal import Removable
 from repr_det.method.tracing import trace
+from tests.device import DEVICE
 from tests.method.found import dead_channels
-from tests.method.nets import PreActivation, Residual, chain
+from tests.method.nets import NETS, PreActivation, Residual, batch, chain, loss, net
 
 
 def norm_names(graph, conv):
@@ -647,3 +648,40 @@ def test_intermediate_results_do_not_pile_up():
     trace(Deep())
     assert len(alive) >= 20
     assert max(alive) <= 2
+
+
+def everything_found(graph):
+    """What :func:`trace` found, as plain values."""
+    found = {
+        name: getattr(graph, name)
+        for name in ("visible", "stems", "heads", "gates", "unsuitable", "partly", "not_run")
+    }
+    found |= {name: list(getattr(graph, name)) for name in ("convs", "linears")}
+    found["norms"] = {
+        conv: [(link.name, link.filters.tolist(), link.channels.tolist()) for link in links]
+        for conv, links in graph.norms.items()
+    }
+    found["readers"] = {
+        name: (
+            reader.unknown.tolist(),
+            {of: [x.tolist() for x in both] for of, both in reader.filters.items()},
+        )
+        for name, reader in graph.readers.items()
+    }
+    for name in ("groups", "fixed"):
+        found[name] = {conv: value.tolist() for conv, value in getattr(graph, name).items()}
+    return found
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_autocast_changes_nothing_of_what_is_found(name):
+    """It hands each conv a copy of its weight, and not the weight."""
+    model, data = net(name, torch.float32), batch(0, torch.float32)
+
+    def in_mixed_precision():
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return loss(model, data)
+
+    plain = everything_found(trace(model, lambda: loss(model, data)))
+    assert any(filters for _, filters in plain["readers"].values())
+    assert everything_found(trace(model, in_mixed_precision)) == plain
