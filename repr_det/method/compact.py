@@ -208,13 +208,18 @@ class Compact:
         evaluated = self._evaluated(runs[0], arithmetic)
         before = _cost(self._model, runs[0])
         self._remove(removal)
-        # One batch that agrees is enough, since another may be sampled differently.
-        if all(
+        # All runs, whatever is found: the norms of other ranks may wait for those of this one.
+        after = _cost(self._model, runs[0])
+        differ = [
             _differ(whole, self._outputs(run, arithmetic))
             for whole, run in zip(masked, runs, strict=True)
-        ) or any(_differ(whole, self._outputs(run, arithmetic)) for run, whole in evaluated):
+        ]
+        differ_evaluated = [
+            _differ(whole, self._outputs(run, arithmetic)) for run, whole in evaluated
+        ]
+        # One batch that agrees is enough, since another may be sampled differently.
+        if all(differ) or any(differ_evaluated):
             return None
-        after = _cost(self._model, runs[0])
         gone = (removal.filters[name] for name in self._method.pruned if name in removal.filters)
         removed = sum(int(mask.sum()) for mask in gone)
         return Shrunk(before, after, removed, self._method.num_pruned - removed)

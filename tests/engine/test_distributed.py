@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from detectron2.engine.train_loop import TrainerBase
+from detectron2.layers import NaiveSyncBatchNorm
 from torch import nn
 
 from repr_det import RePr, RePrSchedule
 from repr_det.engine.hooks import SharedStatistics
+from repr_det.method.compact import Compact
 from repr_det.tasks import get_cfg
 from tests.method.nets import batch, loss, net
 
@@ -135,11 +137,44 @@ def statistics_at_a_checkpoint(rank):
     return found
 
 
+def shrink_where_one_rank_differs(rank, batches):
+    """The training loss of the second rank differs in the smaller network, on some batches.
+
+    The norms wait for all ranks in each forward pass.
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), NaiveSyncBatchNorm(8), nn.SiLU(),
+        nn.Conv2d(8, 8, 3), NaiveSyncBatchNorm(8), nn.SiLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2),
+    )  # fmt: skip
+    data = [batch(10 * rank + i, torch.float32) for i in range(2)]
+
+    def differing(model, pair):
+        chosen = any(pair[0] is data[i][0] for i in batches)
+        differs = rank == 1 and model.training and model[3].out_channels < 8 and chosen
+        return loss(model, pair) * (2 if differs else 1)
+
+    method = RePr(
+        model,
+        torch.optim.SGD(model.parameters(), 0.1),
+        RePrSchedule(1, 1, 1),
+        batches=lambda: iter(data),
+        loss=differing,
+    )
+    method.step(1)
+    try:
+        return Compact(method).shrink().removed
+    except RuntimeError as error:
+        return str(error)
+
+
 def one_process(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'group'}", rank=rank, world_size=2)
     found = {"dropped": drop_by_own_scores(rank), "calibrated": calibrate_on_own_images(rank)}
     found["shared"] = statistics_at_a_checkpoint(rank)
+    found["shrunk"] = [shrink_where_one_rank_differs(rank, some) for some in ((), (0,), (0, 1))]
     torch.save(found, folder / f"{rank}.pth")
     dist.destroy_process_group()
 
@@ -155,6 +190,13 @@ def two_ranks(tmp_path_factory):
 def test_filters_are_dropped_by_the_mean_score_over_ranks(two_ranks):
     expected = {"pruned": {"3": [4, 5], "7": [6, 7]}, "means": [30 / 8, 10 / 8]}
     assert [found["dropped"] for found in two_ranks] == [expected, expected]
+
+
+def test_ranks_shrink_together_or_not_at_all(two_ranks):
+    first, second = (found["shrunk"] for found in two_ranks)
+    assert first == second
+    assert first[0] == first[1] > 0  # one batch that agrees is enough
+    assert "differs from the masked one" in first[2]
 
 
 def test_statistics_are_shared_before_a_checkpoint_and_not_otherwise(two_ranks):
