@@ -544,7 +544,7 @@ def _attributes(holders: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     The attributes of modules are left out, being their own weights or parts of them.
     """
     for holder in holders:
-        name = type(holder).__name__
+        name = holder.__class__.__name__  # of a proxy's object, which the trainer is given as
         for key, value in list(vars(holder).items()):
             yield f"{name}.{key}", value
             if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):

@@ -23,8 +23,8 @@ _DETECTRON2S = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGamma
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "RMSprop")
 
 _IN_A_CHECKPOINT = {
-    "initial_lr": "BASE_LR",
-    "weight_decay": "WEIGHT_DECAY",
+    "initial_lr": "BASE_LR or BIAS_LR_FACTOR",
+    "weight_decay": "WEIGHT_DECAY, WEIGHT_DECAY_NORM or WEIGHT_DECAY_BIAS",
     "momentum": "MOMENTUM",
     "nesterov": "NESTEROV",
     "betas": "BETAS",
@@ -115,7 +115,16 @@ def check_resumed(optimizer: Optimizer, state: dict[str, Any]) -> None:
         UserError: an option of a parameter group has changed.
     """
     advice = "Resume with the same, or start a new run from the checkpoint as MODEL.WEIGHTS."
-    for now, before in zip(optimizer.param_groups, state["param_groups"], strict=False):
+    both = optimizer.param_groups, state["param_groups"]
+    # Parameters with the same options are one group.
+    sizes = [[len(group["params"]) for group in groups] for groups in both]
+    if sizes[0] != sizes[1]:
+        raise UserError(
+            f"The optimizer groups parameters by other options than in the checkpoint "
+            f"(SOLVER.WEIGHT_DECAY_NORM, WEIGHT_DECAY_BIAS, BIAS_LR_FACTOR), or other layers are "
+            f"frozen. {advice}"
+        )
+    for now, before in zip(*both, strict=True):
         if any((key in now) != (key in before) for key in ("momentum", "betas", "alpha")):
             raise UserError(f"The checkpoint was written with another SOLVER.OPTIMIZER. {advice}")
         for key, name in _IN_A_CHECKPOINT.items():

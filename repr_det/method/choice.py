@@ -121,21 +121,24 @@ def choose(
     """
     together = torch.cat([scores[layer.name].double().cpu() for layer in layers])
     sizes = [layer.num_filters for layer in layers]
-    owner = torch.repeat_interleave(torch.tensor(sizes))
-    unknown = together.isnan()
-    if unknown.any():
-        raise FloatingPointError(
-            f"RePr cannot rank the filters of {layers[owner[unknown][0]].name}: a score is not a "
-            f"number. Training has diverged. Lower the learning rate or resume an earlier "
-            f"checkpoint."
-        )
-    order = torch.sort(together, descending=True, stable=True).indices
-    # How many filters of the same layer come before each; up to the layer's limit may be pruned.
-    by_layer = torch.sort(owner[order], stable=True).indices
-    before = torch.empty_like(order)
-    before[by_layer] = torch.cat([torch.arange(size) for size in sizes])
-    within = before < torch.tensor(layer_limits(layers, max_layer_ratio))[owner[order]]
-    chosen = torch.zeros(len(together), dtype=torch.bool)
-    chosen[order[within][: number_to_prune(layers, ratio)]] = True
+    allowed = torch.zeros(len(together), dtype=torch.bool)
+    limits = layer_limits(layers, max_layer_ratio)
+    for layer, own, part, limit in zip(
+        layers, together.split(sizes), allowed.split(sizes), limits, strict=True
+    ):
+        if own.isnan().any():
+            raise FloatingPointError(
+                f"RePr cannot rank the filters of {layer.name}: a score is not a number. Training "
+                f"has diverged. Lower the learning rate or resume an earlier checkpoint."
+            )
+        part[_descending(own)[:limit]] = True
+    order = _descending(together)
+    chosen = torch.zeros_like(allowed)
+    chosen[order[allowed[order]][: number_to_prune(layers, ratio)]] = True
     parts = chosen.split(sizes)
     return {layer.name: part.clone() for layer, part in zip(layers, parts, strict=True)}
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Positions by falling score; of equal ones the earlier first."""
+    return torch.sort(scores, descending=True, stable=True).indices

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -125,18 +126,22 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     Restores all attributes of its modules: parameters and buffers (the same tensors, with the
     values and shapes that they had), the contents of lists, dicts, sets and tensors, modes and
-    hooks. Removes what a run adds. Restores random states, too.
+    hooks. Removes what a run adds. Restores the random states of torch, Python and NumPy, too.
     """
     wrappers = [(m, m.training) for m in model.modules() if unwrap(m) is not m]
     seen: dict[int, Callable[[], Any]] = {}
     attributes = [_remembered(vars(module), seen) for _, module in named_modules(model)]
     devices = {b.device for b in (*model.parameters(), *model.buffers())}
     numbers = random.getstate()
+    numpy = sys.modules.get("numpy")  # where it is not imported, nothing draws from it
+    of_numpy = numpy.random.get_state() if numpy else None
     try:
         with torch.random.fork_rng([d for d in devices if d.type == "cuda"]):
             yield
     finally:
         random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(of_numpy)
         for module, training in wrappers:
             module.training = training
         with torch.no_grad():

@@ -123,6 +123,30 @@ def test_an_average_that_moves_is_named_and_filters_stay(form, caplog):
     assert hook.state_dict()["compact"] is False
 
 
+def test_an_average_that_the_trainer_holds_is_named_by_the_trainers_class(caplog):
+    """Detectron2 hands hooks a proxy of it."""
+
+    class KeepsItself(SimpleTrainer):
+        def after_step(self):
+            super().after_step()
+            for mine, theirs in zip(
+                self.held.state_dict().values(),
+                self.model.network.state_dict().values(),
+                strict=True,
+            ):
+                mine.copy_(theirs)
+
+    torch.manual_seed(0)
+    model = Trains()
+    data = [batch(i, torch.float32) for i in range(4)]
+    trainer = KeepsItself(model, data * 4, torch.optim.SGD(model.parameters(), lr=0.01))
+    trainer.held = copy.deepcopy(model.network)
+    trainer.register_hooks([RePrHook(RePrSchedule(2, 2, 1))])
+    with caplog.at_level(logging.WARNING):
+        trainer.train(0, 6)
+    assert "KeepsItself.held looks like an average of the model's weights" in caplog.text
+
+
 @pytest.mark.parametrize(("form", "passed"), [("teacher", False), ("module", True)])
 def test_a_frozen_teacher_and_a_known_copy_are_not_named(form, passed, caplog):
     with caplog.at_level(logging.WARNING):

@@ -415,11 +415,15 @@ class TestRefusedResumption:
             ({"REPR.ENABLED": "False"}, "written in S2 of a RePr run"),
             (
                 {"SOLVER.BASE_LR": "0.0125"},
-                "initial_lr was 0.002 in the checkpoint and is 0.0125 now (SOLVER.BASE_LR)",
+                "initial_lr was 0.002 in the checkpoint and is 0.0125 now (SOLVER.BASE_LR or",
             ),
             (
                 {"SOLVER.WEIGHT_DECAY": "0.5"},
                 "weight_decay was 0.0001 in the checkpoint and is 0.5 now (SOLVER.WEIGHT_D",
+            ),
+            (
+                {"SOLVER.WEIGHT_DECAY_BIAS": "0.5"},
+                "The optimizer groups parameters by other options than in the checkpoint (SOLVER.W",
             ),
             (
                 {"SOLVER.OPTIMIZER": "AdamW"},

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -436,8 +438,15 @@ def test_oracle_is_what_the_loss_rises_by(monkeypatch):
     close(data_criteria.oracle(layers, data)["conv"], expected, 1e-9)
 
 
-def test_oracle_gives_every_filter_the_same_random_draws():
-    model, layers, data, examples = tiny(relu=lambda x: F.dropout(torch.relu(x), 0.5))
+@pytest.mark.parametrize("source", ["torch", "python", "numpy"])
+def test_oracle_gives_every_filter_the_same_random_draws(source):
+    drawn = {"python": random.random, "numpy": np.random.random}
+
+    def noisy(x):
+        x = torch.relu(x)
+        return F.dropout(x, 0.5) if source == "torch" else x * drawn[source]()
+
+    model, layers, data, examples = tiny(relu=noisy)
     with torch.no_grad():
         model.linear.weight[:, 2] = 0  # nothing reads filter 2, so the loss must not change
     scores = data_criteria.oracle(layers, data)["conv"]
