@@ -31,7 +31,7 @@ from repr_det.detection.drawing import draw_instances, draw_over
 from repr_det.detection.evaluation import category_ids, coco_entries, instances_of
 from repr_det.engine.class_names import check_names, recorded_names
 from repr_det.engine.data import SUFFIXES, first_line, images_below, is_too_thin, read_rgb
-from repr_det.engine.files import writing
+from repr_det.engine.files import write_whole, writing
 from repr_det.engine.trained import load_trained
 from repr_det.errors import UserError
 
@@ -391,9 +391,10 @@ def _read_images(
 
 
 def _save(path: Path, picture: Pixels) -> None:
+    kind = Image.registered_extensions()[path.suffix.lower()]
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(path, quality=95)
+        write_whole(path, lambda file: Image.fromarray(picture).save(file, kind, quality=95))
 
 
 # --- videos
@@ -464,8 +465,10 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
     with _opened(video.path) as capture:
         fps = writable_fps(_fps(capture))
     writer = cv2.VideoWriter()
+    given = 0
 
     def write(picture: Pixels) -> None:
+        nonlocal given
         if not writer.isOpened():
             target.parent.mkdir(parents=True, exist_ok=True)
             code = cv2.VideoWriter_fourcc(*"mp4v")
@@ -476,10 +479,14 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
                     f"--output."
                 )
         writer.write(cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+        given += 1
 
     try:
         yield write
         writer.release()
+        with _opened(aside) as made:  # OpenCV says nothing where the disk is full
+            if int(made.get(cv2.CAP_PROP_FRAME_COUNT)) < given:
+                raise UserError(f"Video {target} cannot be written whole. Free some space.")
         os.replace(aside, target)
     finally:
         writer.release()

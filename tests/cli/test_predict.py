@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+from contextlib import contextmanager
 from pathlib import Path
 
 import cv2
@@ -349,6 +351,29 @@ def test_a_picture_that_cannot_be_written(run, inputs, tmp_path, capsys):
     (tmp_path / "out" / "good.png").mkdir(parents=True)
     assert call(run, "good.png", "--output", tmp_path / "out") == 2
     assert "good.png cannot be written (Is a directory)" in capsys.readouterr().err
+
+
+@contextmanager
+def full_disk(size):
+    """No file can have more than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_what_was_written_before(run, inputs, video, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert call(run, "good.png", video, "--output", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert before.keys() == {"good.png", "clip.mp4"}
+    for what, size in (("good.png", 100), (video, 300)):
+        with full_disk(size):
+            assert call(run, what, "--output", out, "--score-threshold", 0) == 2
+        assert f"{Path(what).name} cannot be written" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_not_one_image_can_be_read(run, inputs, capsys):
