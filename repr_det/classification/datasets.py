@@ -194,6 +194,7 @@ def read_image_folder(folder: str | os.PathLike[str]) -> ImageFiles:
     Raises:
         UserError: no such folder, no class folders, or one without images.
     """
+    folder = os.path.expanduser(folder)
     try:
         found = _ClassFolders(folder, is_valid_file=lambda path: _is_seen(path, folder))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -397,11 +398,18 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     """
     train_name = training_set(cfg)
     count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
-    if name == held_out_name(train_name) and not count:
+    held_out_part = held_out_name(train_name)
+    if held_out_part in DatasetCatalog.list():  # of the user's
+        if count:
+            raise UserError(
+                f"A dataset called {held_out_part} is registered already, but the images of "
+                f"DATASETS.HELD_OUT need that name. Set another one for it."
+            )
+    elif name == held_out_part and not count:
         raise UserError(
             f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to hold out."
         )
-    parted = (train_name, held_out_name(train_name)) if count else (train_name,)
+    parted = (train_name, held_out_part) if count else (train_name,)
     if (count or share != 1) and name in parted:
         _read(train_name)
         read = MetadataCatalog.get(train_name).read_images

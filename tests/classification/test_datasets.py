@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from repr_det.classification import datasets, register_image_folder
@@ -18,6 +18,7 @@ from repr_det.classification.datasets import (
     ImageArrays,
     load_images,
     read_cifar,
+    register_images,
     split_images,
     take_num_folders,
     use_image_folder,
@@ -190,6 +191,21 @@ def test_held_out_part_is_fixed_and_nested():
         split_images(data, 100)
 
 
+def test_a_dataset_of_ones_own_may_be_called_like_a_held_out_part():
+    register_corners()
+    cfg = small_cfg()
+    register_images("corners_heldout", MetadataCatalog.get("corners_test").read_images)
+    try:
+        assert len(load_images(cfg, "corners_heldout")) == 50
+        cfg.DATASETS.HELD_OUT = 20
+        for name in ("corners_heldout", "corners_train"):
+            with pytest.raises(UserError, match="called corners_heldout is registered already"):
+                load_images(cfg, name)
+    finally:
+        DatasetCatalog.remove("corners_heldout")
+        MetadataCatalog.remove("corners_heldout")
+
+
 def test_config_names_the_held_out_part():
     register_corners()
     cfg = small_cfg()
@@ -332,7 +348,7 @@ def test_folder_without_images(tmp_path, make):
         datasets.read_image_folder(tmp_path / "nowhere")
 
 
-def test_hidden_files_and_folders_are_no_classes(tmp_path):
+def test_hidden_files_and_folders_are_no_classes(tmp_path, monkeypatch):
     names = ("cat/1.png", "cat/._1.png", "dog/2.jfif", "dog/.x/3.png", ".ipynb_checkpoints/4.png")
     for name in names:
         path = tmp_path / ".data" / name
@@ -341,6 +357,8 @@ def test_hidden_files_and_folders_are_no_classes(tmp_path):
     found = datasets.read_image_folder(tmp_path / ".data")
     assert found.classes == ("cat", "dog") and found.labels.tolist() == [0, 1]
     assert [Path(file).name for file in found.files] == ["1.png", "2.jfif"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert datasets.read_image_folder("~/.data").files == found.files
     (tmp_path / "empty" / ".git").mkdir(parents=True)
     with pytest.raises(UserError, match="no folder of class folders"):
         datasets.read_image_folder(tmp_path / "empty")
