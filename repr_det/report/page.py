@@ -296,13 +296,14 @@ def _schedule(arms: Arms) -> list[str]:
 def _training(run: RunFolder) -> str:
     keys, epochs = run.cfg.SOLVER, run.cfg.SOLVER.get("MAX_EPOCHS", 0)
     length = f"{epochs:g} epochs" if epochs else f"{keys.MAX_ITER:,} iterations"
-    steps = rate_steps(keys, keys.MAX_ITER)
-    if keys.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and epochs:
-        steps = [step for step in keys.get("STEPS_EPOCHS", ()) if step < epochs]
-    if steps is None:
-        falls = f", {keys.LR_SCHEDULER_NAME}"
-    else:
-        falls = f", divided by {1 / keys.GAMMA:g} at {_listed(steps)}" if steps else ""
+    steps, unit = rate_steps(keys, run.iterations if epochs else keys.MAX_ITER), "iteration"
+    if keys.LR_SCHEDULER_NAME == "WarmupMultiStepLR" and keys.get("STEPS_EPOCHS", ()):
+        unit = "epoch"
+        steps = [step for step in keys.STEPS_EPOCHS if not epochs or step < epochs]
+    falls = f", {keys.LR_SCHEDULER_NAME}" if steps is None else ""
+    if steps:
+        said = "" if bool(epochs) == (unit == "epoch") else f"{unit} "
+        falls = f", divided by {1 / keys.GAMMA:g} at {said}{_listed(steps)}"
     return (
         f"Trained on {', '.join(run.cfg.DATASETS.TRAIN)} for {length} of {keys.IMS_PER_BATCH} "
         f"images; {keys.get('OPTIMIZER', 'SGD')}, learning rate {keys.BASE_LR:g}{falls}."

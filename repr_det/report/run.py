@@ -69,16 +69,16 @@ def read_metrics(folder: str | Path) -> pd.DataFrame:
 
 
 def rate_steps(solver: Mapping[str, Any], end: int) -> list[float] | None:
-    """Where the settings of the solver, in iterations, let the learning rate fall.
+    """Where the settings of the solver let the learning rate fall.
 
     Args:
         solver: the config's ``SOLVER``.
         end: only falls before it.
 
     Returns:
-        Iterations; None for a schedule without steps.
+        Iterations; None for a schedule without steps, or with steps in epochs.
     """
-    if solver["LR_SCHEDULER_NAME"] != "WarmupMultiStepLR" or solver.get("MAX_EPOCHS", 0):
+    if solver["LR_SCHEDULER_NAME"] != "WarmupMultiStepLR" or solver.get("STEPS_EPOCHS", ()):
         return None
     return [float(step) for step in solver["STEPS"] if step < end]
 

@@ -231,6 +231,15 @@ def test_networks_without_common_layers_keep_what_compares_none(pair, tmp_path):
             {"SOLVER.MAX_EPOCHS": 20, "SOLVER.STEPS_EPOCHS": (12.5, 30)},
             "for 20 epochs of 16 images; SGD, learning rate 0.001, divided by 10 at 12.5.",
         ),
+        (
+            {"SOLVER.MAX_EPOCHS": 20, "SOLVER.STEPS": (2, 30000)},
+            "for 20 epochs of 16 images; SGD, learning rate 0.001, divided by 10 at iteration 2.",
+        ),
+        (
+            {"SOLVER.MAX_ITER": 120, "SOLVER.STEPS_EPOCHS": (4, 8)},
+            "for 120 iterations of 16 images; SGD, learning rate 0.001, divided by 10 at epoch 4 "
+            "and 8.",
+        ),
     ],
 )
 def test_the_schedule_is_what_was_trained(tmp_path, settings, words):
