@@ -161,8 +161,10 @@ def run_all(output: Path, train: Train) -> None:
 def _write(record: dict[str, Any], path: Path) -> None:
     """Write the record of a run that has ended, and delete its checkpoints."""
     write_record(path, record)
-    for checkpoint in path.with_suffix("").glob("*.pth"):
-        checkpoint.unlink()  # only now: a run without them would start again
+    folder = path.with_suffix("")
+    # Only now: a run without them would start again.
+    for file in (*folder.glob("*.pth"), folder / "last_checkpoint"):
+        file.unlink(missing_ok=True)
 
 
 def recorded_cell(path: Path) -> Cell:

@@ -363,7 +363,7 @@ def execute(run: Run, bar: tqdm) -> Record:
         found = yaml.safe_load((folder / "config.yaml").read_text())
         _check_settings(found, cfg, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(cfg.dump())
+    write_text_whole(folder / "config.yaml", cfg.dump())
     record = _header(run) | environment(cfg.MODEL.DEVICE)
     with _logged_to(folder / "log.txt"):
         clock = RunClock(bar)

@@ -7,6 +7,7 @@ import pytest
 from experiments.protocol import CHOICE_SEED, STANDARD, STUDIES, all_cells, choice_cells
 from experiments.run_studies import (
     AGAIN,
+    _write,
     failure_path,
     main,
     read_values,
@@ -19,6 +20,7 @@ from experiments.run_studies import (
     what_is_left,
 )
 from experiments.runs import write_record
+from repr_det.engine.checkpoint import has_run
 from repr_det.errors import UserError
 
 SHORT = {
@@ -175,3 +177,15 @@ def test_every_arm_trains_and_is_recorded(study, arm, tmp_path, needed):
     assert record["cell"]["arm"] == arm and len(record["commit"].rstrip("+")) == 40
     assert (record_path(cell, tmp_path).with_suffix("") / "model_final.pth").is_file()
     assert record["overrides"] and record["cpu_seconds"] > 0
+
+
+def test_a_run_whose_record_is_deleted_starts_again(tmp_path):
+    """It would look for the checkpoints that went when it was recorded."""
+    path = tmp_path / "seed_1.json"
+    folder = tmp_path / "seed_1"
+    folder.mkdir()
+    for name in ("model_0000009.pth", "last_checkpoint", "log.txt"):
+        (folder / name).write_text("model_0000009.pth")
+    _write({"wall_seconds": 1.0}, path)
+    assert has_run(str(folder)) is False
+    assert [file.name for file in folder.iterdir()] == ["log.txt"]
