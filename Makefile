@@ -35,6 +35,7 @@ PYTEST = -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test-gpu test test-slow test-all test-lowest bench lint docs clean check
 
+demo: NEEDED = torch detectron2
 demo: $(ENVIRONMENT)
 	$(RUN) -m repr_det demo
 
