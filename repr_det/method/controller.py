@@ -23,6 +23,7 @@ from repr_det.method.criteria import (
     check_criterion,
     filter_overlap,
     mean_overlap,
+    name_of,
 )
 from repr_det.method.data_criteria import DIFFERENTIATES, check_derivatives
 from repr_det.method.graph import ChannelGraph, Reader, in_copy
@@ -35,10 +36,10 @@ from repr_det.method.holding import (
     zero_filters,
 )
 from repr_det.method.layers import FilterLayer, column_slots, row_lengths
-from repr_det.method.modules import eager, still, unchanged, unwrap
+from repr_det.method.modules import eager, own_gradients, still, unchanged, unwrap
 from repr_det.method.optimizers import check_optimizer, reset_state
 from repr_det.method.ranks import group_of, object_of_first_rank, objects_of_all_ranks
-from repr_det.method.reinit import Reinit
+from repr_det.method.reinit import Reinit, reinit_of
 from repr_det.method.removal import Removable
 from repr_det.method.returning import (
     Values,
@@ -51,7 +52,14 @@ from repr_det.method.returning import (
 )
 from repr_det.method.schedule import FULL, SUB, RePrSchedule
 from repr_det.method.selection import followed, list_of, select_layers, separable, trained_elsewhere
-from repr_det.method.settings import NO_BATCHES, check_data, check_same_settings, check_whole
+from repr_det.method.settings import (
+    NO_BATCHES,
+    check_data,
+    check_losses,
+    check_same_settings,
+    check_whole,
+    checked_copies,
+)
 from repr_det.method.tracing import trace
 from repr_det.method.warmup import RateWarmup
 
@@ -185,15 +193,15 @@ class RePr:
         self.prune_ratio = prune_ratio
         self.max_layer_ratio = max_layer_ratio
         self.seed = int(seed)
-        self.reinit = reinit or Reinit()
+        self.reinit = reinit_of(reinit)
         self._warmup = RateWarmup(optimizer, schedule, warmup)
         self._criterion = CRITERIA[criterion] if isinstance(criterion, str) else criterion
-        self._criterion_name = _name_of(criterion)
+        self._criterion_name = name_of(criterion)
         self._include, self._exclude = list_of(include), list_of(exclude)
         self._linear = bool(linear)
         self.model, self.group = unwrap(model), group_of(model)  # the group of its ranks
-        self.copies = [unwrap(copy) for copy in copies]
-        with still(self.model):  # to read a weight under spectral norm would change it
+        self.copies = [unwrap(copy) for copy in checked_copies(copies)]
+        with still(self.model):
             self._build(self._traced())
         check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
         self._check_data(criterion, needs_data)
@@ -279,7 +287,7 @@ class RePr:
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
         if self._has_data and (must_measure or needs_data):
-            self._check_loss()
+            self._check_loss(needs_data)
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:  # needs derivatives
             with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))
@@ -291,22 +299,21 @@ class RePr:
                 stacklevel=3,  # at the call of RePr()
             )
 
-    def _check_loss(self) -> None:
+    def _check_loss(self, needs_value: bool) -> None:
         """Run one batch now. Otherwise an error would come hours later, at a phase change."""
         try:
             with unchanged(self.model), torch.no_grad(), eager():
                 self.model.train()
-                found = False
-                for batch in itertools.islice(self.batches(), 1):
-                    self.loss(self.model, batch)
-                    found = True
+                losses = [self.loss(self.model, b) for b in itertools.islice(self.batches(), 1)]
         except Exception as error:  # foreign loaders and models may raise anything
             raise RuntimeError(
                 f"RePr could not run the model on a training batch ({type(error).__name__}: "
                 f"{error}), which it needs at phase changes. Pass batches= and loss= that fit."
             ) from error
-        if not any(objects_of_all_ranks(found, self.group)):  # some ranks may have none
+        if not any(objects_of_all_ranks(bool(losses), self.group)):  # some ranks may have none
             raise UserError(NO_BATCHES)
+        if needs_value:
+            check_losses(losses)
 
     def _find_layers(self, names: Collection[str] | None) -> list[FilterLayer]:
         """The layers of these names, by default the selected ones, if they are separable()."""
@@ -529,7 +536,7 @@ class RePr:
     def _scores(self, cycle: int) -> Scores:
         if self._reads_only_weights:
             return self._criterion(self.layers, self._data(cycle))
-        with unchanged(self.model), eager():
+        with unchanged(self.model), own_gradients(self.model), eager():
             return self._criterion(self.layers, self._data(cycle))
 
     def _drop(self, cycle: int, iteration: int) -> PhaseChange:
@@ -558,7 +565,7 @@ class RePr:
             for layer in layers:
                 zero_filters(layer, pruned[layer.name], optimizer)
         self._pruned = pruned
-        self._history.append({"cycle": cycle, "iteration": iteration, "pruned": self.pruned})
+        self._history.append({"cycle": cycle, "iteration": int(iteration), "pruned": self.pruned})
         self._phase = SUB
         self._hold()
         return PhaseChange("drop", cycle, self._report(scores))
@@ -782,12 +789,6 @@ def _fits(readers: Sequence[Reader], state: dict[str, Any]) -> bool:
         for entries in state["aside"]
         for reader in readers
     )
-
-
-def _name_of(criterion: str | Criterion) -> str:
-    if isinstance(criterion, str):
-        return criterion
-    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def _finite_mean(scores: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Scores that rank filters: the larger, the sooner pruned.
 
 Every criterion has the signature ``criterion(layers, data) -> {layer name: scores (J,)}``, and a
-user's own function may be used instead. Criteria that use training batches are in
-``data_criteria``.
+user's own function may be used instead. It runs under ``torch.no_grad()``. What needs gradients goes
+under ``torch.enable_grad()``. What it does to the model and to its gradients is undone afterwards.
+Criteria that use training batches are in ``data_criteria``.
 """
 
 from __future__ import annotations
@@ -181,6 +182,8 @@ def check_criterion(criterion: str | Criterion, has_data: bool) -> bool:
         UserError: it cannot be used.
     """
     if not isinstance(criterion, str):
+        if not callable(criterion) or isinstance(criterion, type):
+            raise UserError(f"RePr: criterion is {criterion!r}. Set a name or a function.")
         return False
     if criterion not in CRITERIA:
         raise UserError(f"RePr: criterion is {criterion!r}. Set one of {', '.join(CRITERIA)}.")
@@ -189,6 +192,13 @@ def check_criterion(criterion: str | Criterion, has_data: bool) -> bool:
             f"RePr: criterion {criterion!r} looks at training batches. Pass batches= and loss=."
         )
     return criterion in NEEDS_DATA
+
+
+def name_of(criterion: str | Criterion) -> str:
+    """What a ranking is called in messages and checkpoints."""
+    if isinstance(criterion, str):
+        return criterion
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def filter_overlap(layers: Sequence[FilterLayer], pruned: dict[str, Tensor]) -> Scores:

@@ -144,6 +144,11 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
         return
     with torch.enable_grad():
         loss = data.loss(data.model, batch)
+    if not loss.requires_grad:
+        raise UserError(
+            f"RePr: criterion {criterion!r} differentiates the loss, but that of loss= has no "
+            f"gradient. Return it without detach(), or set another criterion."
+        )
     if "CheckpointFunctionBackward" in _operations_of(loss):
         raise UserError(
             f"RePr: criterion {criterion!r} cannot differentiate through reentrant checkpointing. "

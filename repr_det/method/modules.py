@@ -218,7 +218,11 @@ def _tensor_restored(tensor: Tensor) -> Callable[[], Tensor]:
 
 @contextmanager
 def still(model: nn.Module) -> Iterator[None]:
-    """While inside, to read a parametrised weight changes nothing. Spectral norm would iterate."""
+    """While inside, reading weights changes nothing, and a run sees what was written into them.
+
+    To read a weight under spectral norm would iterate. If the caller's autocast is on, it would go
+    on with the copies of the weights that it has made.
+    """
     parts = [
         part
         for module in model.modules()
@@ -226,13 +230,30 @@ def still(model: nn.Module) -> Iterator[None]:
         for part in module.parametrizations.modules()
         if part.training
     ]
+    keeps_copies = torch.is_autocast_cache_enabled()
     for part in parts:
         part.training = False
+    torch.set_autocast_cache_enabled(False)
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
+        torch.set_autocast_cache_enabled(keeps_copies)
         for part in parts:
             part.training = True
+
+
+@contextmanager
+def own_gradients(model: nn.Module) -> Iterator[None]:
+    """While inside, gradients are copies: what is added to them is gone afterwards."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    for p, gradient in gradients:
+        p.grad = None if gradient is None else gradient.clone()
+    try:
+        yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
 
 
 def eager() -> Any:

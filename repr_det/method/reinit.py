@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,19 @@ class Reinit:
     def as_it_was(self) -> bool:
         """Whether filters return as they were at the drop."""
         return self.direction == "previous"
+
+
+def reinit_of(given: Any) -> Reinit:
+    """An argument ``reinit``; None is the default.
+
+    Raises:
+        UserError: it is something else, for example the name of a direction.
+    """
+    if given is not None and not isinstance(given, Reinit):
+        raise UserError(
+            f"RePr: reinit is {given!r}. Set a Reinit, for example Reinit(direction='previous')."
+        )
+    return given or Reinit()
 
 
 _SHORTEST = {torch.float32: 3e-6, torch.float64: 1e-7}

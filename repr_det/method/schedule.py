@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 from repr_det.errors import UserError
@@ -46,10 +47,11 @@ class RePrSchedule:
     def __post_init__(self) -> None:
         for name in ("s1", "s2", "cycles"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise UserError(
                     f"RePr schedule: {name} is {value!r}. Set a whole number of at least 1."
                 )
+            object.__setattr__(self, name, int(value))  # NumPy's numbers overflow
 
     @property
     def end(self) -> int:
@@ -58,6 +60,7 @@ class RePrSchedule:
 
     def phase(self, iteration: int) -> Phase:
         """The phase of an iteration, counted from 0."""
+        iteration = int(iteration)
         if iteration >= self.end:
             return Phase(FULL, self.cycles)
         cycle, offset = divmod(iteration, self.s1 + self.s2)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
+
+from torch import Tensor, nn
 
 from repr_det.errors import UserError
 
@@ -34,6 +36,35 @@ def check_data(batches: Any, loss: Any) -> None:
             raise UserError(
                 f"RePr: {name} is a {type(given).__name__}. Set a function, as {example}."
             )
+
+
+def check_losses(losses: Sequence[Any]) -> None:
+    """Refuse what a loss function returned, where it is not a tensor with one number.
+
+    Raises:
+        UserError: a loss is something else, for example a detector's dictionary of losses.
+    """
+    for loss in losses:
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            raise UserError(
+                f"RePr: loss= returned a {type(loss).__name__}{shape}. Return a tensor with one "
+                f"number, for example the sum of the losses."
+            )
+
+
+def checked_copies(copies: Any) -> Sequence[nn.Module]:
+    """The copies of a model.
+
+    Raises:
+        UserError: something else than a list or tuple of modules.
+    """
+    if not isinstance(copies, (list, tuple)) or not all(isinstance(c, nn.Module) for c in copies):
+        raise UserError(
+            "RePr: copies is not a list of modules. Set copies=[...], of an average for example "
+            "[AveragedModel(model)] of torch.optim.swa_utils."
+        )
+    return copies
 
 
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

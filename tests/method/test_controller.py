@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch.nn import functional as F
 from repr_det import RePr, RePrSchedule
 from repr_det.errors import UserError
 from repr_det.method import choice, ranks
+from tests.device import DEVICE
 from tests.method.nets import NETS, OPTIMIZERS, batch, check_held, loss, net
 from tests.method.runs import (
     LENGTH,
@@ -158,6 +161,103 @@ def test_iterations_may_jump():
     assert [c.kind for c in method.step(8)] == ["return", "drop"]
     assert method.cycle == 1
     assert [c.kind for c in method.step(100)] == ["return"]
+
+
+def test_iterations_may_be_numpys(tmp_path):
+    plain, numpys = build()[2], build()[2]
+    for i in np.arange(6):
+        assert plain.step(int(i)) == numpys.step(i)
+    torch.save(numpys.state_dict(), tmp_path / "state.pth")
+    found = torch.load(tmp_path / "state.pth", weights_only=True)
+    assert [entry["iteration"] for entry in found["history"]] == [3]
+
+
+@pytest.mark.parametrize("criterion", ["oracle", "taylor", "activations"])
+@pytest.mark.parametrize("name", ["chain", "chain-bias"])
+def test_inside_the_callers_autocast_runs_see_what_was_written(name, criterion):
+    """Autocast keeps copies of the weights until its outermost region ends."""
+
+    def autocast():
+        return torch.autocast(DEVICE.type, torch.bfloat16)
+
+    def autocast_loss(model, pair):
+        with autocast():
+            return loss(model, pair)
+
+    def drop(inside):
+        model = net(name, torch.float32)
+        data = [batch(i, torch.float32) for i in range(2)]
+        with autocast() if inside else nullcontext():
+            with autocast():
+                model(data[0][0])
+            method = RePr(
+                model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1),
+                criterion=criterion, batches=lambda: iter(data), loss=autocast_loss,
+            )  # fmt: skip
+            method.step(1)
+            with autocast():
+                output = model(data[0][0])
+        return {name: mask.tolist() for name, mask in method.pruned.items()}, output
+
+    (pruned, output), (expected, expected_output) = drop(True), drop(False)
+    assert pruned == expected
+    assert torch.equal(output, expected_output)
+    assert torch.is_autocast_cache_enabled()
+
+
+def test_a_ranking_may_use_gradients_and_leaves_none():
+    model, trainer, _ = build()
+    data = [batch(i, torch.float32) for i in range(2)]
+
+    def by_gradients(layers, data):
+        seen.append([p.grad.clone() for p in model.parameters()])
+        with torch.enable_grad():
+            for one in data.batches():
+                data.loss(data.model, one).backward()
+        return {layer.name: -layer.matrix(layer.module.weight.grad).norm(dim=1) for layer in layers}
+
+    seen = []
+    method = RePr(
+        model, trainer, RePrSchedule(1, 1, 1), criterion=by_gradients,
+        batches=lambda: iter(data), loss=loss,
+    )  # fmt: skip
+    loss(model, data[0]).backward()
+    before = [p.grad for p in model.parameters()]
+    values = [gradient.clone() for gradient in before]
+    # Not step(): a drop sets the gradients of what it prunes to zero.
+    method._scores(0)
+    after = [p.grad for p in model.parameters()]
+    assert all(a is b and torch.equal(a, v) for a, b, v in zip(after, before, values, strict=True))
+    assert all(torch.equal(a, v) for a, v in zip(seen[0], values, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"criterion": None}, "criterion is None. Set a name or a function"),
+        ({"criterion": nn.Identity}, "Set a name or a function"),
+        ({"reinit": "previous"}, "reinit is 'previous'. Set a Reinit, for example Reinit"),
+        ({"copies": nn.Sequential(nn.Conv2d(3, 8, 3))}, "copies is not a list of modules"),
+        ({"copies": [{}]}, "copies is not a list of modules"),
+        (
+            {"criterion": "taylor", "loss": lambda m, b: {"loss": loss(m, b)}},
+            "loss= returned a dict. Return a tensor with one number",
+        ),
+        (
+            {"criterion": "oracle", "loss": lambda m, b: m(b[0])},
+            r"loss= returned a Tensor of shape \(6, 5\). Return a tensor with one number",
+        ),
+        (
+            {"criterion": "gradients", "loss": lambda m, b: loss(m, b).detach()},
+            "that of loss= has no gradient",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_refused_at_once(arguments, sentence):
+    model = net("chain", torch.float32)
+    given = {"batches": lambda: iter([batch(0, torch.float32)]), "loss": loss, **arguments}
+    with pytest.raises(UserError, match=sentence):
+        RePr(model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1), **given)
 
 
 def test_overlap_is_the_plain_score_of_survivors():

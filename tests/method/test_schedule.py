@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from repr_det import Phase, RePrSchedule
@@ -16,6 +17,13 @@ def test_every_iteration_of_a_small_schedule():
     ]  # fmt: skip
     assert [tuple(schedule.phase(i)) for i in range(12)] == expected
     assert schedule.phase(10**9) == Phase("full", 2)
+
+
+def test_numbers_of_numpy_count_like_pythons():
+    schedule = RePrSchedule(np.int64(3), np.int32(2), np.int64(2))
+    assert schedule == RePrSchedule(3, 2, 2)
+    assert all(type(value) is int for value in (schedule.s1, schedule.s2, schedule.cycles))
+    assert type(schedule.phase(np.int64(6)).cycle) is int
 
 
 def test_shortest_schedule():
