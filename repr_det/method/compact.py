@@ -395,7 +395,7 @@ class _Body:
     def _check_zero(self) -> None:
         """What goes must be zero, or taking it out would change the network."""
         if any(
-            int(cut.tensor.count_nonzero()) != int(cut.take(cut.tensor.detach()).count_nonzero())
+            not _same_nonzero(cut.tensor, cut.take(cut.tensor.detach()))
             for cut in self._cuts
             if isinstance(cut.tensor, nn.Parameter)
         ):
@@ -439,6 +439,11 @@ class _Body:
             self._handles.append(self._optimizer.register_load_state_dict_pre_hook(hooks[1]))
 
 
+def _same_nonzero(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors, of which one is a part of the other, differ only by zeros."""
+    return int(one.count_nonzero()) == int(other.count_nonzero())
+
+
 def _model_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
     """What makes a module write full-size tensors into a state dict, and accept them."""
 
@@ -450,11 +455,17 @@ def _model_hooks(cuts: list[_Cut]) -> tuple[Callable, Callable]:
 
     def loads(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
         for cut in cuts:
-            key = prefix + cut.name
-            if key in state and state[key].shape == cut.shape:
-                if module is cut.module:  # a copy of it has the same hooks
-                    cut.aside = state[key].detach().clone()
-                state[key] = cut.take(state[key])
+            whole = state.get(prefix + cut.name)
+            if whole is None or whole.shape != cut.shape:
+                continue
+            smaller = cut.take(whole)
+            if module is cut.module:
+                cut.aside = whole.detach().clone()
+            elif isinstance(cut.tensor, nn.Parameter) and not _same_nonzero(whole, smaller):
+                # A copy has the same hooks. It cannot hold filters that are not pruned, so torch
+                # refuses them by their size.
+                continue
+            state[prefix + cut.name] = smaller
 
     return writes, loads
 
