@@ -283,7 +283,8 @@ class RePrHook(HookBase):
             stays = " Pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         logger.warning(
             f"RePr: {', '.join(averages)} looks like an average of the model's weights, which "
-            f"drops and returns do not reach. Pass it to RePrHook as copies=[...].{stays}"
+            f"drops and returns do not reach. Keep it as a module, and pass that to RePrHook as "
+            f"copies=[...].{stays}"
         )
 
     def before_step(self) -> None:
@@ -510,8 +511,8 @@ def weights_alike(
 ) -> dict[str, Any]:
     """Attributes of objects that hold tensors shaped as the parameters of a model.
 
-    Looked at are modules and dictionaries of tensors that are attributes of an object, or of an
-    object that it holds.
+    Looked at are modules, dictionaries and lists of tensors that are attributes of an object, or of
+    an object that it holds.
 
     Args:
         holders: the objects.
@@ -519,22 +520,26 @@ def weights_alike(
         known: further modules, likewise.
 
     Returns:
-        By name as in :func:`_attributes`, a value that differs after the tensors changed.
+        By name as in :func:`_attributes`, a value that differs after the tensors changed. That of a
+        list always differs: it goes along with the parameters, whatever it is for.
     """
     shapes = [p.shape for p in unwrap(model).parameters()]
     own = {p.data_ptr() for one in (model, *known) for p in one.parameters()}
     found = {}
     for name, value in _attributes(holders):
         state = value.state_dict() if isinstance(value, nn.Module) else value
-        if not isinstance(state, Mapping):
+        if isinstance(state, Mapping):
+            state = state.values()
+        elif not isinstance(state, (list, tuple)):
             continue
-        tensors = [t for t in state.values() if isinstance(t, Tensor)]
+        tensors = [t for t in state if isinstance(t, Tensor)]
         # The shapes must come in this order; buffers may be between them. ``in`` consumes an
         # iterator up to a match.
         others = iter([t.shape for t in tensors])
         alike = all(shape in others for shape in shapes)
         if alike and own.isdisjoint(t.data_ptr() for t in tensors):
-            found[name] = [(t.data_ptr(), t._version) for t in tensors]
+            versions = [(t.data_ptr(), t._version) for t in tensors]
+            found[name] = object() if isinstance(value, (list, tuple)) else versions
     return found
 
 
@@ -546,6 +551,8 @@ def _attributes(holders: Iterable[Any]) -> Iterator[tuple[str, Any]]:
     for holder in holders:
         name = holder.__class__.__name__  # of a proxy's object, which the trainer is given as
         for key, value in list(vars(holder).items()):
+            if key == "trainer":  # of a hook; it is a holder itself
+                continue
             yield f"{name}.{key}", value
             if hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
                 for inner_key, inner in list(vars(value).items()):

@@ -147,6 +147,30 @@ def test_an_average_that_the_trainer_holds_is_named_by_the_trainers_class(caplog
     assert "KeepsItself.held looks like an average of the model's weights" in caplog.text
 
 
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_list_that_goes_along_with_the_parameters_is_named(moves, caplog):
+    """An average, or the weights that training began with, for a penalty."""
+
+    class Lists(HookBase):
+        def __init__(self, model):
+            self.shadow = [p.detach().clone() for p in model.parameters()]
+            self.parameters = list(model.parameters())
+
+        def after_step(self):
+            for mine, theirs in zip(self.shadow, self.parameters, strict=True):
+                if moves:
+                    mine.lerp_(theirs, 0.5)
+
+    torch.manual_seed(0)
+    model = Trains()
+    data = [batch(i, torch.float32) for i in range(4)]
+    trainer = SimpleTrainer(model, data * 4, torch.optim.SGD(model.parameters(), lr=0.01))
+    trainer.register_hooks([RePrHook(RePrSchedule(2, 2, 1)), Lists(model)])
+    with caplog.at_level(logging.WARNING):
+        trainer.train(0, 6)
+    assert "RePr: Lists.shadow looks like an average of the model's weights" in caplog.text
+
+
 @pytest.mark.parametrize(("form", "passed"), [("teacher", False), ("module", True)])
 def test_a_frozen_teacher_and_a_known_copy_are_not_named(form, passed, caplog):
     with caplog.at_level(logging.WARNING):
