@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -326,6 +326,7 @@ def paired_bootstrap(
         UserError: no runs, runs of different images or classes, or an argument out of range.
     """
     _check(arms, resamples, level)
+    check_arms(arms, baseline)
     every = list(chain.from_iterable(arms.values()))
     images = len(every[0].image_ids)
     # The first row is every image once, so that it goes the same way.
@@ -358,14 +359,27 @@ def _check(arms: Mapping[str, Sequence[Matches]], resamples: int, level: float) 
             f"There is no bootstrap with {resamples} resamples and level {level}. Set at least "
             "1 and a level between 0 and 1."
         )
-    if len(arms) < 2 or not all(arms.values()):
-        raise UserError("An arm without runs cannot be compared. Set at least one for each.")
     for one, other in pairwise(chain.from_iterable(arms.values())):
         if one.image_ids != other.image_ids or list(one.classes) != list(other.classes):
             raise UserError(
                 "Evaluations of different images or classes cannot be compared. Evaluate all "
                 "runs on the same annotations."
             )
+
+
+def check_arms(arms: Mapping[str, Sequence[Any]], baseline: str) -> None:
+    """Refuse arms that cannot be compared.
+
+    Raises:
+        UserError: fewer than two arms, an arm without runs, or a baseline that is none of them.
+    """
+    if len(arms) < 2:
+        raise UserError(f"There are {len(arms)} arms. Set at least two to compare.")
+    for name, runs in arms.items():
+        if isinstance(runs, (str, bytes)) or not runs:
+            raise UserError(f"Arm {name} is {runs!r}. Set a list of one or more runs.")
+    if baseline not in arms:
+        raise UserError(f"The baseline {baseline} is not an arm. Set one of {', '.join(arms)}.")
 
 
 def corrected_level(comparisons: int, level: float = 0.95) -> float:

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from repr_det.detection.bootstrap import Comparison, corrected_level, paired_bootstrap
+from repr_det.detection.bootstrap import (
+    Comparison,
+    check_arms,
+    corrected_level,
+    paired_bootstrap,
+)
 from repr_det.detection.coco_results import (
     check_iou_type,
     evaluable_types,
@@ -48,6 +53,7 @@ def compare_results(
     Raises:
         UserError: files that are not there or do not fit one another.
     """
+    check_arms(arms, baseline)
     paths = {name: [results_path(path) for path in files] for name, files in arms.items()}
     truth = read_truth(annotations)
     read = {name: [read_results(path, truth) for path in files] for name, files in paths.items()}

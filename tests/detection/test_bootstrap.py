@@ -13,6 +13,7 @@ from repr_det.detection.bootstrap import (
     resample_counts,
 )
 from repr_det.detection.coco_results import BBOX, METRICS, SEGM
+from repr_det.detection.comparison import compare_results
 from repr_det.detection.matching import ClassMatches, Matches, match
 from tests.coco_files import CLASSES, direct, make_results, make_truth, read, rle
 
@@ -270,7 +271,13 @@ def test_sides_that_cannot_be_compared(tmp_path):
     other = Matches(found.image_ids[1:], found.classes)
     with pytest.raises(ValueError, match="different images or classes"):
         compare([found], [found, other])
-    with pytest.raises(ValueError, match="arm without runs"):
+    with pytest.raises(ValueError, match="Arm second is"):
         compare([found], [])
+    with pytest.raises(ValueError, match="There are 1 arms. Set at least two to compare"):
+        paired_bootstrap({"a": [found]}, "a")
+    with pytest.raises(ValueError, match="The baseline c is not an arm. Set one of a, b"):
+        paired_bootstrap({"a": [found], "b": [found]}, "c")
+    with pytest.raises(ValueError, match="Arm b is 'b.json'. Set a list of one or more runs"):
+        compare_results(tmp_path / "nowhere.json", {"a": ["a.json"], "b": "b.json"}, "a")
     with pytest.raises(ValueError, match="0 resamples"):
         compare([found], [found], resamples=0)
