@@ -1,9 +1,9 @@
 """Scores that rank filters: the larger, the sooner pruned.
 
 Every criterion has the signature ``criterion(layers, data) -> {layer name: scores (J,)}``, and a
-user's own function may be used instead. It runs under ``torch.no_grad()``. What needs gradients goes
-under ``torch.enable_grad()``. What it does to the model and to its gradients is undone afterwards.
-Criteria that use training batches are in ``data_criteria``.
+user's own function may be used instead. It runs under ``torch.no_grad()``; what needs gradients
+goes under ``torch.enable_grad()``. What it does to the model and to its gradients is undone
+afterwards. Criteria that use training batches are in ``data_criteria``.
 """
 
 from __future__ import annotations
