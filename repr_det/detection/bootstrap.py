@@ -325,8 +325,8 @@ def paired_bootstrap(
     Raises:
         UserError: no runs, runs of different images or classes, or an argument out of range.
     """
-    _check(arms, resamples, level)
     check_arms(arms, baseline)
+    _check(arms, resamples, level)
     every = list(chain.from_iterable(arms.values()))
     images = len(every[0].image_ids)
     # The first row is every image once, so that it goes the same way.

@@ -30,8 +30,8 @@ from repr_det.detection.coco_results import (
 from repr_det.detection.datasets import (
     check_classes,
     check_dataset,
-    check_images,
     check_metrics,
+    check_test_images,
     check_trained_classes,
 )
 from repr_det.detection.matching import match
@@ -156,12 +156,8 @@ def detect(
     for truth in truths.values():
         if iou_type is not None:
             check_iou_type([], iou_type, truth)
-    for dataset, truth in truths.items():
-        if (folder := MetadataCatalog.get(dataset).get("image_root")) is not None:
-            check_images(
-                dataset, [str(Path(folder, image["file_name"])) for image in truth.imgs.values()]
-            )
     model = load_trained(cfg)
+    check_test_images(cfg)
     loaders = {dataset: DetectionTrainer.build_test_loader(cfg, dataset) for dataset in truths}
     check_classes(cfg, cfg.DATASETS.TEST)
     check_trained_classes(cfg.MODEL.WEIGHTS, cfg.DATASETS.TEST)

@@ -484,9 +484,13 @@ def _video_file(target: Path | None, video: Source) -> Iterator[Callable[[Pixels
     try:
         yield write
         writer.release()
-        with _opened(aside) as made:  # OpenCV says nothing where the disk is full
-            if int(made.get(cv2.CAP_PROP_FRAME_COUNT)) < given:
-                raise UserError(f"Video {target} cannot be written whole. Free some space.")
+        with _opened(aside) as made:
+            written = int(made.get(cv2.CAP_PROP_FRAME_COUNT))
+        if written < given:  # OpenCV says nothing
+            raise UserError(
+                f"Video {target} cannot be written whole, but {written} of {given} frames. Free "
+                f"some space, or convert {video.path} to one size of frames."
+            )
         os.replace(aside, target)
     finally:
         writer.release()

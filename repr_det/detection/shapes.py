@@ -470,8 +470,8 @@ def _drawn(folder: Path, spec: ShapesSpec) -> Path:
                     raise
     except OSError as error:
         raise UserError(
-            f"{folder.parent} cannot be written to ({error.strerror}). Set REPR_DET_CACHE to a "
-            f"folder that can; the built-in images are drawn there."
+            f"{folder.parent} cannot be written to ({error.strerror or error}). Set REPR_DET_CACHE "
+            f"to a folder that can; the built-in images are drawn there."
         ) from error
     return folder
 

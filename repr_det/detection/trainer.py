@@ -19,6 +19,8 @@ from repr_det.detection.datasets import (
     check_classes,
     check_dataset,
     check_images,
+    check_metrics,
+    check_test_images,
     check_test_sets,
     check_trained_classes,
     check_training_objects,
@@ -58,6 +60,9 @@ class DetectionTrainer(RePrTrainer):
         register_builtin()
         register_held_out(cfg)
         check_test_sets(cfg)
+        if cls.build_evaluator.__func__ is DetectionTrainer.build_evaluator.__func__:
+            for name in cfg.DATASETS.TEST:
+                check_metrics(name)
 
     @classmethod
     def check_to_train(cls, cfg: CfgNode) -> None:
@@ -73,6 +78,7 @@ class DetectionTrainer(RePrTrainer):
         check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, cfg.DATASETS.TEST)
         check_trained_classes(weights, cfg.DATASETS.TEST)
+        check_test_images(cfg)
 
     @classmethod
     def training_images(cls, cfg: CfgNode) -> int:
@@ -98,6 +104,7 @@ class DetectionTrainer(RePrTrainer):
         check_annotations(cfg, cfg.DATASETS.TEST)
         check_classes(cfg, (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         check_training_objects(cfg, records)
+        check_test_images(cfg)
         if not cfg.INPUT.SKIP_BAD_IMAGES:
             check_images(" and ".join(cfg.DATASETS.TRAIN), [r["file_name"] for r in records])
         if cfg.DETERMINISTIC:

@@ -15,6 +15,7 @@ from repr_det.detection.datasets import (
     check_classes,
     check_dataset,
     check_same_classes,
+    check_test_images,
     check_test_sets,
     check_training_objects,
     take_num_classes,
@@ -215,7 +216,34 @@ def test_semantic_segmentation_is_not_evaluated(cfg, name, kind):
     MetadataCatalog.get(name).set(evaluator_type=kind, stuff_classes=["sky"])
     cfg.DATASETS.TEST = (name,)
     with pytest.raises(UserError, match=r"semantic segmentation.* Set DATASETS.TEST \(\)"):
-        check_test_sets(cfg)
+        DetectionTrainer.check(cfg)
+
+
+def test_a_trainer_of_ones_own_may_bring_the_metrics(cfg, name):
+    class Segments(DetectionTrainer):
+        @classmethod
+        def build_evaluator(cls, cfg, dataset_name):
+            raise NotImplementedError
+
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(evaluator_type="sem_seg", stuff_classes=["sky"])
+    cfg.DATASETS.TEST = (name,)
+    Segments.check(cfg)
+
+
+def test_images_are_looked_for_where_a_reader_of_ones_own_says(cfg, coco, name):
+    """The file and the folder of the metadata may be for other things."""
+    image = Path(coco[1]) / "1.png"
+    record = {"file_name": str(image), "image_id": 1, "height": 30, "width": 40, "annotations": []}
+    DatasetCatalog.register(name, lambda: [record])
+    MetadataCatalog.get(name).set(
+        json_file=coco[0], image_root="nowhere", evaluator_type="coco", thing_classes=["a"]
+    )
+    cfg.DATASETS.TEST = (name,)
+    with pytest.raises(UserError, match=f"1 of 1 images do not exist, for example {image}"):
+        check_test_images(cfg)
+    image.touch()
+    check_test_images(cfg)
 
 
 def test_files_of_a_registered_dataset_that_are_missing(cfg, coco, name):

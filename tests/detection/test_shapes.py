@@ -255,6 +255,10 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("REPR_DET_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"cannot be written to \(.*Set REPR_DET_CACHE to a folder"):
         shapes._drawn(shapes.shapes_folder(SPEC), SPEC)
+    monkeypatch.setenv("REPR_DET_CACHE", str(tmp_path / "folder"))
+    monkeypatch.setattr(cv2, "imwrite", lambda *_: False)
+    with pytest.raises(UserError, match="cannot be written to .*is the disk full"):
+        shapes._drawn(shapes.shapes_folder(SPEC), SPEC)
 
 
 def test_a_disk_that_refuses_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -248,6 +248,30 @@ def test_images_that_are_missing_are_said_before_training(tmp_path, capsys, whic
     assert not (tmp_path / "run").exists()
 
 
+def test_a_missing_held_out_image_is_said_before_training(tmp_path, capsys):
+    data = write(tmp_path / "data")
+    names = sorted(path.name for path in Path(data[1]).iterdir())
+    keys = {"DATASETS.HELD_OUT": "2", "DATASETS.TEST": "('input_heldout',)"}
+    given = ["--config-file", "repr_faster_rcnn.yaml", "--train-data", "input_train", *data]
+    given += overrides(tmp_path / "run", **{"REPR.ENABLED": "False", **keys})
+    said = []
+    for name in names:
+        path = Path(data[1]) / name
+        content = path.read_bytes()
+        path.unlink()
+        said.append(refused(capsys, given).split("error: ")[1].split(" images")[0])
+        path.write_bytes(content)
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            for registered in ("input_train", "input_heldout"):
+                if registered in catalog.list():
+                    catalog.remove(registered)
+    assert sorted(said) == [
+        "Dataset input_heldout: 1 of 2",
+        "Dataset input_heldout: 1 of 2",
+        "Dataset input_train: 1 of 1",
+    ]
+
+
 def test_missing_training_images_may_be_skipped(tmp_path):
     data = [write(tmp_path / name) for name in ("train", "test")]
     (tmp_path / "train" / "images" / "4.png").unlink()
