@@ -85,10 +85,10 @@ def agreed_scores(
     for layer in layers:
         got = scores.get(layer.name)
         if not isinstance(got, Tensor) or got.shape != (layer.num_filters,):
-            what = tuple(got.shape) if isinstance(got, Tensor) else type(got).__name__
+            what = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else type(got).__name__
             raise UserError(
-                f"RePr: criterion {criterion!r} returned scores of shape {what}. Return a tensor "
-                f"with a score for each of the {layer.num_filters} filters of {layer.name}."
+                f"RePr: criterion {criterion!r} returned {what} for {layer.name}. Return a tensor "
+                f"with a score for each of its {layer.num_filters} filters."
             )
     if not distributed(group):
         return {name: score.cpu() for name, score in scores.items()}

@@ -248,6 +248,7 @@ class Compact:
         for body in self._bodies:
             body.shrink()
         method.stand_in(*_smaller_layers(method.layers, method.pruned, removal))
+        torch.clear_autocast_cache()  # of weights in their full size
 
     def grow(self) -> None:
         """Put everything back in its place; nothing happens where nothing was taken out."""
@@ -256,6 +257,7 @@ class Compact:
                 body.grow()
             self._bodies = []
             self._method.full_size()
+            torch.clear_autocast_cache()
 
     def _runs(self) -> list[Callable[[], Any]]:
         """Runs of the network forward, on two batches, or on the example that was followed."""

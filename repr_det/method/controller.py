@@ -287,7 +287,7 @@ class RePr:
             link.constant_statistics for layer in self.layers for link in layer.norms
         )
         if self._has_data and (must_measure or needs_data):
-            self._check_loss(needs_data)
+            self._check_loss(criterion == "oracle" or criterion in DIFFERENTIATES)
         if isinstance(criterion, str) and criterion in DIFFERENTIATES:  # needs derivatives
             with unchanged(self.model), eager():
                 check_derivatives(criterion, self.layers, self._data(cycle=0))

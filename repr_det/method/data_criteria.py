@@ -144,7 +144,7 @@ def check_derivatives(criterion: str, layers: Sequence[FilterLayer], data: Data)
         return
     with torch.enable_grad():
         loss = data.loss(data.model, batch)
-    if not loss.requires_grad:
+    if not (isinstance(loss, Tensor) and loss.requires_grad):
         raise UserError(
             f"RePr: criterion {criterion!r} differentiates the loss, but that of loss= has no "
             f"gradient. Return it without detach(), or set another criterion."

@@ -14,6 +14,11 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether one is a view of the other, or both are of a third."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
 class Origin(NamedTuple):
     """From which layers the values of a tensor come.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,13 +39,14 @@ def check_data(batches: Any, loss: Any) -> None:
 
 
 def check_losses(losses: Sequence[Any]) -> None:
-    """Refuse what a loss function returned, where it is not a tensor with one number.
+    """Refuse what a loss function returned, where it is not one number.
 
     Raises:
         UserError: a loss is something else, for example a detector's dictionary of losses.
     """
     for loss in losses:
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
+        one_number = loss.numel() == 1 if isinstance(loss, Tensor) else isinstance(loss, Real)
+        if not one_number:
             shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
             raise UserError(
                 f"RePr: loss= returned a {type(loss).__name__}{shape}. Return a tensor with one "
@@ -53,18 +54,20 @@ def check_losses(losses: Sequence[Any]) -> None:
             )
 
 
-def checked_copies(copies: Any) -> Sequence[nn.Module]:
+def checked_copies(copies: Any) -> list[nn.Module]:
     """The copies of a model.
 
     Raises:
-        UserError: something else than a list or tuple of modules.
+        UserError: something else than modules, or one alone.
     """
-    if not isinstance(copies, (list, tuple)) or not all(isinstance(c, nn.Module) for c in copies):
+    one = isinstance(copies, nn.Module) and not isinstance(copies, nn.ModuleList)
+    found = [] if one else list(copies)
+    if one or not all(isinstance(copy, nn.Module) for copy in found):
         raise UserError(
             "RePr: copies is not a list of modules. Set copies=[...], of an average for example "
             "[AveragedModel(model)] of torch.optim.swa_utils."
         )
-    return copies
+    return found
 
 
 def check_same_settings(of: str, mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:

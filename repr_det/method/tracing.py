@@ -62,7 +62,7 @@ from repr_det.method.modules import (
     unwrap,
     with_input,
 )
-from repr_det.method.origins import FUNCTIONAL, Origin, tensors_in, together
+from repr_det.method.origins import FUNCTIONAL, Origin, share_memory, tensors_in, together
 from repr_det.method.sharing import (
     irregular_layers,
     names_and_holders,
@@ -382,6 +382,8 @@ class _Tracer(TorchDispatchMode):
             self._casts[call.out] = call["self"]
         for tensor in call.written():
             self.found.irregular.update(self.holders.get(id(tensor), ()))
+            for cast in [one for one in self._casts if share_memory(one, tensor)]:
+                del self._casts[cast]  # no longer the parameter's values
         if call.op in CONVOLUTIONS and self._open:
             tags = [self._convolved(call)]
         else:
@@ -521,10 +523,9 @@ class _Tracer(TorchDispatchMode):
         written = call.written()
         if not written or keeps_places(call.op):
             return
-        memory = {tensor.untyped_storage()._cdata for tensor in written}
         results = {id(tensor) for tensor in outputs}
         for other in list(self._origins):
-            if id(other) not in results and other.untyped_storage()._cdata in memory:
+            if id(other) not in results and any(share_memory(other, one) for one in written):
                 self._origins[other] = together([self._origins[other], origin])
                 self.found.lose(call.op, self._tag(other))
                 self._set_tag(other, None)

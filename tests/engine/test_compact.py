@@ -465,6 +465,18 @@ def test_input_channels_with_offsets_of_their_own_stay(offset_groups, removed):
     assert model.deform.weight.shape[1] == 8 - removed
 
 
+def test_inside_the_callers_autocast_no_weights_of_another_size_are_used():
+    run = Run(net("chain-silu", torch.float32), "sgd", True).until(S1)
+    images = batch(0, torch.float32)[0]
+    with torch.autocast(images.device.type, torch.bfloat16):
+        run.method.step(S1)
+        run.model(images)
+        assert run.compact.shrink().removed > 0
+        run.model(images)
+        run.compact.grow()
+        run.model(images)
+
+
 class MagnifiesRounding(nn.Module):
     """Far apart in float32 for two networks that are the same."""
 

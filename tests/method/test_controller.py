@@ -260,6 +260,22 @@ def test_arguments_of_the_wrong_kind_are_refused_at_once(arguments, sentence):
         RePr(model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1), **given)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"criterion": "activations", "loss": lambda m, b: {"loss": loss(m, b)}},
+        {"criterion": "oracle", "loss": lambda m, b: loss(m, b).item()},
+        {"copies": nn.ModuleList([net("chain", torch.float32)])},
+        {"copies": {"average": net("chain", torch.float32)}.values()},
+    ],
+)
+def test_arguments_of_other_kinds_that_do(arguments):
+    model = net("chain", torch.float32)
+    given = {"batches": lambda: iter([batch(0, torch.float32)]), "loss": loss, **arguments}
+    method = RePr(model, torch.optim.SGD(model.parameters(), 0.1), RePrSchedule(1, 1, 1), **given)
+    assert [change.kind for change in (*method.step(1), *method.step(2))] == ["drop", "return"]
+
+
 def test_overlap_is_the_plain_score_of_survivors():
     _, _, method = build()
     for i in (0, 3):
@@ -416,7 +432,7 @@ def test_criterion_that_returns_nothing_is_told():
 def test_criterion_that_returns_something_else_is_told():
     for scores in ({}, {"3": torch.zeros(8), "7": torch.zeros(3)}):
         _, _, method = build(criterion=lambda layers, data, scores=scores: scores)
-        with pytest.raises(ValueError, match="a score for each of the 8 filters of"):
+        with pytest.raises(ValueError, match="a score for each of its 8 filters"):
             method.step(3)
 
 

@@ -685,3 +685,16 @@ def test_autocast_changes_nothing_of_what_is_found(name):
     plain = everything_found(trace(model, lambda: loss(model, data)))
     assert any(filters for _, filters in plain["readers"].values())
     assert everything_found(trace(model, in_mixed_precision)) == plain
+
+
+@pytest.mark.parametrize("written", [None, "itself", "a view"])
+def test_a_cast_weight_that_is_written_into_is_another(written):
+    class Shifted(nn.Conv2d):
+        def forward(self, x):
+            weight = self.weight.double()
+            if written:
+                (weight if written == "itself" else weight[:]).add_(1.0)
+            return F.conv2d(x.double(), weight).float()
+
+    graph = trace(nn.Sequential(nn.Conv2d(3, 4, 1), Shifted(4, 4, 1), nn.Conv2d(4, 2, 1)))
+    assert ("1" in graph.unsuitable) == bool(written)
