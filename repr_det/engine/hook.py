@@ -282,9 +282,9 @@ class RePrHook(HookBase):
             self._removal_decision = False
             stays = " Pruned filters stay in the network as zeros (REPR.COMPACT auto)."
         logger.warning(
-            f"RePr: {', '.join(averages)} looks like an average of the model's weights, which "
-            f"drops and returns do not reach. Keep it as a module, and pass that to RePrHook as "
-            f"copies=[...].{stays}"
+            f"RePr: {', '.join(averages)} has the shapes of the model's weights, as an average of "
+            f"them has. Drops and returns do not reach it. If it is an average, keep it as a "
+            f"module, and pass that to RePrHook as copies=[...].{stays}"
         )
 
     def before_step(self) -> None:

@@ -119,7 +119,7 @@ def test_an_average_that_moves_is_named_and_filters_stay(form, caplog):
     """Its next update would meet weights of another size, in the middle of a run."""
     with caplog.at_level(logging.WARNING):
         hook = run(form)
-    assert "Keeps.held looks like an average of the model's weights" in caplog.text
+    assert "Keeps.held has the shapes of the model's weights, as an average of" in caplog.text
     assert hook.state_dict()["compact"] is False
 
 
@@ -144,7 +144,7 @@ def test_an_average_that_the_trainer_holds_is_named_by_the_trainers_class(caplog
     trainer.register_hooks([RePrHook(RePrSchedule(2, 2, 1))])
     with caplog.at_level(logging.WARNING):
         trainer.train(0, 6)
-    assert "KeepsItself.held looks like an average of the model's weights" in caplog.text
+    assert "KeepsItself.held has the shapes of the model's weights, as an average of" in caplog.text
 
 
 @pytest.mark.parametrize("moves", [True, False])
@@ -168,11 +168,11 @@ def test_a_list_that_goes_along_with_the_parameters_is_named(moves, caplog):
     trainer.register_hooks([RePrHook(RePrSchedule(2, 2, 1)), Lists(model)])
     with caplog.at_level(logging.WARNING):
         trainer.train(0, 6)
-    assert "RePr: Lists.shadow looks like an average of the model's weights" in caplog.text
+    assert "RePr: Lists.shadow has the shapes of the model's weights, as" in caplog.text
 
 
 @pytest.mark.parametrize(("form", "passed"), [("teacher", False), ("module", True)])
 def test_a_frozen_teacher_and_a_known_copy_are_not_named(form, passed, caplog):
     with caplog.at_level(logging.WARNING):
         run(form, passed)
-    assert "looks like an average" not in caplog.text
+    assert "has the shapes of the model's weights" not in caplog.text
