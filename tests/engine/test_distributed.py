@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine.train_loop import TrainerBase
 from detectron2.layers import NaiveSyncBatchNorm
+from PIL import Image
 from torch import nn
 
 from repr_det import RePr, RePrSchedule
@@ -268,6 +269,7 @@ def test_a_mistake_in_two_processes_is_told_once(tmp_path, pair, sentence):
         "categories": [{"id": 1, "name": "nut"}],
     }
     annotations.write_text(json.dumps(content))
+    Image.new("RGB", (40, 30)).save(tmp_path / "1.png")
     output = tmp_path / "out"
     program = str(ROOT / "tools/train_net.py")
     options = ["--num-gpus", "2", "--config", "demo_faster_rcnn.yaml", "OUTPUT_DIR", output]
