@@ -13,6 +13,7 @@ from repr_det.detection.bootstrap import (
     paired_bootstrap,
 )
 from repr_det.detection.coco_results import (
+    Truth,
     check_iou_type,
     evaluable_types,
     read_results,
@@ -58,20 +59,9 @@ def compare_results(
     truth = read_truth(annotations)
     read = {name: [read_results(path, truth) for path in files] for name, files in paths.items()}
     every = [results for arm in read.values() for results in arm]
-    iou_types = (
-        (iou_type,) if iou_type else evaluable_types([d for each in every for d in each], truth)
-    )
-    if not iou_types:
-        raise UserError(
-            "Results and annotations share neither boxes nor masks. Set files that all hold one "
-            "of them."
-        )
-    for each in iou_types:
-        for results in every:
-            check_iou_type(results, each, truth)
     level = corrected_level(len(arms) - 1)
     compared = {}
-    for each in iou_types:
+    for each in _iou_types(every, truth, iou_type):
         matches = {
             name: [
                 match(truth, results, each, label=f"Evaluating {path}", progress=progress)
@@ -89,6 +79,26 @@ def compare_results(
     return {
         "images": len(truth.imgs), "undetected": undetected, "level": level, "compared": compared,
     }  # fmt: skip
+
+
+def _iou_types(
+    every: Sequence[Sequence[dict[str, Any]]], truth: Truth, iou_type: str | None
+) -> Sequence[str]:
+    """What all results can be compared by: the given one, or all that there are.
+
+    Raises:
+        UserError: results without it, or nothing is shared.
+    """
+    found = (iou_type,) if iou_type else evaluable_types([d for each in every for d in each], truth)
+    if not found:
+        raise UserError(
+            "Results and annotations share neither boxes nor masks. Set files that all hold one "
+            "of them."
+        )
+    for each in found:
+        for results in every:
+            check_iou_type(results, each, truth)
+    return found
 
 
 def _as_record(comparison: Comparison) -> dict[str, Any]:
