@@ -86,7 +86,7 @@ setup(
             "hypothesis>=6.80",
             "mypy>=1.18",
             "pytest>=8.0",
-            "pytest-xdist>=3.7",
+            "pytest-xdist>=3.8",
             # One minor version, because the formatter's style may change with the next.
             "ruff>=0.17,<0.18",
             # For benchmarks/models.py.
