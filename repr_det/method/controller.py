@@ -203,8 +203,8 @@ class RePr:
         self.copies = [unwrap(copy) for copy in checked_copies(copies)]
         with still(self.model):
             self._build(self._traced())
-        check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
-        self._check_data(criterion, needs_data)
+            check_reachable(self.layers, self.prune_ratio, self.max_layer_ratio)
+            self._check_data(criterion, needs_data)
         self._phase, self._cycle = FULL, 0
         self._pruned: dict[str, Tensor] = self._none_pruned()
         # The pruned filters' values before the drop, by name of the layers that lost some.
