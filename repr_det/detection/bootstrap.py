@@ -371,7 +371,7 @@ def check_arms(arms: Mapping[str, Sequence[Any]], baseline: str) -> None:
     """Refuse arms that cannot be compared.
 
     Raises:
-        UserError: fewer than two arms, an arm without runs, or a baseline that is none of them.
+        UserError: there are fewer than two arms, an arm has no runs, or the baseline is not an arm.
     """
     if len(arms) < 2:
         raise UserError(f"There are {len(arms)} arms. Set at least two to compare.")
