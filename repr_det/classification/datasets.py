@@ -30,6 +30,7 @@ from iopath.common.file_io import file_lock
 from torch import Tensor
 
 from repr_det.engine.data import (
+    check_held_out_name,
     datasets_root,
     first_line,
     held_out_name,
@@ -399,16 +400,8 @@ def load_images(cfg: CfgNode, name: str) -> ImageData:
     train_name = training_set(cfg)
     count, share = cfg.DATASETS.HELD_OUT, cfg.DATASETS.TRAIN_SHARE
     held_out_part = held_out_name(train_name)
-    if held_out_part in DatasetCatalog.list():  # of the user's
-        if count:
-            raise UserError(
-                f"A dataset called {held_out_part} is registered already, but the images of "
-                f"DATASETS.HELD_OUT need that name. Set another one for it."
-            )
-    elif name == held_out_part and not count:
-        raise UserError(
-            f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to hold out."
-        )
+    is_users = held_out_part in DatasetCatalog.list()  # ours is not registered
+    check_held_out_name(held_out_part, count, is_users=is_users, is_used=name == held_out_part)
     parted = (train_name, held_out_part) if count else (train_name,)
     if (count or share != 1) and name in parted:
         _read(train_name)

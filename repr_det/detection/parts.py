@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 
 from repr_det.detection.datasets import check_all_same_classes
-from repr_det.engine.data import held_out_name, part_indices
+from repr_det.engine.data import check_held_out_name, held_out_name, part_indices
 from repr_det.errors import UserError
 
 _OF_CLASSES = ("thing_classes", "thing_dataset_id_to_contiguous_id")
@@ -101,11 +101,8 @@ def register_held_out(cfg: CfgNode) -> None:
     count = cfg.DATASETS.HELD_OUT
     if not count:
         for name in map(held_out_name, cfg.DATASETS.TRAIN):
-            if name in cfg.DATASETS.TEST and not _is_foreign(name):
-                raise UserError(
-                    f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to "
-                    "hold out."
-                )
+            used = name in cfg.DATASETS.TEST
+            check_held_out_name(name, count, is_users=_is_foreign(name), is_used=used)
         return
     if not cfg.DATASETS.TRAIN:
         return
@@ -116,11 +113,7 @@ def register_held_out(cfg: CfgNode) -> None:
         )
     train = cfg.DATASETS.TRAIN[0]
     name = held_out_name(train)
-    if _is_foreign(name):
-        raise UserError(
-            f"A dataset called {name} is registered already, but the images of DATASETS.HELD_OUT "
-            f"need that name. Set another one for it."
-        )
+    check_held_out_name(name, count, is_users=_is_foreign(name), is_used=True)
     if name in DatasetCatalog.list():
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)

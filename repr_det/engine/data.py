@@ -27,6 +27,29 @@ def datasets_root() -> Path:
     return Path(os.environ.get("DETECTRON2_DATASETS", "datasets")).expanduser()
 
 
+def check_held_out_name(name: str, held_out: int, *, is_users: bool, is_used: bool) -> None:
+    """Refuse a held-out part whose name is taken, or that is empty and used.
+
+    Args:
+        name: of the part; see :func:`held_out_name`.
+        held_out: how many images it has.
+        is_users: the user has registered another dataset under this name.
+        is_used: the config trains or tests on a dataset of this name.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    if held_out and is_users:
+        raise UserError(
+            f"A dataset called {name} is registered already, but the images of DATASETS.HELD_OUT "
+            f"need that name. Set another one for it."
+        )
+    if is_used and not held_out and not is_users:
+        raise UserError(
+            f"{name} is empty. Set DATASETS.HELD_OUT to the number of training images to hold out."
+        )
+
+
 def held_out_name(train_name: str) -> str:
     """The name of the held-out part of a training set: ``cifar10_heldout`` of ``cifar10_train``."""
     return train_name.removesuffix("_train") + "_heldout"
