@@ -278,16 +278,6 @@ def take_num_classes(cfg: CfgNode, name: str, overrides: Sequence[str]) -> None:
         keypoints.take_number(cfg, metadata, overrides)
 
 
-def check_test_sets(cfg: CfgNode) -> None:
-    """Refuse test sets that are not there.
-
-    Raises:
-        UserError: see :func:`check_dataset`.
-    """
-    for name in cfg.DATASETS.TEST:
-        check_dataset(name, uses_of(cfg))
-
-
 def check_metrics(name: str) -> None:
     """Refuse to evaluate a dataset that COCO's metrics of boxes and masks do not fit.
 

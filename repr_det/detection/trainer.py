@@ -21,7 +21,6 @@ from repr_det.detection.datasets import (
     check_images,
     check_metrics,
     check_test_images,
-    check_test_sets,
     check_trained_classes,
     check_training_objects,
     uses_of,
@@ -59,9 +58,10 @@ class DetectionTrainer(RePrTrainer):
         """Refuse test sets that are not there; registers datasets that the config implies."""
         register_builtin()
         register_held_out(cfg)
-        check_test_sets(cfg)
-        if cls.build_evaluator.__func__ is DetectionTrainer.build_evaluator.__func__:
-            for name in cfg.DATASETS.TEST:
+        own_metrics = cls.build_evaluator.__func__ is not DetectionTrainer.build_evaluator.__func__
+        for name in cfg.DATASETS.TEST:
+            check_dataset(name, uses_of(cfg))
+            if not own_metrics:
                 check_metrics(name)
 
     @classmethod

@@ -16,7 +16,6 @@ from repr_det.detection.datasets import (
     check_dataset,
     check_same_classes,
     check_test_images,
-    check_test_sets,
     check_training_objects,
     take_num_classes,
     use_coco_data,
@@ -152,7 +151,7 @@ def test_what_detectron2_registered_is_read_by_the_same_reader(cfg, registered):
     assert entry["bbox"] == [1, 2, 10, 10] and "segmentation" not in entry
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (registered,)
     cfg.MODEL.MASK_ON = True
-    check_test_sets(cfg)
+    DetectionTrainer.check(cfg)
     for read in (
         lambda: DatasetCatalog.get(registered),
         lambda: check_annotations(cfg, [registered]),
